@@ -1,0 +1,66 @@
+"""State dicts saved by ``torch.save``, loaded without running any code from the file."""
+
+import pickle
+import zipfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.checkpoints.base import CheckpointWeights
+from mergekit_vision.errors import InputError
+
+
+class TorchWeights(CheckpointWeights):
+    """A state dict saved by ``torch.save``; tensors are views of the mapped file.
+
+    Files from before PyTorch 1.6 (no zip archive) cannot be mapped and are held in memory while they are in use.
+    """
+
+    def _open(self) -> dict[str, Tensor]:
+        return self._state_dict(self._load())
+
+    def _load(self) -> Any:
+        mapped = zipfile.is_zipfile(self.path)
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            if "global" not in str(error).lower():  # as in "Unsupported global: GLOBAL torch.nn.Linear"
+                raise self._damaged(error) from error
+            raise InputError(
+                f"{self.path}: holds Python objects, not only tensors, and loading it could run code from the file; "
+                "load it where you trust it and save `model.state_dict()` instead of the model"
+            ) from error
+        except (EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+            raise self._damaged(error) from error
+        except RuntimeError as error:
+            if "TorchScript" in str(error):
+                raise InputError(
+                    f"{self.path}: is a TorchScript archive; save `torch.jit.load(path).state_dict()` by torch.save"
+                ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> InputError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return InputError(f"{self.path}: truncated, damaged, or not saved by torch.save ({reason}); copy or download it again")
+
+    def _state_dict(self, content: Any) -> dict[str, Tensor]:
+        if isinstance(content, dict) and content:
+            other = next(
+                (name for name, value in content.items() if not (isinstance(name, str) and torch.is_tensor(value))), None
+            )
+            if other is None:
+                return content
+            found = f"its entry {other!r} is a {type(content[other]).__name__}"
+        else:
+            found = "it is empty" if isinstance(content, dict) else f"it holds a {type(content).__name__}"
+        nested = "state_dict" in content if isinstance(content, dict) else False
+        remedy = "save `checkpoint['state_dict']` alone" if nested else "save `model.state_dict()`"
+        raise InputError(f"{self.path}: not a state dict (parameter name -> tensor): {found}; {remedy}")
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._opened().items()}
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._opened()[name]
+        return tensor

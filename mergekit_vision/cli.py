@@ -1,0 +1,112 @@
+"""The command line: a LightningCLI over :class:`MergedCLIP`, :class:`VisionTasks` and :class:`Trainer`."""
+
+import logging
+import re
+import sys
+import warnings
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from mergekit_vision import registry
+from mergekit_vision.data import VisionTasks
+from mergekit_vision.errors import InputError
+from mergekit_vision.module import MergedCLIP
+from mergekit_vision.trainer import Trainer
+
+
+class Parser(LightningArgumentParser):
+    """An argument parser whose errors are one message and not the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuse what cannot be parsed.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(explain(message))
+
+
+class MergeCLI(LightningCLI):
+    """``mergekit-vision {merge,validate,test,predict}``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Methods of the trainer, each with the arguments that the command line does not show."""
+        return {name: {"model", "datamodule"} for name in ("merge", "validate", "test", "predict")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser for the program and for each of its commands."""
+        return Parser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what model, data and trainer share."""
+        parser.add_argument("--suite", type=str, required=True, help="suite file: backbone, tasks and experts (YAML)")
+        parser.add_argument("--output", type=str, default="runs/latest", help="directory of everything that is written")
+        parser.link_arguments("suite", "data.suite")
+        parser.link_arguments("output", "trainer.default_root_dir")
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; what a constructor refuses is the user's mistake."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(explain(str(error))) from error
+
+
+def run(arguments: list[str]) -> None:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name.
+
+    Raises:
+        InputError: for anything the user can mend.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    sys.argv[1:] = arguments  # Lightning starts the other processes of a node with them
+    registry.mergers()  # their names become values of --model.merger
+    _check_merger(arguments)
+    _quiet()
+    MergeCLI(
+        MergedCLIP,
+        VisionTasks,
+        trainer_class=Trainer,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+def explain(message: str) -> str:
+    r"""The part of a jsonargparse message that helps.
+
+    >>> explain("Parser key \"suite\":\n  Expected a <class 'str'>. Got value: None")
+    '--suite is missing'
+    """
+    key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
+    option = f"--{key[1]}" if key else ""
+    if key and re.search(r"Got value: None|is required", message):
+        return f"{option} is missing"
+    reasons = re.findall(r"^ +- (.*)$", message.partition("Given value")[0], flags=re.MULTILINE)
+    reasons = [reason for reason in reasons if "NoneType" not in reason and "Expected a path" not in reason]
+    text = "; ".join(reasons) or message.partition(":\n")[2].strip() or message
+    return f"{option}: {text}" if option else text
+
+
+def _check_merger(arguments: list[str]) -> None:
+    """Name the methods there are before the parser says less about a misspelt one."""
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = value if argument == "--model.merger" else argument.removeprefix("--model.merger=")
+        if name != argument and re.fullmatch(r"\w+(\.\w+)*", name) and not name.endswith((".yaml", ".yml", ".json")):
+            registry.get(name)
+
+
+def _quiet() -> None:
+    """Keep Lightning's remarks on training, devices and its other products out of runs that do not train."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*GPU available but not used.*", ".*across ranks is zero.*"):
+        warnings.filterwarnings("ignore", message=message)

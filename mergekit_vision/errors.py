@@ -1,0 +1,8 @@
+"""The one error a user's mistake raises."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message names the file or argument, the key, and the remedy; the command line prints it alone, without a traceback.
+    """

@@ -1,0 +1,154 @@
+"""Polar factors and leading singular triplets through the smaller Gram matrix, in float64.
+
+A Gram matrix squares the condition number: in float32 that costs up to 1e-2 in a merged matrix, in float64 about 1e-6, at a
+fraction of the price of a singular value decomposition. Every function takes float32 or float64 and answers in the same dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GRAM_TOLERANCE = 1e-7
+"""Singular values below this share of the largest are round-off when they come from a float64 Gram matrix."""
+
+
+class Polar(NamedTuple):
+    """Polar factor of a matrix.
+
+    Attributes:
+        factor: ``U Vᵀ`` of the thin SVD ``U Σ Vᵀ``, without the null directions; shape and dtype of the matrix.
+        nuclear_norm: sum of the singular values.
+    """
+
+    factor: Tensor
+    nuclear_norm: float
+
+
+class PolarProduct(NamedTuple):
+    """Product of two polar factors.
+
+    Attributes:
+        product: ``polar(left) @ diag(diagonal) @ polar(right)``, ``[m, n]``.
+        left_mean: mean of the thin singular values of the left matrix.
+        right_mean: mean of the thin singular values of the right matrix.
+    """
+
+    product: Tensor
+    left_mean: float
+    right_mean: float
+
+
+class TopSVD(NamedTuple):
+    """Leading singular triplets, largest first: ``M ≈ U @ diag(S) @ Vh``.
+
+    Attributes:
+        U: ``[m, k]``.
+        S: ``[k]``.
+        Vh: ``[k, n]``.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+class _Whitener(NamedTuple):
+    """Inverse square root of a matrix's smaller Gram: ``(M Mᵀ)^{-1/2}`` of a wide ``M``, else ``(Mᵀ M)^{-1/2}``.
+
+    It is zero on the null directions, whose singular vectors an SVD picks at random.
+    """
+
+    vectors: Tensor
+    gains: Tensor
+    wide: bool
+    nuclear_norm: float
+
+    @classmethod
+    def of(cls, M: Tensor, tol: float) -> "_Whitener":
+        wide = M.shape[0] < M.shape[1]
+        values, vectors = torch.linalg.eigh(M @ M.T if wide else M.T @ M)
+        s = values.clamp(min=0).sqrt()
+        kept = (s > tol * s.amax()) if s.numel() else s.bool()
+        return cls(vectors[:, kept], s[kept].reciprocal(), wide, float(s.sum()))
+
+    def times(self, X: Tensor) -> Tensor:
+        """The inverse root times ``X``, never forming the root itself."""
+        return self.vectors @ (self.gains[:, None] * (self.vectors.T @ X))
+
+    def polar(self, M: Tensor) -> Tensor:
+        """Polar factor of the matrix ``M`` that this was made of."""
+        return self.times(M) if self.wide else self.times(M.T).T
+
+
+def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
+    """Polar factor and nuclear norm of a matrix, by an eigendecomposition of its smaller Gram matrix.
+
+    The error is about ``1e-16 * cond(M)**2``. Null directions get gain zero, so that the result is unique.
+
+    Args:
+        M: ``[m, n]``, float32 or float64.
+        tol: singular values up to this share of the largest count as zero.
+
+    Returns:
+        The factor in the dtype of ``M``, and the nuclear norm.
+
+    >>> polar(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
+    Polar(factor=tensor([[1., 0.],
+            [0., 1.],
+            [0., 0.]]), nuclear_norm=5.0)
+    """
+    matrix = M.double()
+    whitener = _Whitener.of(matrix, tol)
+    return Polar(whitener.polar(matrix).to(M.dtype), whitener.nuclear_norm)
+
+
+def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, tol: float = GRAM_TOLERANCE) -> PolarProduct:
+    """Product of the polar factors of two matrices, with an optional diagonal between them.
+
+    The left factor is never formed: its inverse root is applied to the right one, which has fewer columns in every use here.
+
+    Args:
+        left: ``[m, p]``, float32 or float64.
+        right: ``[p, n]``, same dtype.
+        diagonal: ``[p]``; the identity where ``None``.
+        tol: as for :func:`polar`.
+
+    Returns:
+        The product in the dtype of ``left``, and the mean thin singular values of both matrices.
+    """
+    L, R = left.double(), right.double()
+    left_root, right_root = _Whitener.of(L, tol), _Whitener.of(R, tol)
+    inner = right_root.polar(R)
+    if diagonal is not None:
+        inner = diagonal.double()[:, None] * inner
+    product = left_root.times(L @ inner) if left_root.wide else L @ left_root.times(inner)
+    means = [root.nuclear_norm / max(1, min(M.shape)) for root, M in ((left_root, L), (right_root, R))]
+    return PolarProduct(product.to(left.dtype), *means)
+
+
+def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:
+    """The ``k`` leading singular triplets of a matrix, by an eigendecomposition of its smaller Gram matrix.
+
+    Args:
+        M: ``[m, n]``, float32 or float64.
+        k: how many triplets; at least 0.
+        tol: singular values up to this share of the largest count as zero.
+
+    Returns:
+        ``min(k, numerical rank)`` triplets in the dtype of ``M``; signs are arbitrary.
+
+    >>> top_svd(torch.diag(torch.tensor([1.0, 3.0, 0.0])), k=3).S
+    tensor([3., 1.])
+    """
+    matrix = M.double()
+    wide = M.shape[0] < M.shape[1]
+    A = matrix.T if wide else matrix
+    values, vectors = torch.linalg.eigh(A.T @ A)
+    s = values.clamp(min=0).sqrt().flip(0)[:k]
+    s = s[s > tol * s[:1]]
+    V = vectors.flip(1)[:, : len(s)]
+    U = A @ V / s
+    if wide:
+        U, V = V, U
+    return TopSVD(U.to(M.dtype), s.to(M.dtype), V.T.to(M.dtype))

@@ -1,0 +1,124 @@
+"""Image data sets through the ``datasets`` library: on the Hugging Face hub, in its cache, or in a local directory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.sources import ImageSource, closest, decode
+
+_Result = TypeVar("_Result")
+
+
+class HubImages(ImageSource):
+    """One split of a data set with an image column and a class column.
+
+    Args:
+        dataset: ``ORG/NAME`` on the hub, or a local directory in the hub's layout.
+        split: name of the split.
+        name: configuration of the data set, where it has several.
+        revision: commit, tag or branch.
+        image: name of the image column.
+        label: name of the label column.
+
+    Raises:
+        InputError: when ``datasets`` is not installed, the data set cannot be had, or its columns do not fit.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        name: str | None = None,
+        revision: str | None = None,
+        image: str = "image",
+        label: str = "label",
+    ) -> None:
+        datasets = _library()
+        self._where, self._label = f"{dataset} [{split}]", label
+        data = _fetch(dataset, lambda: datasets.load_dataset(dataset, name=name, split=split, revision=revision))
+        self.names = _class_names(data.features, image, label, self._where)
+        # undecoded, so that a damaged image can be named
+        self._data = data.cast_column(image, datasets.Image(decode=False)).select_columns([image, label])
+        self._image = image
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Image and class at ``index``."""
+        row, where = self._data[int(index)], f"{self._where}, row {index}"
+        cell = row[self._image] or {}
+        if cell.get("bytes") is None and not cell.get("path"):
+            raise InputError(f"{where}: has no image")
+        return decode(cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]), where), self._class(
+            row[self._label], where
+        )
+
+    def labels(self) -> Sequence[int]:
+        """Class index of every row; only the label column is read, once."""
+        return self._labels
+
+    def fingerprint(self) -> str:
+        """Hash that ``datasets`` keeps of the data's origin and what was done to it."""
+        return str(self._data._fingerprint)
+
+    @cached_property
+    def _labels(self) -> Sequence[int]:
+        return [self._class(label, self._where) for label in self._data[self._label]]
+
+    @staticmethod
+    def _class(label: Any, where: str) -> int:
+        if not isinstance(label, int):
+            raise InputError(f"{where}: label {label!r} is no class index")
+        return label
+
+
+def describe_hub(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Class names by a data set's description, without fetching its images.
+
+    Raises:
+        InputError: when there is no such data set, configuration, split or column.
+    """
+    dataset, split = config["hub"], config["split"]
+    datasets = _library()
+    info = _fetch(
+        dataset, lambda: datasets.load_dataset_builder(dataset, name=config.get("name"), revision=config.get("revision")).info
+    )
+    plain = split.split("[")[0]  # "train[:80%]" is a part of "train"
+    if info.splits and plain not in info.splits:
+        raise InputError(f"{dataset}: no split {plain!r}{closest(plain, info.splits)}; it has {', '.join(info.splits)}")
+    if not info.features:
+        return None
+    return _class_names(info.features, config.get("image", "image"), config.get("label", "label"), dataset)
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("a `hub` data source needs the `datasets` library: pip install mergekit-vision[hub]") from error
+    return datasets
+
+
+def _fetch(dataset: str, load: Callable[[], _Result]) -> _Result:
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{dataset}: cannot be loaded by `datasets` ({type(error).__name__}: {error})") from error
+
+
+def _class_names(features: Mapping[str, Any], image: str, label: str, where: str) -> tuple[str, ...] | None:
+    missing = [column for column in (image, label) if column not in features]
+    if missing:
+        raise InputError(
+            f"{where}: no column {' or '.join(map(repr, missing))} among {', '.join(features)}; "
+            "name the columns by `image:` and `label:`"
+        )
+    if type(features[image]).__name__ != "Image":
+        raise InputError(f"{where}: column {image!r} holds {features[image]}, not images")
+    names = getattr(features[label], "names", None)
+    return tuple(names) if names else None

@@ -1,0 +1,288 @@
+"""Layers of the merged encoder: attention made of plain Linears, and Linears with routed low-rank experts."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.routers import Choice, Router
+
+
+class LinearAttention(nn.Module):
+    """Multi-head self-attention whose projections are plain ``nn.Linear`` modules.
+
+    ``nn.MultiheadAttention`` keeps query, key and value in one bare parameter and never calls ``out_proj`` as a module, so that
+    neither can be hooked or replaced. This module computes the same thing with two Linears, over the tokens of each image.
+
+    Args:
+        dim: width of the tokens.
+        heads: number of attention heads; divides ``dim``.
+        bias: whether both projections have a bias.
+    """
+
+    def __init__(self, dim: int, heads: int, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(dim, 3 * dim, bias=bias)
+        self.out_proj = nn.Linear(dim, dim, bias=bias)
+
+    @classmethod
+    def from_multihead(cls, attention: nn.MultiheadAttention) -> "LinearAttention":
+        """The same attention, sharing the parameters of ``attention``.
+
+        Raises:
+            ValueError: for what CLIP's vision blocks never use: separate widths, added key-value biases, dropout.
+        """
+        if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn or attention.dropout:
+            raise ValueError("only plain self-attention of one width, without dropout, can be made of Linears")
+        with torch.device("meta"):
+            new = cls(attention.embed_dim, attention.num_heads, bias=attention.in_proj_bias is not None)
+        new.in_proj.weight, new.in_proj.bias = attention.in_proj_weight, attention.in_proj_bias
+        new.out_proj.weight, new.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
+        return new
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Attend over the tokens of each image.
+
+        Takes what open_clip's blocks pass to ``nn.MultiheadAttention``; ``query`` is the only input, ``[N, L, dim]``.
+
+        Returns:
+            The output, ``[N, L, dim]``, and ``None`` in the place of the attention weights.
+        """
+        n, tokens, dim = query.shape
+        q, k, v = self.in_proj(query).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.out_proj(out.transpose(1, 2).reshape(n, tokens, dim)), None
+
+
+Evidence = Literal["own", "start", "add", "hold"]
+Route = Literal["router", "oracle", "base"]
+LinearKind = Literal["in_proj", "out_proj", "c_fc", "c_proj"]
+
+
+def linears_of_kind(linears: Sequence[str], kinds: Sequence[LinearKind]) -> list[str]:
+    """Those of the ``linears`` whose last name is one of ``kinds``, in their order.
+
+    Raises:
+        InputError: when there is none, or a kind is unknown.
+    """
+    chosen = [name for name in linears if name.rpartition(".")[2] in kinds]
+    if not chosen or not set(kinds) <= set(get_args(LinearKind)):
+        raise InputError(f"layers is {list(kinds)}, but must name some of {', '.join(get_args(LinearKind))}")
+    return chosen
+
+
+def pad_rank(factors: Tensor, rank: int, dim: int) -> Tensor:
+    """``factors`` cut to, or filled up with zeros to, ``rank`` along ``dim``; zero factors add nothing."""
+    kept = factors.narrow(dim, 0, min(rank, factors.shape[dim]))
+    shape = list(kept.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([kept, kept.new_zeros(shape)], dim)
+
+
+@dataclass(frozen=True)
+class LowRankExperts:
+    """Low-rank experts of one Linear layer: expert ``t`` adds ``up[t] @ down[t] @ x + bias[t]`` to the layer's output.
+
+    Attributes:
+        up: ``[T, d_out, r]``.
+        down: ``[T, r, d_in]``.
+        router: scores the experts.
+        bias: ``[T, d_out]``, or ``None``.
+        evidence: what the scores mean to a decision that layers take together, in forward order: ``"own"`` decides by the
+            layer's own scores and leaves the shared ones alone; ``"start"`` makes its own the shared ones; ``"add"`` adds its
+            own to the shared ones and decides by the sum; ``"hold"`` decides by the shared ones as they are.
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
+    """
+
+    up: Tensor
+    down: Tensor
+    router: Router
+    bias: Tensor | None = None
+    evidence: Evidence = "own"
+
+    def __post_init__(self) -> None:
+        shapes = {"up": tuple(self.up.shape), "down": tuple(self.down.shape)}
+        if self.up.dim() != 3 or self.down.dim() != 3 or (shapes["up"][0], shapes["up"][2]) != shapes["down"][:2]:
+            raise ValueError(f"up [T, d_out, r] and down [T, r, d_in] do not fit each other: {shapes}")
+        if self.bias is not None and tuple(self.bias.shape) != shapes["up"][:2]:
+            raise ValueError(f"bias must be [T, d_out] = {list(shapes['up'][:2])}, got {list(self.bias.shape)}")
+
+
+class Routing:
+    """How the routed layers of one encoder choose their experts, and what they chose. One forward pass at a time.
+
+    Attributes:
+        mode: ``"router"``; ``"oracle"``, where each image takes the expert of its true task; ``"base"``, without experts.
+        truth: index of the true task of each image of the next batch, ``[N]``; the oracle and the counts need it.
+        counts: layer name -> ``[T, T]``, float64: how many images of each true task (row) took each expert (column). Where
+            tokens are routed an image counts as the mean over its tokens. Empty unless :meth:`record` was called.
+    """
+
+    def __init__(self) -> None:
+        self.mode: Route = "router"
+        self.truth: Tensor | None = None
+        self.counts: dict[str, Tensor] = {}
+        self.layers: dict[str, RoutedLinear] = {}
+        self._shared: Tensor | None = None
+
+    def record(self, on: bool = True) -> None:
+        """Start counting choices from zero, or stop and forget."""
+        self.counts = {}
+        for name, layer in self.layers.items() if on else ():
+            experts = len(layer.down)
+            self.counts[name] = torch.zeros(experts, experts, dtype=torch.float64, device=layer.down.device)
+
+    def choose(self, layer: "RoutedLinear", x: Tensor) -> Choice | None:
+        """The experts of ``layer`` for its input ``x [N, L, d_in]``; ``None`` without experts."""
+        if self.mode == "base":
+            return None
+        if self.mode == "oracle":
+            index = self._true_tasks(x).view(-1, 1, 1)
+            choice = Choice(index, torch.ones_like(index, dtype=layer.down.dtype))
+        else:
+            with torch.autocast(x.device.type, enabled=False):  # a choice must not hinge on bfloat16's three digits
+                choice = layer.router.choose(self._evidence(layer, x.to(layer.down.dtype)))
+        if self.counts:
+            chosen = choice.dense(len(layer.down)).mean(1).double()
+            self.counts[layer.name].index_add_(0, self._true_tasks(x), chosen)
+        return choice
+
+    def _evidence(self, layer: "RoutedLinear", x: Tensor) -> Tensor:
+        if layer.evidence == "own":
+            scores: Tensor = layer.router(x)
+            return scores
+        if layer.evidence == "start":
+            self._shared = layer.router(x)
+        elif self._shared is None or len(self._shared) != len(x):
+            raise RuntimeError(f"{layer.name}: no earlier layer started the shared evidence for this batch")
+        elif layer.evidence == "add":
+            self._shared = self._shared + layer.router(x)
+        assert self._shared is not None
+        return self._shared
+
+    def _true_tasks(self, x: Tensor) -> Tensor:
+        if self.truth is None or len(self.truth) != len(x):
+            got = "none" if self.truth is None else f"{len(self.truth)}"
+            raise InputError(
+                f"oracle routing and routing counts need the true task of each of the {len(x)} images in `truth`; it has {got}"
+            )
+        return self.truth.to(x.device)
+
+
+class RoutedLinear(nn.Module):
+    """A Linear layer with low-rank experts, chosen anew for each image or token.
+
+    No dense delta is formed: an image's (or token's) factors are gathered, or the tokens grouped, and each costs
+    ``r (d_in + d_out)`` multiplications a token. ``weight`` and ``bias`` are the wrapped layer's own, under their own names.
+
+    Args:
+        linear: the layer.
+        experts: what is added to its output.
+        routing: shared by all routed layers of an encoder.
+        name: of the layer, in the counts and messages.
+    """
+
+    up: Tensor
+    down: Tensor
+    shift: Tensor | None
+
+    def __init__(self, linear: nn.Linear, experts: LowRankExperts, routing: Routing, name: str) -> None:
+        super().__init__()
+        if (linear.out_features, linear.in_features) != (experts.up.shape[1], experts.down.shape[2]):
+            raise ValueError(
+                f"{name}: the layer is {linear.out_features} x {linear.in_features}, "
+                f"its experts are {experts.up.shape[1]} x {experts.down.shape[2]}"
+            )
+        device, dtype = linear.weight.device, linear.weight.dtype
+        self.name, self.routing, self.evidence = name, routing, experts.evidence
+        self.weight, self.bias = linear.weight, linear.bias
+        self.router = deepcopy(experts.router).to(device, dtype)
+        self.register_buffer("up", experts.up.to(device, dtype).transpose(1, 2).contiguous())  # [T, r, d_out]: rows to gather
+        self.register_buffer("down", experts.down.to(device, dtype).contiguous())
+        self.register_buffer("shift", None if experts.bias is None else experts.bias.to(device, dtype))
+
+    @property
+    def experts(self) -> LowRankExperts:
+        """The experts as data."""
+        return LowRankExperts(self.up.transpose(1, 2).contiguous(), self.down, self.router, self.shift, self.evidence)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, L, d_in]`` to ``[N, L, d_out]``; an image's output depends on that image only."""
+        y = F.linear(x, self.weight, self.bias)
+        choice = self.routing.choose(self, x)
+        if choice is None:
+            return y
+        if choice.experts.shape[1] == 1 and choice.experts.shape[2] < len(self.down):
+            y = self._gathered(y, x, choice)
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            y = self._grouped(y, x, choice)
+        else:
+            y = self._masked(y, x, choice)
+        return y if self.shift is None else y + choice.dense(len(self.down)).to(y.dtype) @ self.shift.to(y.dtype)
+
+    def _gathered(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
+        """Each image multiplies with a copy of its own experts' factors."""
+        index, weight = choice.experts[:, 0], choice.weight
+        down, up = self.down.to(y.dtype)[index], self.up.to(y.dtype)[index]  # [N, K, r, d]
+        codes = torch.bmm(x.to(y.dtype), down.flatten(1, 2).transpose(1, 2))
+        if index.shape[1] > 1:
+            codes = codes * weight.to(y.dtype).repeat_interleave(self.down.shape[1], dim=2)
+        return y.baddbmm_(codes, up.flatten(1, 2))
+
+    def _grouped(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
+        """Each expert runs once, on the tokens that chose it. Needs to know how many: not for a graph or an accelerator."""
+        weight = choice.dense(len(self.down)).to(y.dtype).expand(-1, x.shape[1], -1).flatten(0, 1)
+        rows, out = x.to(y.dtype).flatten(0, 1), y.view(-1, y.shape[-1])
+        for expert, (down, up) in enumerate(zip(self.down.to(y.dtype), self.up.to(y.dtype), strict=True)):
+            chosen = weight[:, expert].nonzero().squeeze(1)
+            out.index_add_(0, chosen, (rows[chosen] @ down.T * weight[chosen, expert, None]) @ up)
+        return y
+
+    def _masked(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
+        """All experts' codes, zeroed where not chosen: two large products instead of many small ones."""
+        codes = F.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], *self.down.shape[:2])
+        codes = codes * choice.dense(len(self.down)).to(y.dtype).unsqueeze(-1)
+        out: Tensor = y + codes.flatten(-2) @ self.up.to(y.dtype).flatten(0, 1)
+        return out
+
+
+def attach(encoder: nn.Module, routed: Mapping[str, LowRankExperts]) -> Routing:
+    """Replace named Linear layers by routed ones, in place.
+
+    Args:
+        encoder: the model; ``encoder.get_submodule(name)`` finds each layer.
+        routed: layer name -> experts, in forward order.
+
+    Returns:
+        What the new layers share: the routing mode, the true tasks and the counts.
+
+    Raises:
+        InputError: when a name is not a plain Linear layer of the encoder.
+    """
+    routing = Routing()
+    for name, experts in routed.items():
+        owner, _, child = name.rpartition(".")
+        try:
+            linear = encoder.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"experts for {name!r}, which is not a Linear layer of this encoder (was it linearized?)")
+        routing.layers[name] = RoutedLinear(linear, experts, routing, name)
+        setattr(encoder.get_submodule(owner), child, routing.layers[name])
+    return routing

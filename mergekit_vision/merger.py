@@ -1,0 +1,152 @@
+"""The contract of a merging method: :class:`MergeInputs` goes in, :class:`Merged` comes out of a :class:`Merger`.
+
+This file is all that the author of a plugin has to read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.layers import LowRankExperts
+
+Weights = Mapping[str, Tensor]
+"""open_clip key of the vision tower (``visual.…``) -> tensor. Lazy: a tensor is read when it is asked for."""
+
+Observer = Callable[[Tensor], None]
+"""Receives one layer's input for one batch of images: ``[images, tokens, d_in]``, float32, on the merging device."""
+
+_Item = TypeVar("_Item")
+
+
+def weight_key(linear: str) -> str:
+    """open_clip key of a Linear layer's weight.
+
+    open_clip keeps query, key and value fused in one bare parameter, so its name has an underscore instead of a dot.
+
+    >>> weight_key("visual.transformer.resblocks.0.mlp.c_fc")
+    'visual.transformer.resblocks.0.mlp.c_fc.weight'
+    >>> weight_key("visual.transformer.resblocks.0.attn.in_proj")
+    'visual.transformer.resblocks.0.attn.in_proj_weight'
+    """
+    return f"{linear}_weight" if linear.endswith("attn.in_proj") else f"{linear}.weight"
+
+
+class RunProxies(Protocol):
+    """Runs one task's proxy images through its expert, or through ``model``, with observers on named Linear layers."""
+
+    def __call__(self, task: str, observers: Mapping[str, Observer], model: "Merged | None") -> None:
+        """Run them; see :meth:`MergeInputs.observe`."""
+
+
+def _untracked(items: Iterable[_Item], description: str) -> Iterable[_Item]:
+    return items
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """What a merger may use: the backbone, the experts and, on demand, the activations on proxy images.
+
+    Attributes:
+        base: weights of the pre-trained vision tower.
+        experts: task -> weights with the keys and shapes of ``base``, in the order of the suite.
+        linears: names of the encoder's Linear layers in forward order; :func:`weight_key` gives a layer's key.
+        device: where deltas are put and merging computes.
+        run_proxies: behind :meth:`observe`; ``None`` where there are no proxy images.
+        choose_scale: behind :meth:`coefficient`; ``None`` takes the merger's own.
+        track: wraps a loop in a progress bar: ``for key in inputs.track(keys, "merging"):``.
+    """
+
+    base: Weights
+    experts: Mapping[str, Weights]
+    linears: tuple[str, ...] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    run_proxies: RunProxies | None = None
+    choose_scale: "Callable[[Merged], float] | None" = None
+    track: Callable[[Iterable[str], str], Iterable[str]] = _untracked
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the suite."""
+        return tuple(self.experts)
+
+    def delta(self, task: str, key: str) -> Tensor:
+        """Task vector of one parameter: fine-tuned minus pre-trained; float32, new memory, on ``device``."""
+        expert = self.experts[task][key].to(self.device, torch.float32)
+        return expert - self.base[key].to(self.device, torch.float32)
+
+    def deltas(self, key: str) -> Tensor:
+        """Task vectors of one parameter for all tasks, ``[T, *shape]`` in the order of :attr:`tasks`; float32, new memory."""
+        stack = torch.stack([self.experts[task][key].to(self.device, torch.float32) for task in self.tasks])
+        return stack.sub_(self.base[key].to(self.device, torch.float32))
+
+    def observe(self, task: str, observers: Mapping[str, Observer], model: "Merged | None" = None) -> None:
+        """Run a task's proxy images once and hand each named Linear's input to its observer, batch by batch.
+
+        Args:
+            task: whose proxy images run, through that task's expert.
+            observers: Linear name (one of :attr:`linears`) -> observer.
+            model: run this merged model on the images instead of the expert.
+
+        Raises:
+            InputError: when there are no proxy images, or a name is not one of :attr:`linears`.
+        """
+        if self.run_proxies is None:
+            raise InputError("this merging method needs proxy images, but none are configured (see `proxies` of the data module)")
+        unknown = [name for name in observers if name not in self.linears]
+        if unknown:
+            raise InputError(
+                f"not a Linear layer of this encoder: {', '.join(unknown)}; its layers are {', '.join(self.linears)}"
+            )
+        self.run_proxies(task, observers, model)
+
+    def coefficient(self, merged: "Merged") -> float:
+        """The scaling coefficient at which ``merged`` is to be used: the user's number, the searched one, or its own."""
+        return merged.scale if self.choose_scale is None else self.choose_scale(merged)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model as data: ``W = W_0 + scale * update``.
+
+    Attributes:
+        update: the merged task vector, open_clip key -> float32 tensor. A key that is absent keeps its pre-trained value.
+        scale: scaling coefficient, unless the user sets or searches another.
+        fixed: keys of ``update`` that are added with coefficient 1 whatever the scale.
+        routed: Linear name -> low-rank experts added to that layer's output, chosen per image or token.
+    """
+
+    update: Weights
+    scale: float = 1.0
+    fixed: frozenset[str] = frozenset()
+    routed: Mapping[str, LowRankExperts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = self.fixed - self.update.keys()
+        if unknown:
+            raise ValueError(f"fixed names keys that update does not have: {sorted(unknown)}")
+
+    @property
+    def scalable(self) -> bool:
+        """Whether the scaling coefficient changes anything."""
+        return any(key not in self.fixed for key in self.update)
+
+    def coefficient(self, key: str, scale: float | None = None) -> float:
+        """Coefficient of one key when the model is used at ``scale`` (its own where ``None``)."""
+        return 1.0 if key in self.fixed else self.scale if scale is None else scale
+
+
+class Merger(ABC):
+    """A training-free merging method.
+
+    A subclass takes its hyper-parameters, typed and validated, in ``__init__`` and keeps no other state. It sees no trainer,
+    loader or path, changes no input, and draws no random number without a ``seed`` of its own.
+    """
+
+    @abstractmethod
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Compute the merged model. Pull from ``inputs`` what the method needs, and nothing else."""

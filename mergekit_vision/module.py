@@ -1,0 +1,265 @@
+"""The LightningModule: merges in ``setup``, evaluates every task."""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from mergekit_vision.checkpoints import CheckpointWeights, open_weights
+from mergekit_vision.data import VisionTasks
+from mergekit_vision.encoder import VisionEncoder, describe, load_clip, merged_weights
+from mergekit_vision.errors import InputError
+from mergekit_vision.evaluation import TaskMetric
+from mergekit_vision.export import load_experts, read_record, save_model
+from mergekit_vision.heads import build_heads
+from mergekit_vision.merger import Merged, Merger
+from mergekit_vision.predictions import Predictions
+from mergekit_vision.results import describe_merger, print_table, summarise, write_json
+from mergekit_vision.scaling import ScaleSearch
+from mergekit_vision.version import __version__
+from mergekit_vision.workbench import Workbench
+
+SPLITS = {"validate": "val", "test": "test"}
+
+
+class MergedCLIP(LightningModule):
+    """A CLIP vision encoder merged from a suite's experts, with a zero-shot head for each task.
+
+    Merging happens in ``setup``, on every process, before the strategy takes the model over. The trainer's data module must be a
+    :class:`~mergekit_vision.data.VisionTasks`.
+
+    Args:
+        merger: the merging method.
+        merged: directory of a model merged before, instead of ``merger``.
+        scale: scaling coefficient of the merged task vector: a number, ``merger`` for the method's own, or ``search`` to choose
+            it by the mean normalised accuracy on the ``val`` split.
+        search: how ``search`` goes about it.
+        experts: tasks whose experts are merged; all by default. Every task is evaluated all the same.
+
+    Raises:
+        InputError: when the arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        merger: Merger | None = None,
+        merged: str | None = None,
+        scale: float | Literal["merger", "search"] = "merger",
+        search: ScaleSearch = ScaleSearch(),  # noqa: B008 (frozen)
+        experts: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if (merger is None) == (merged is None):
+            raise InputError("give one of --model.merger NAME (merge now) and --model.merged DIR (a model merged before)")
+        if merged is not None and scale != "merger":
+            raise InputError("--model.scale goes with --model.merger; a merged model's coefficient is in its weights")
+        self.merger, self.merged = merger, None if merged is None else Path(merged)
+        self.scale, self.search, self.expert_names = scale, search, experts
+        self.encoder: VisionEncoder | None = None
+        self.record: dict[str, Any] = {}
+        self.expert_accuracy: dict[str, dict[str, float | None]] = {}
+        self.predictions: Predictions | None = None
+        self._started = 0.0
+
+    @property
+    def data(self) -> VisionTasks:
+        """The trainer's data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, VisionTasks):
+            raise InputError("MergedCLIP needs a VisionTasks as the trainer's datamodule")
+        return data
+
+    # ---------------------------------------------------------------------------------------------- merging
+
+    def setup(self, stage: str) -> None:
+        """Check the suite whole, then merge (or load), and measure the experts on the split that is evaluated."""
+        split = SPLITS.get(stage)
+        if split is None and self.encoder is not None:
+            return
+        self._check(split)
+        if self.encoder is None or (split and split not in self.expert_accuracy):
+            self._build(split)
+        if split is not None:
+            tasks = self.data.suite.tasks
+            self.metrics = nn.ModuleDict({task: TaskMetric(len(tasks[task].classes)) for task in self.data.task_names})
+
+    def _check(self, split: str | None) -> None:
+        """Find what is wrong with the suite before any long work starts."""
+        merging, data = self.merger is not None, self.data
+        splits = {name for name in (split, "val" if merging and self.scale == "search" else None) if name}
+        # only a merger knows whether it asks for proxies; a suite that has none is at fault when it does
+        proxies = merging and all(data.proxies.split in task.data for task in data.suite.tasks.values())
+        data.check(splits, experts=merging, proxies=proxies)
+        self._experts()
+
+    def _build(self, split: str | None) -> None:
+        """Load the backbone, measure what has to be measured with it, and put the merged weights in."""
+        bench = self._workbench()
+        if split is not None:
+            self.expert_accuracy[split] = {task: self._expert_accuracy(bench, task, split) for task in self.data.task_names}
+        if self.merger is not None:
+            merged, scale = self._merge(bench, self.merger)
+            bench.encoder.assign(merged_weights(bench.base, merged, scale))
+            bench.encoder.route(merged.routed)
+        else:
+            assert self.merged is not None
+            self.record = read_record(self.merged)
+            bench.encoder.route(load_experts(self.merged))
+        self.encoder, self.heads = bench.encoder.eval(), bench.heads
+
+    def _workbench(self) -> Workbench:
+        """The backbone (or the model merged before) on the device, with the heads of all tasks."""
+        import open_clip
+
+        suite = self.data.suite
+        if self.merged is not None:
+            read_record(self.merged)
+        name, pretrained = (suite.backbone, suite.pretrained) if self.merged is None else (f"local-dir:{self.merged}", None)
+        backbone, clip = describe(name, pretrained), load_clip(name, pretrained)
+        prompts = {task.name: (task.classes, task.templates) for task in suite.tasks.values()}
+        heads = build_heads(clip, open_clip.get_tokenizer(name), prompts)
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
+        device = strategy.root_device
+        encoder = VisionEncoder(clip.visual).to(device)  # type: ignore[arg-type]
+        return Workbench(
+            backbone,
+            encoder,
+            encoder.weights(),
+            heads.to(device),
+            self.data,
+            device,
+            strategy.broadcast,
+            precision.forward_context,
+            str(precision.precision),
+        )
+
+    def _experts(self) -> dict[str, CheckpointWeights]:
+        tasks = self.data.suite.tasks
+        names = list(tasks) if self.expert_names is None else self.expert_names
+        unknown = [name for name in names if name not in tasks]
+        if unknown or not names:
+            raise InputError(f"--model.experts {unknown or names}: name some of the suite's tasks, {', '.join(tasks)}")
+        return {name: open_weights(tasks[name].expert) for name in names}
+
+    def _expert_accuracy(self, bench: Workbench, task: str, split: str) -> float | None:
+        """The expert's own accuracy; ``None`` where a model merged before is evaluated without its experts at hand."""
+        path = self.data.suite.tasks[task].expert
+        if self.merged is not None and not path.is_file():
+            return None
+        return bench.expert_accuracy(task, split, open_weights(path))
+
+    def _merge(self, bench: Workbench, merger: Merger) -> tuple[Merged, float]:
+        """Merge once, choose the coefficient, and record what was done."""
+        experts = self._experts()
+        curve: list[dict[str, float]] = []
+        searching = 0.0
+
+        def choose(merged: Merged) -> float:
+            nonlocal searching
+            if not merged.scalable or self.scale == "merger":
+                return merged.scale
+            if self.scale != "search":
+                return float(self.scale)
+            start = time.perf_counter()
+            own = {task: bench.expert_accuracy(task, "val", weights) for task, weights in experts.items()}
+            curve.extend(bench.search(merged, self.search, own))
+            searching += time.perf_counter() - start
+            return curve[0]["coefficient"]
+
+        start = time.perf_counter()
+        merged = bench.merge(merger, experts, choose)
+        seconds = time.perf_counter() - start - searching
+        scale = choose(merged)
+        suite = self.data.suite
+        self.record = {
+            "suite": suite.name,
+            "backbone": suite.backbone,
+            "pretrained": suite.pretrained,
+            "experts": {task: str(weights.path) for task, weights in experts.items()},
+            "merger": describe_merger(merger),
+            "scale": scale,
+            "search": sorted(curve, key=lambda row: row["coefficient"]),
+            "seconds": {"merge": round(seconds, 3), "search": round(searching, 3)},
+            "versions": {
+                "mergekit_vision": __version__,
+                "torch": str(torch.__version__),
+                "lightning": str(lightning.__version__),
+            },
+        }
+        return merged, scale
+
+    def save(self, directory: Path) -> None:
+        """Write the merged model (see :func:`~mergekit_vision.export.save_model`)."""
+        assert self.encoder is not None
+        suite = self.data.suite
+        save_model(directory, describe(suite.backbone, suite.pretrained), self.encoder, self.record)
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    def forward(self, images: Tensor, task: str) -> Tensor:
+        """Logits ``[N, classes]`` of preprocessed images ``[N, 3, H, W]`` for one task."""
+        logits: Tensor = self.heads(self._merged_encoder(images), task)
+        return logits
+
+    @property
+    def _merged_encoder(self) -> VisionEncoder:
+        assert self.encoder is not None, "merged in setup()"
+        return self.encoder
+
+    def on_test_start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count one batch of one task."""
+        images, labels = batch
+        task = self.data.task_names[dataloader_idx]
+        metric = self.metrics[task]
+        metric.update(self(images, task), labels)  # type: ignore[operator]
+        self.log(f"accuracy/{task}", metric.accuracy, add_dataloader_idx=False, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+
+    def on_test_epoch_end(self) -> None:
+        """Print the table and write ``results.json`` into the trainer's root directory."""
+        self._report("test")
+
+    on_validation_start = on_test_start
+    validation_step = test_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Print the table and write ``results.json`` into the trainer's root directory."""
+        self._report("val")
+
+    def _report(self, split: str) -> None:
+        sizes = {task: self.data.size(task, split) for task in self.data.task_names}
+        accuracy = {task: self.metrics[task].compute(size) for task, size in sizes.items()}  # type: ignore[operator]
+        if not self.trainer.is_global_zero:
+            return
+        seconds = {**self.record.get("seconds", {}), "eval": round(time.perf_counter() - self._started, 3)}
+        results = {
+            **{key: self.record.get(key) for key in ("suite", "merger", "scale", "search")},
+            "split": split,
+            **summarise(accuracy, self.expert_accuracy[split], sizes),
+            "seconds": seconds,
+            "versions": self.record.get("versions"),
+        }
+        path = Path(self.trainer.default_root_dir) / "results.json"
+        write_json(path, results)
+        merger, scale = self.record.get("merger", {}).get("name"), self.record.get("scale")
+        print_table(results, f"{merger} at coefficient {scale:g} on {split} → {path}")
+
+    # ------------------------------------------------------------------------------------------- prediction
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Classify one batch of images of a folder."""
+        assert self.predictions is not None
+        images, indices = batch
+        self.predictions.add(indices, self(images, self.predictions.task).softmax(-1))
+
+    def on_predict_epoch_end(self) -> None:
+        """Write ``predictions.csv`` into the trainer's root directory and show its first lines."""
+        if self.predictions is not None:
+            self.predictions.write(Path(self.trainer.default_root_dir) / "predictions.csv", self.trainer.is_global_zero)

@@ -1,0 +1,58 @@
+"""Predictions on a folder of images, gathered from all processes and written as a table."""
+
+import csv
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from mergekit_vision.files import replacing
+from mergekit_vision.progress import console
+
+_SHOWN = 20
+
+
+class Predictions:
+    """Collects the most probable classes of each image.
+
+    Args:
+        task: whose head classifies.
+        classes: its class names.
+        paths: the images, by the index that comes with each batch.
+        top: how many classes an image gets.
+    """
+
+    def __init__(self, task: str, classes: tuple[str, ...], paths: tuple[Path, ...], top: int = 3) -> None:
+        self.task, self.classes, self.paths = task, classes, paths
+        self.top = min(top, len(classes))
+        self.rows: dict[int, list[tuple[str, float]]] = {}
+
+    def add(self, indices: Tensor, probabilities: Tensor) -> None:
+        """Take one batch: indices ``[N]`` into ``paths`` and probabilities ``[N, classes]``."""
+        best = probabilities.float().topk(self.top, dim=-1)
+        for index, classes, values in zip(indices.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
+            self.rows[index] = [(self.classes[label], value) for label, value in zip(classes, values, strict=True)]
+
+    def write(self, path: Path, first: bool) -> None:
+        """Gather the rows of all processes; the first writes ``path`` (CSV) and prints the beginning."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts: list[dict[int, list[tuple[str, float]]]] = [{}] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, self.rows)
+            self.rows = {index: row for part in parts for index, row in part.items()}
+        if not first:
+            return
+        table = Table(title=f"{self.task} → {path}", title_justify="left")
+        for name in ("image", "class", "probability %"):
+            table.add_column(name)
+        with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["image", *(f"{what}_{n}" for n in range(1, self.top + 1) for what in ("class", "probability"))])
+            for position, index in enumerate(sorted(self.rows)):
+                row = self.rows[index]
+                writer.writerow([self.paths[index], *(item for name, value in row for item in (name, f"{value:.6f}"))])
+                if position < _SHOWN:
+                    table.add_row(self.paths[index].name, row[0][0], f"{100 * row[0][1]:.1f}")
+        if len(self.rows) > _SHOWN:
+            table.add_row("…", f"{len(self.rows) - _SHOWN} more in the file", "")
+        console.print(table)

@@ -1,0 +1,120 @@
+"""The merging methods that are installed, found by their entry points.
+
+A package adds one by naming its class in the group ``mergekit_vision.mergers``; the name is the class's own::
+
+    [options.entry_points]
+    mergekit_vision.mergers =
+        MyMethod = my_package.my_module:MyMethod
+"""
+
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.merger import Merger
+
+GROUP = "mergekit_vision.mergers"
+
+
+class RegistryError(InputError):
+    """A merging method is registered wrongly, or is not there."""
+
+
+def mergers() -> dict[str, type[Merger]]:
+    """Every installed merging method: short name -> class, sorted by name.
+
+    One that cannot be imported is left out (see :func:`broken`), so that it does not stop the others.
+
+    Raises:
+        RegistryError: for two methods of one name, also if they differ only by case; a name that is not CamelCase or not its
+            class's; an object that is no concrete ``Merger``. The message names the distributions that register them.
+
+    >>> list(mergers())[:2]
+    ['Average', 'ESM']
+    """
+    return _load()[0]
+
+
+def broken() -> dict[str, Exception]:
+    """Registered methods that cannot be imported: short name -> what importing them raised."""
+    return _load()[1]
+
+
+def get(name: str) -> type[Merger]:
+    """A merging method by its short name, or by class path (``package.module.Class``) without any registration.
+
+    Raises:
+        RegistryError: if there is none, it cannot be imported, or it is no concrete ``Merger``.
+
+    >>> get("TIES") is get("mergekit_vision.plugins.ties.TIES")
+    True
+    """
+    if "." in name:
+        return _from_path(name)
+    found, failed = _load()
+    if name in found:
+        return found[name]
+    if name in failed:
+        error = failed[name]
+        raise RegistryError(f"merger {name} is registered but cannot be imported: {type(error).__name__}: {error}") from error
+    names = {known.casefold(): known for known in (*found, *failed)}
+    close = [names[match] for match in get_close_matches(name.casefold(), names, n=1)]
+    hint = f"Did you mean {close[0]}? " if close else ""
+    raise RegistryError(f"there is no merger {name!r}. {hint}Installed: {', '.join(found)}; or give package.module.Class")
+
+
+def _load() -> tuple[dict[str, type[Merger]], dict[str, Exception]]:
+    # one class under one name is registered once, however often its metadata lie on the path
+    points = {(point.name, point.value): point for point in entry_points(group=GROUP)}
+    _check_names(points.values())
+    found: dict[str, type[Merger]] = {}
+    failed: dict[str, Exception] = {}
+    for point in sorted(points.values(), key=lambda point: point.name):
+        try:
+            loaded = point.load()
+        except Exception as error:  # whatever a third party's module raises
+            failed[point.name] = error
+            continue
+        found[point.name] = _checked(loaded, _described(point))
+        if loaded.__name__ != point.name:
+            raise RegistryError(f"{_described(point)}: the entry point must have the class's name, {loaded.__name__}")
+    return found, failed
+
+
+def _check_names(points: Iterable[EntryPoint]) -> None:
+    seen: dict[str, EntryPoint] = {}
+    for point in points:
+        if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", point.name):
+            raise RegistryError(f"{_described(point)}: a merger's name must be CamelCase, like TaskArithmetic")
+        if other := seen.get(point.name.casefold()):
+            raise RegistryError(
+                f"two mergers of one name: {_described(other)}, and {_described(point)}; uninstall one of the two"
+            )
+        seen[point.name.casefold()] = point
+
+
+def _from_path(path: str) -> type[Merger]:
+    module, _, name = path.rpartition(".")
+    try:
+        loaded = getattr(import_module(module), name)
+    except Exception as error:  # whatever the module raises
+        raise RegistryError(f"merger {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return _checked(loaded, f"merger {path}")
+
+
+def _checked(loaded: object, described: str) -> type[Merger]:
+    if not (isinstance(loaded, type) and issubclass(loaded, Merger)):
+        raise RegistryError(f"{described}: {loaded!r} is not a subclass of mergekit_vision.merger.Merger")
+    if inspect.isabstract(loaded):
+        missing = ", ".join(sorted(loaded.__abstractmethods__))
+        raise RegistryError(f"{described}: the class is abstract, {missing} is missing")
+    return loaded
+
+
+def _described(point: EntryPoint) -> str:
+    distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+    return f"merger {point.name} = {point.value} of {distribution}"

@@ -1,0 +1,116 @@
+"""What a run leaves behind: the table, ``results.json`` and the directory of a merged model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mergekit_vision.files import replacing
+from mergekit_vision.merger import Merger
+from mergekit_vision.progress import console
+from mergekit_vision.version import __version__
+
+
+def describe_merger(merger: Merger) -> dict[str, Any]:
+    """A merger as data: its class and its hyper-parameters."""
+    parameters = {name: value for name, value in vars(merger).items() if not name.startswith("_")}
+    return {
+        "name": type(merger).__name__,
+        "class_path": f"{type(merger).__module__}.{type(merger).__qualname__}",
+        "init_args": {name: describe_merger(value) if isinstance(value, Merger) else value for name, value in parameters.items()},
+    }
+
+
+def summarise(accuracy: Mapping[str, float], expert: Mapping[str, float | None], images: Mapping[str, int]) -> dict[str, Any]:
+    """The ``tasks`` and ``mean`` parts of ``results.json``; accuracies in [0, 1].
+
+    Args:
+        accuracy: task -> accuracy.
+        expert: task -> accuracy of the task's own expert, ``None`` where it is not known.
+        images: task -> number of images evaluated.
+
+    >>> summarise({"a": 0.5, "b": 0.8}, {"a": 1.0, "b": 0.8}, {"a": 10, "b": 20})["mean"]
+    {'accuracy': 0.65, 'normalized': 0.75}
+    """
+    tasks = {}
+    for task, value in accuracy.items():
+        own = expert.get(task)
+        tasks[task] = {"accuracy": value, "normalized": value / own if own else None, "n": images[task]}
+    return {"tasks": tasks, "mean": {key: _mean([row[key] for row in tasks.values()]) for key in ("accuracy", "normalized")}}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def print_table(results: Mapping[str, Any], title: str) -> None:
+    """One row a task, the mean last; accuracies in %."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    for name in ("images", "accuracy %", "normalized %"):
+        table.add_column(name, justify="right")
+    for task, row in results["tasks"].items():
+        table.add_row(task, str(row["n"]), _percent(row["accuracy"]), _percent(row["normalized"]))
+    table.add_section()
+    mean = results["mean"]
+    total = sum(row["n"] for row in results["tasks"].values())
+    table.add_row("mean", str(total), _percent(mean["accuracy"]), _percent(mean["normalized"]), style="bold")
+    console.print(table)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON beside ``path`` and rename it there; tensors and paths become plain values."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else str(value)
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """README of a merged model's directory, in the layout the Hugging Face hub reads.
+
+    Args:
+        record: what ``merge.json`` holds.
+    """
+    merger = record["merger"]
+    rows = "\n".join(f"| {task} | {Path(file).name} |" for task, file in record["experts"].items())
+    arguments = "\n".join(f"- `{name}`: {value}" for name, value in merger["init_args"].items())
+    return f"""---
+library_name: open_clip
+tags: [clip, model-merging, mergekit-vision]
+base_model: {record["backbone"]}
+---
+
+# {record["suite"]} merged with {merger["name"]}
+
+{len(record["experts"])} experts fine-tuned from `{record["backbone"]}` merged without training by mergekit-vision {__version__},
+at scaling coefficient {record["scale"]:g}.
+
+| task | expert |
+|---|---|
+{rows}
+
+## Method
+
+`{merger["class_path"]}`
+
+{arguments}
+
+## Use
+
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH")
+```
+"""

@@ -1,0 +1,159 @@
+"""Routers: which experts of a routed layer an image, or each of its tokens, goes through."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mergekit_vision.functional.routing import Pooling, pool_tokens
+
+Plain = bool | int | float | str | list[str]
+
+
+class Choice(NamedTuple):
+    """Chosen experts with their weights, one row per image (``L' = 1``) or one per token (``L' = L``).
+
+    Attributes:
+        experts: their indices, ``[N, L', K]``, int64.
+        weight: ``[N, L', K]``, adding up to 1 over the ``K`` experts.
+    """
+
+    experts: Tensor
+    weight: Tensor
+
+    def dense(self, total: int) -> Tensor:
+        """The weights of all ``total`` experts, zero where not chosen: ``[N, L', total]``."""
+        out = self.weight.new_zeros(*self.experts.shape[:-1], total)
+        return out.scatter(-1, self.experts, self.weight)
+
+
+class Router(nn.Module, ABC):
+    """Scores the experts of one layer; the ``top_k`` best are mixed by the softmax of their scores over ``temperature``.
+
+    A subclass implements :meth:`forward`. So that a router can be saved, its constructor takes each registered buffer by the
+    buffer's name and each item of :meth:`arguments` by its key, and changes neither.
+
+    Args:
+        top_k: how many experts are mixed; one expert has weight exactly 1.
+        temperature: divides the scores before the softmax.
+
+    Example:
+        A third router, by the brightest token:
+
+        >>> class Peak(Router):
+        ...     def __init__(self, directions: Tensor) -> None:
+        ...         super().__init__()
+        ...         self.register_buffer("directions", directions)
+        ...     def forward(self, x: Tensor) -> Tensor:
+        ...         return (x @ self.directions.T).amax(1, keepdim=True)
+        >>> router = Peak(torch.eye(3))
+        >>> router.choose(router(torch.tensor([[[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]]))).experts.tolist()
+        [[[1]]]
+    """
+
+    def __init__(self, top_k: int = 1, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.top_k, self.temperature = top_k, temperature
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Score the experts.
+
+        Args:
+            x: the layer's input, ``[N, L, d_in]``. The scores of an image may depend on that image only.
+
+        Returns:
+            ``[N, 1, T]`` to route each image as a whole, ``[N, L, T]`` to route each token. Scores that are logarithms of
+            probabilities, up to a constant, can be added over layers.
+        """
+
+    def choose(self, scores: Tensor) -> Choice:
+        """The best experts by ``scores [N, L', T]``."""
+        best = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
+        return Choice(best.indices, (best.values / self.temperature).softmax(-1))
+
+    def arguments(self) -> Mapping[str, Plain]:
+        """Constructor arguments that are not buffers."""
+        return {"top_k": self.top_k, "temperature": self.temperature}
+
+
+class CosineRouter(Router):
+    """Sends an image to the prototype nearest to its mean token, by cosine (ESM++, arXiv 2606.19164).
+
+    Args:
+        prototypes: ``[T, d_in]``, of any length.
+        center: ``[d_in]``, subtracted from the mean token and from the prototypes first.
+        top_k: how many experts are mixed.
+        temperature: divides the scores before the softmax.
+    """
+
+    prototypes: Tensor
+    center: Tensor | None
+
+    def __init__(self, prototypes: Tensor, center: Tensor | None = None, top_k: int = 1, temperature: float = 1.0) -> None:
+        super().__init__(top_k, temperature)
+        self.register_buffer("prototypes", prototypes)
+        self.register_buffer("center", center)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cosines between mean token and prototypes, ``[N, 1, T]``."""
+        pooled, prototypes = x.mean(1), self.prototypes
+        if self.center is not None:
+            pooled, prototypes = pooled - self.center, prototypes - self.center
+        return (F.normalize(pooled, dim=-1) @ F.normalize(prototypes, dim=-1).T).unsqueeze(1)
+
+
+class LinearRouter(Router):
+    """Scores an image by a linear function of its pooled tokens, such as the log-posteriors of a linear discriminant.
+
+    Args:
+        weight: ``[T, features]``; :func:`~mergekit_vision.functional.routing.discriminant` estimates one.
+        bias: ``[T]``.
+        pooling: the features, as for :func:`~mergekit_vision.functional.routing.pool_tokens`.
+        top_k: how many experts are mixed.
+        temperature: divides the scores before the softmax.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, pooling: Sequence[Pooling] = ("mean",), top_k: int = 1, temperature: float = 1.0
+    ) -> None:
+        super().__init__(top_k, temperature)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.pooling = tuple(pooling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log-posteriors up to a constant, ``[N, 1, T]``."""
+        return F.linear(pool_tokens(x, self.pooling), self.weight, self.bias).unsqueeze(1)
+
+    def arguments(self) -> Mapping[str, Plain]:
+        """Constructor arguments that are not buffers."""
+        return {"pooling": list(self.pooling), **super().arguments()}
+
+
+class ProjectionRouter(Router):
+    """Scores each token by the norm of its projection onto each expert's subspace (SMILE, arXiv 2408.10174).
+
+    Args:
+        basis: ``[T, g, d_in]``, an orthonormal basis of each expert's subspace.
+        top_k: how many experts are mixed.
+        temperature: divides the scores before the softmax.
+    """
+
+    basis: Tensor
+
+    def __init__(self, basis: Tensor, top_k: int = 1, temperature: float = 1.0) -> None:
+        super().__init__(top_k, temperature)
+        self.register_buffer("basis", basis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norms of the projections, ``[N, L, T]``."""
+        parts = F.linear(x, self.basis.flatten(0, 1)).view(*x.shape[:-1], *self.basis.shape[:2])
+        norms: Tensor = torch.linalg.vector_norm(parts, dim=-1)
+        return norms

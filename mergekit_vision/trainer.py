@@ -1,0 +1,110 @@
+"""Lightning's Trainer with the subcommands of the command line."""
+
+from pathlib import Path
+from typing import Literal, cast
+
+import lightning
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
+
+from mergekit_vision.data import VisionTasks
+from mergekit_vision.errors import InputError
+from mergekit_vision.export import check_output
+from mergekit_vision.module import MergedCLIP
+from mergekit_vision.predictions import Predictions
+from mergekit_vision.progress import console
+from mergekit_vision.sources import FlatFolder
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
+
+
+class Trainer(lightning.Trainer):
+    """Lightning's Trainer without what only training needs: it runs ``merge``, ``validate``, ``test`` and ``predict``.
+
+    Args:
+        accelerator: ``cpu``, ``gpu``, …; ``auto`` takes the best there is.
+        strategy: how processes work together; ``auto`` is right for evaluation.
+        devices: how many devices of a node, which, or ``auto`` for all.
+        num_nodes: number of machines.
+        precision: of evaluation's forward passes; ``bf16-mixed`` is faster on a GPU. Merging is not affected.
+        logger: where accuracies are logged besides ``results.json``.
+        callbacks: Lightning callbacks.
+        profiler: ``simple``, ``advanced`` or a Lightning profiler.
+        default_root_dir: directory of everything that is written (the command line's ``--output``).
+        enable_progress_bar: a bar on a terminal; never where the output is no terminal.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: Precision = "32-true",
+        logger: Logger | list[Logger] | bool = False,
+        callbacks: list[Callback] | Callback | None = None,
+        profiler: Profiler | str | None = None,
+        default_root_dir: str = "runs/latest",
+        enable_progress_bar: bool = True,
+    ) -> None:
+        bar = enable_progress_bar and console.is_terminal
+        chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        super().__init__(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            logger=logger,
+            callbacks=[*chosen, *([RichProgressBar()] if bar else [])],
+            profiler=profiler,
+            default_root_dir=default_root_dir,
+            enable_progress_bar=bar,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the data module's own sampler repeats no image
+        )
+
+    def merge(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Merge the experts of a suite into one encoder and write it as a directory.
+
+        open_clip loads the directory as ``local-dir:DIRECTORY``; ``test --model.merged DIRECTORY`` evaluates it.
+        """
+        output = Path(self.default_root_dir)
+        check_output(output)
+        # no images to predict: the model is set up on every process, which merges, and nothing else runs
+        super().predict(model, datamodule=datamodule, return_predictions=False)
+        if self.is_global_zero:
+            cast(MergedCLIP, model).save(output)
+
+    def validate(self, model: LightningModule, datamodule: LightningDataModule) -> None:  # type: ignore[override]
+        """Evaluate a merged encoder on every task's val split."""
+        super().validate(model, datamodule=datamodule, verbose=False)
+
+    def test(self, model: LightningModule, datamodule: LightningDataModule) -> None:  # type: ignore[override]
+        """Evaluate a merged encoder on every task's test split."""
+        super().test(model, datamodule=datamodule, verbose=False)
+
+    def predict(  # type: ignore[override]  # noqa: D417 (the CLI hides the others)
+        self, model: LightningModule, datamodule: LightningDataModule, task: str, images: str, top: int = 3
+    ) -> None:
+        """Classify the images of a folder with a merged encoder and one task's zero-shot head.
+
+        Args:
+            task: task of the suite whose classes are predicted.
+            images: a directory of images, or one image.
+            top: how many classes are written for each image.
+        """
+        model, datamodule = cast(MergedCLIP, model), cast(VisionTasks, datamodule)
+        tasks = datamodule.suite.tasks
+        if task not in tasks:
+            raise InputError(f"--task {task}: not a task of the suite; it has {', '.join(tasks)}")
+        folder = FlatFolder(images)
+        model.predictions = Predictions(task, tasks[task].classes, folder.paths, top)
+        datamodule.images = folder
+        super().predict(model, datamodule=datamodule, return_predictions=False)

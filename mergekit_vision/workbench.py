@@ -1,0 +1,127 @@
+"""Runs mergers and measures accuracies with one encoder: the bridge between weights, images and the contract."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_vision.checkpoints import CheckpointWeights
+from mergekit_vision.data import VisionTasks
+from mergekit_vision.encoder import Backbone, VisionEncoder, merged_weights
+from mergekit_vision.evaluation import measure, remembered
+from mergekit_vision.files import fingerprint
+from mergekit_vision.heads import ZeroShotHeads
+from mergekit_vision.hooks import capture_inputs
+from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer, Weights
+from mergekit_vision.progress import say, track
+from mergekit_vision.scaling import ScaleSearch, search_scale
+
+
+def _own(value: float | None) -> float | None:
+    return value
+
+
+@dataclass
+class Workbench:
+    """One encoder that lends itself to whatever weights are to be run; it has the backbone's whenever nobody uses it.
+
+    Attributes:
+        backbone: its description.
+        encoder: a linearized vision tower on ``device``.
+        base: the backbone's weights.
+        heads: zero-shot heads, on ``device``.
+        data: images and proxies of every task.
+        device: where everything runs.
+        share: gives every process the first one's value.
+        precision: makes the context of evaluation's forward passes, such as autocast; proxies run in float32.
+        precision_name: its name, for the cache of accuracies.
+    """
+
+    backbone: Backbone
+    encoder: VisionEncoder
+    base: Weights
+    heads: ZeroShotHeads
+    data: VisionTasks
+    device: torch.device
+    share: Callable[[float | None], float | None] = _own
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    precision_name: str = "32-true"
+
+    @contextmanager
+    def wearing(self, weights: Weights) -> Iterator[VisionEncoder]:
+        """The encoder with other weights, while the context is open."""
+        self.encoder.assign(weights)
+        try:
+            yield self.encoder
+        finally:
+            self.encoder.assign(self.base)
+
+    @torch.no_grad()
+    def merge(
+        self, merger: Merger, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None
+    ) -> Merged:
+        """Run a merger on some experts, task -> weights; ``choose_scale`` answers a merger that builds on a scaled model."""
+
+        @torch.no_grad()
+        def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
+            with self.wearing(experts[task] if model is None else merged_weights(self.base, model)) as encoder:
+                if model is not None and model.routed:
+                    encoder = copy.deepcopy(encoder)
+                    encoder.route(model.routed)
+                with capture_inputs(encoder, observers):
+                    for images in self.data.proxy_loader(task):
+                        encoder(images.to(self.device))
+
+        return merger.merge(MergeInputs(self.base, experts, self.encoder.linears, self.device, run_proxies, choose_scale, track))
+
+    def accuracy(self, task: str, split: str) -> float:
+        """Accuracy in [0, 1] of the weights that the encoder has, over all processes."""
+        loader = self.data.loader(task, split)
+        expected = len(loader.dataset)  # type: ignore[arg-type]
+        return measure(self.encoder, self.heads, task, loader, expected, self.device, self.precision())
+
+    def expert_accuracy(self, task: str, split: str, expert: CheckpointWeights) -> float:
+        """Accuracy of a task's own expert, measured once for a file, a data set, a head and a precision."""
+        head = self.heads.weight(task).cpu().numpy().tobytes()
+        parts = (
+            fingerprint(expert.path),
+            json.dumps([dict(self.backbone.model), dict(self.backbone.preprocess)], sort_keys=True, default=str),
+            hashlib.blake2b(head, digest_size=20).hexdigest(),
+            self.data.fingerprint(task, split),
+            self.precision_name,
+        )
+
+        def compute() -> float:
+            with self.wearing(expert):
+                return self.accuracy(task, split)
+
+        return remembered(parts, compute, self.share)
+
+    def search(self, merged: Merged, search: ScaleSearch, experts: Mapping[str, float]) -> list[dict[str, float]]:
+        """Try scaling coefficients on the ``val`` split of the merged tasks.
+
+        Args:
+            merged: what is scaled; merged once.
+            search: range and effort.
+            experts: task -> the expert's own accuracy on ``val``, which normalises.
+
+        Returns:
+            Every coefficient tried with its mean accuracy and mean normalised accuracy; the best is first.
+        """
+        rows = {}
+
+        def normalized(coefficient: float) -> float:
+            with self.wearing(merged_weights(self.base, merged, coefficient)):
+                accuracy = {task: self.accuracy(task, "val") for task in experts}
+            mean = sum(accuracy.values()) / len(accuracy)
+            score = sum(value / experts[task] for task, value in accuracy.items()) / len(accuracy)
+            rows[coefficient] = {"coefficient": coefficient, "accuracy": mean, "normalized": score}
+            say(f"coefficient {coefficient:.4g}: accuracy {100 * mean:.2f} %, normalised {100 * score:.2f} % on val")
+            return score
+
+        best, _ = search_scale(normalized, search)
+        return [rows[best], *(row for coefficient, row in rows.items() if coefficient != best)]

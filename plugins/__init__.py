@@ -1,0 +1,1 @@
+"""Merging methods, one a file; registered by entry points in ``setup.cfg``."""

@@ -1,0 +1,17 @@
+"""Model soup: the average of the experts."""
+
+from dataclasses import dataclass
+
+from mergekit_vision.merger import Merged, MergeInputs, Merger
+
+
+@dataclass(frozen=True)
+class Average(Merger):
+    """The average of the experts' weights: ``W = W_0 + mean_t τ_t``.
+
+    Source: Wortsman et al., "Model soups" (ICML 2022). No hyper-parameter; scaling coefficient 1.
+    """
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Average every parameter."""
+        return Merged({key: inputs.deltas(key).mean(0) for key in inputs.track(list(inputs.base), "merging")})

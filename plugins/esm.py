@@ -1,0 +1,120 @@
+"""ESM merging."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.functional.esd import EssentialSubspace, ShiftStatistic
+from mergekit_vision.functional.esm import TaskNorm, esm_merge, inter_layer_factors
+from mergekit_vision.functional.tsvm import tsvm_merge
+from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
+
+OutProj = Literal["tsvm", "esd", "mean"]
+Other = Literal["tsvm", "mean"]
+
+
+@dataclass(frozen=True)
+class ESM(Merger):
+    """Essential subspace merging: the directions in which each expert moves its activations on proxy images, made orthogonal.
+
+    Source: Essential Subspace Merging (CVPR 2026), in the form of the authors' code. The matrices of the blocks, attention's
+    output projection excepted, are merged in the essential subspaces of the experts' layer inputs; parameters that are no
+    matrices are averaged. The scaling coefficient, 1 by default, multiplies the former only; all else is added as it is.
+
+    Args:
+        eigenvalue_power: power of the shift eigenvalues that weights directions and coordinates. 0 switches the weights off.
+        inter_task: power of a task's relative norm that scales its coordinates.
+        inter_dimension: power of an input dimension's relative norm that scales it.
+        inter_layer: power of a layer's relative norm, among the layers of its kind, that scales its merged task vector.
+        gain: constant factor; doubling it and halving the scaling coefficient gives the same model.
+        rank: directions a task keeps, at most the numerical rank. Published, and the default: ``d_out // T``.
+        norm: a task's norm, of the whole task vector ("delta", published code) or of its coordinates in the essential subspace
+            ("truncated", paper's text).
+        out_proj: how attention's output projection is merged: "tsvm" (published), "esd" like the other block matrices, "mean".
+        other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged: "tsvm"
+            (published) or "mean".
+    """
+
+    eigenvalue_power: float = 0.15
+    inter_task: float = 2.0
+    inter_dimension: float = 2.0
+    inter_layer: float = 2.0
+    gain: float = 2.0
+    rank: int | None = None
+    norm: TaskNorm = "delta"
+    out_proj: OutProj = "tsvm"
+    other: Other = "tsvm"
+
+    def __post_init__(self) -> None:
+        for name in ("eigenvalue_power", "inter_task", "inter_dimension", "inter_layer", "gain"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise InputError(f"ESM: {name} is {value}, but must be a finite number, 0 or more")
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"ESM: rank is {self.rank}, but must be at least 1, or null for d_out // T")
+        for name, options in (("norm", TaskNorm), ("out_proj", OutProj), ("other", Other)):
+            if getattr(self, name) not in get_args(options):
+                raise InputError(f"ESM: {name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(options))}")
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Run every expert once on its proxy images, then merge parameter by parameter."""
+        subspaces = self._subspaces(inputs)
+        out_proj = {weight_key(linear) for linear in inputs.linears if _kind(linear) == "out_proj"}
+        update: dict[str, Tensor] = {}
+        for key in inputs.track(list(inputs.base), "merging"):
+            deltas = inputs.deltas(key)
+            if not deltas.any():
+                continue
+            if key in subspaces:
+                update[key] = self._essential(deltas, subspaces.pop(key))
+            else:
+                spectral = deltas.dim() == 3 and (self.out_proj if key in out_proj else self.other) == "tsvm"
+                update[key] = tsvm_merge(deltas) if spectral else deltas.mean(0)
+        self._scale_layers(update, inputs.linears)
+        return Merged(update, fixed=frozenset(update) - {weight_key(linear) for linear in self._essential_linears(inputs)})
+
+    def _essential_linears(self, inputs: MergeInputs) -> list[str]:
+        return [linear for linear in inputs.linears if self.out_proj == "esd" or _kind(linear) != "out_proj"]
+
+    def _subspaces(self, inputs: MergeInputs) -> dict[str, list[EssentialSubspace]]:
+        """Every task's essential subspace of every matrix, by key; one task's statistics are held at a time."""
+        linears = self._essential_linears(inputs)
+        found: dict[str, list[EssentialSubspace]] = {weight_key(linear): [] for linear in linears}
+        for task in inputs.track(inputs.tasks, "proxies"):
+            statistics = {linear: ShiftStatistic(inputs.delta(task, weight_key(linear))) for linear in linears}
+            moved = {linear: statistic for linear, statistic in statistics.items() if statistic.delta.any()}
+            if moved:
+                inputs.observe(task, moved)
+            for linear in linears:
+                statistic = statistics.pop(linear)
+                k = len(statistic.delta) // len(inputs.tasks) if self.rank is None else self.rank
+                found[weight_key(linear)].append(statistic.subspace(k))
+        return found
+
+    def _essential(self, deltas: Tensor, subspaces: list[EssentialSubspace]) -> Tensor:
+        return esm_merge(
+            deltas,
+            subspaces,
+            eigenvalue_power=self.eigenvalue_power,
+            inter_task=self.inter_task,
+            inter_dimension=self.inter_dimension,
+            gain=self.gain,
+            norm=self.norm,
+        )
+
+    def _scale_layers(self, update: dict[str, Tensor], linears: tuple[str, ...]) -> None:
+        """Scale the merged matrices in place by their norm among the layers of their kind, unchanged layers included."""
+        for kind in {_kind(linear) for linear in linears}:
+            keys = [weight_key(linear) for linear in linears if _kind(linear) == kind]
+            norms = torch.tensor([float(update[key].double().norm()) if key in update else 0.0 for key in keys])
+            for key, factor in zip(keys, inter_layer_factors(norms, self.inter_layer).tolist(), strict=True):
+                if key in update:
+                    update[key] *= factor
+
+
+def _kind(linear: str) -> str:
+    """The Linear's place in its block: ``in_proj``, ``out_proj``, ``c_fc`` or ``c_proj``."""
+    return linear.rpartition(".")[2]

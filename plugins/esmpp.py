@@ -1,0 +1,194 @@
+"""ESM++: a merged base plus low-rank experts, one chosen per image in every routed layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.functional.esd import ShiftStatistic
+from mergekit_vision.functional.routing import Pooling, discriminant, pool_tokens
+from mergekit_vision.layers import Evidence, LinearKind, LowRankExperts, linears_of_kind, pad_rank
+from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
+from mergekit_vision.routers import CosineRouter, LinearRouter, Router
+
+Rule = Literal["cosine", "centered", "discriminant"]
+Statistics = Literal["experts", "base", "routed"]
+Decision = Literal["layer", "sum", "hold"]
+
+Features = Mapping[str, list[Tensor]]
+"""Linear name -> for each task, the pooled inputs of its proxy images, ``[n_t, f]``."""
+
+
+@dataclass(frozen=True)
+class ESMPP(Merger):
+    """ESM++: what the merged base misses of each expert, as low-rank experts that are chosen per image.
+
+    Source: the extended paper of Essential Subspace Merging (arXiv 2606.19164). In each routed layer the residual of expert
+    ``t`` against the merged base (at the coefficient at which it is used) keeps its ``rank`` essential directions on the
+    task's proxy images. An image takes the expert whose prototype, the mean of the expert's own layer inputs, is nearest by
+    cosine to the mean of its tokens; each layer decides for itself. The remaining arguments vary that rule; all variants are
+    training-free and decide for each image on its own.
+
+    Args:
+        base: merges the base; ESM with its defaults where ``None``. With scaling coefficient 0, :class:`TaskArithmetic` makes it
+            the backbone.
+        rank: of the experts.
+        layers: which Linear layers of each block are routed.
+        rule: "cosine" to the prototypes (published); "centered", the same after subtracting the mean of the prototypes;
+            "discriminant", the log-posteriors of a linear discriminant with a shared, shrunk covariance.
+        statistics: whose inputs on the proxy images the rule is fitted to: the "experts'" own (published), the merged "base"'s,
+            or the "routed" model's, itself routed by a rule fitted to the base.
+        decision: each "layer" by its own scores (published); by the "sum" of the scores of all layers so far; or the layers
+            from ``held_layer`` on "hold" the decision of that layer.
+        held_layer: index among the routed layers.
+        pooling: what the discriminant knows of an image: the "mean" over its tokens, their standard "deviation", the "first"
+            (class) token, side by side. The cosine takes the mean.
+        shrinkage: of the discriminant's covariance towards its diagonal, above 0 and at most 1.
+        top_k: experts an image mixes, weighted by the softmax of their scores over ``temperature``.
+        temperature: of that softmax.
+    """
+
+    base: Merger | None = None
+    rank: int = 32
+    layers: tuple[LinearKind, ...] = ("in_proj", "c_fc")
+    rule: Rule = "cosine"
+    statistics: Statistics = "experts"
+    decision: Decision = "layer"
+    held_layer: int = 0
+    pooling: tuple[Pooling, ...] = ("mean",)
+    shrinkage: float = 0.5
+    top_k: int = 1
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for argument, least in (("rank", 1), ("top_k", 1), ("held_layer", 0)):
+            if getattr(self, argument) < least:
+                raise InputError(f"{name}: {argument} is {getattr(self, argument)}, but must be at least {least}")
+        if not (0 < self.shrinkage <= 1 and self.temperature > 0):
+            raise InputError(
+                f"{name}: shrinkage is {self.shrinkage} and temperature {self.temperature}, "
+                "but shrinkage must be above 0 and at most 1, temperature above 0"
+            )
+        if not self.pooling or not set(self.pooling) <= set(get_args(Pooling)):
+            raise InputError(f"{name}: pooling is {list(self.pooling)}, but must name some of {', '.join(get_args(Pooling))}")
+        if tuple(self.pooling) != ("mean",) and self.rule != "discriminant":
+            raise InputError(f"{name}: pooling {list(self.pooling)} needs rule discriminant; the cosine is of the mean token")
+        for argument, options in (("rule", Rule), ("statistics", Statistics), ("decision", Decision)):
+            if getattr(self, argument) not in get_args(options):
+                raise InputError(
+                    f"{name}: {argument} is {getattr(self, argument)!r}, but must be one of {', '.join(get_args(options))}"
+                )
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Merge the base, decompose the residuals, fit the routers."""
+        names = linears_of_kind(inputs.linears, self.layers)
+        base = self._merged_base(inputs)
+        factors, features = self._decompose(inputs, names, base)
+        if self.statistics != "experts":
+            features = self._observe(inputs, names, base)
+        merged = replace(base, routed=self._routed(factors, features))
+        if self.statistics == "routed":
+            merged = replace(base, routed=self._routed(factors, self._observe(inputs, names, merged)))
+        return merged
+
+    def _merged_base(self, inputs: MergeInputs) -> Merged:
+        """The base at its final coefficient, which nothing changes any more."""
+        from .esm import ESM  # here, as only the default depends on another plugin
+
+        merged = (ESM() if self.base is None else self.base).merge(inputs)
+        if merged.routed:
+            raise InputError(
+                f"{type(self).__name__}: base {type(self.base).__name__} has routed experts itself; take a static one"
+            )
+        scale = inputs.coefficient(merged)
+        update = {key: merged.coefficient(key, scale) * value for key, value in merged.update.items()}
+        return Merged(update, scale, fixed=frozenset(update))
+
+    def _decompose(
+        self, inputs: MergeInputs, names: list[str], base: Merged
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Features]:
+        """Each layer's factors ``up [T, d_out, r]`` and ``down [T, r, d_in]``, and the experts' pooled inputs."""
+        ups: dict[str, list[Tensor]] = {name: [] for name in names}
+        downs: dict[str, list[Tensor]] = {name: [] for name in names}
+        features: dict[str, list[Tensor]] = {name: [] for name in names}
+        for task in inputs.track(inputs.tasks, "experts"):
+            shifts = {name: ShiftStatistic(_residual(inputs, task, weight_key(name), base)) for name in names}
+            pools = {name: _Pool(self.pooling, shifts[name]) for name in names}
+            inputs.observe(task, pools)
+            for name in names:
+                delta, directions = shifts[name].delta, shifts.pop(name).subspace(self.rank).directions
+                rank = min(self.rank, *delta.shape)
+                ups[name].append(pad_rank(directions, rank, 1))
+                downs[name].append(pad_rank((directions.double().T @ delta.double()).float(), rank, 0))
+                features[name].append(pools[name].features)
+        return {name: (torch.stack(ups[name]), torch.stack(downs[name])) for name in names}, features
+
+    def _observe(self, inputs: MergeInputs, names: list[str], model: Merged) -> Features:
+        """Pooled inputs of the merged ``model``."""
+        features: dict[str, list[Tensor]] = {name: [] for name in names}
+        for task in inputs.track(inputs.tasks, "routing"):
+            pools = {name: _Pool(self.pooling) for name in names}
+            inputs.observe(task, pools, model)
+            for name in names:
+                features[name].append(pools[name].features)
+        return features
+
+    def _routed(self, factors: Mapping[str, tuple[Tensor, Tensor]], features: Features) -> dict[str, LowRankExperts]:
+        if self.decision == "hold" and self.held_layer >= len(factors):
+            raise InputError(
+                f"{type(self).__name__}: held_layer is {self.held_layer}, but there are {len(factors)} routed layers"
+            )
+        return {
+            name: LowRankExperts(up, down, self._router(features[name]), evidence=self._evidence(position))
+            for position, (name, (up, down)) in enumerate(factors.items())
+        }
+
+    def _evidence(self, position: int) -> Evidence:
+        if self.decision == "layer":
+            return "own"
+        if self.decision == "sum":
+            return "add" if position else "start"
+        return "own" if position < self.held_layer else "start" if position == self.held_layer else "hold"
+
+    def _router(self, features: list[Tensor]) -> Router:
+        if self.rule == "discriminant":
+            weight, bias = discriminant(features, self.shrinkage)
+            return LinearRouter(weight.float(), bias.float(), self.pooling, self.top_k, self.temperature)
+        prototypes = torch.stack([group.double().mean(0) for group in features]).float()
+        return CosineRouter(prototypes, prototypes.mean(0) if self.rule == "centered" else None, self.top_k, self.temperature)
+
+
+@dataclass(frozen=True)
+class ESMPPBayes(ESMPP):
+    """ESM++ with a router of its own."""
+
+    rule: Rule = "discriminant"
+    statistics: Statistics = "base"
+    pooling: tuple[Pooling, ...] = ("mean", "deviation", "first")
+
+
+class _Pool:
+    """Observer that keeps the pooled tokens of each image, and passes the input on."""
+
+    def __init__(self, pooling: Sequence[Pooling], then: Callable[[Tensor], None] | None = None) -> None:
+        self._pooling, self._then = pooling, then
+        self._batches: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        self._batches.append(pool_tokens(x, self._pooling))
+        if self._then is not None:
+            self._then(x)
+
+    @property
+    def features(self) -> Tensor:
+        return torch.cat(self._batches)
+
+
+def _residual(inputs: MergeInputs, task: str, key: str, base: Merged) -> Tensor:
+    """What the base misses of an expert's matrix."""
+    delta = inputs.delta(task, key)
+    return delta.sub_(base.update[key].to(delta.device)) if key in base.update else delta

@@ -1,0 +1,71 @@
+"""SMILE: the backbone plus low-rank experts, chosen per token by the subspaces of the task vectors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.functional.linalg import top_svd
+from mergekit_vision.layers import LinearKind, LowRankExperts, linears_of_kind, pad_rank
+from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
+from mergekit_vision.routers import ProjectionRouter
+
+
+@dataclass(frozen=True)
+class SMILE(Merger):
+    """A mixture of low-rank experts without data: each token takes the experts whose leading input directions it lies in.
+
+    Source: Tang et al., "SMILE: zero-shot sparse mixture of low-rank experts construction from pre-trained foundation models"
+    (arXiv 2408.10174). In each routed layer expert ``t`` is the rank-``rank`` SVD of its task vector, together with its bias's
+    task vector; a token's score is the norm of its projection onto the ``gate_rank`` leading right singular vectors. The rest
+    is the backbone's. The scaling coefficient has no effect.
+
+    Args:
+        rank: of the experts, at most the layer's.
+        gate_rank: right singular vectors that score a token. Near the layer's full rank all experts score alike.
+        top_k: experts a token mixes, weighted by the softmax of their scores.
+        layers: which Linear layers of each block are routed.
+        rest: parameters outside of the routed layers: the backbone's ("base"), or averaged over the experts ("mean").
+    """
+
+    rank: int = 32
+    gate_rank: int = 16
+    top_k: int = 1
+    layers: tuple[LinearKind, ...] = ("in_proj", "out_proj", "c_fc", "c_proj")
+    rest: Literal["base", "mean"] = "base"
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "gate_rank", "top_k"):
+            if getattr(self, name) < 1:
+                raise InputError(f"SMILE: {name} is {getattr(self, name)}, but must be at least 1")
+        if self.rest not in ("base", "mean"):
+            raise InputError(f"SMILE: rest is {self.rest!r}, but must be one of base, mean")
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Decompose the task vectors of the routed layers."""
+        names = linears_of_kind(inputs.linears, self.layers)
+        routed = {name: self._experts(inputs, name) for name in inputs.track(names, "experts")}
+        update = {}
+        if self.rest == "mean":
+            own = {weight_key(name) for name in names} | {bias_key(name) for name in names}
+            update = {key: inputs.deltas(key).mean(0) for key in inputs.base if key not in own}
+        return Merged(update, fixed=frozenset(update), routed=routed)
+
+    def _experts(self, inputs: MergeInputs, name: str) -> LowRankExperts:
+        key, bias = weight_key(name), bias_key(name)
+        up, down, basis = [], [], []
+        for task in inputs.tasks:
+            delta = inputs.delta(task, key)
+            rank, gate = (min(size, *delta.shape) for size in (self.rank, self.gate_rank))
+            U, S, Vh = top_svd(delta, max(rank, gate))
+            up.append(pad_rank(U * S, rank, 1))
+            down.append(pad_rank(Vh, rank, 0))
+            basis.append(pad_rank(Vh, gate, 0))
+        shift = inputs.deltas(bias) if bias in inputs.base else None
+        return LowRankExperts(torch.stack(up), torch.stack(down), ProjectionRouter(torch.stack(basis), self.top_k), shift)
+
+
+def bias_key(name: str) -> str:
+    """open_clip key of a Linear layer's bias."""
+    return weight_key(name).removesuffix("weight") + "bias"

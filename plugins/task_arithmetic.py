@@ -1,0 +1,19 @@
+"""Task arithmetic: the sum of the task vectors."""
+
+from dataclasses import dataclass
+
+from mergekit_vision.merger import Merged, MergeInputs, Merger
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Merger):
+    """The scaled sum of the task vectors: ``W = W_0 + scale * Σ_t τ_t``.
+
+    Source: Ilharco et al., "Editing models with task arithmetic" (ICLR 2023). Scaling coefficient 0.3, the usual one without
+    validation data; on such data it is chosen up to 1.
+    """
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Add up the task vectors of every parameter."""
+        update = {key: inputs.deltas(key).sum(0) for key in inputs.track(list(inputs.base), "merging")}
+        return Merged(update, scale=0.3)

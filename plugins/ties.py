@@ -1,0 +1,68 @@
+"""TIES merging."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.functional.ties import Aggregate, magnitude_threshold, ties_merge
+from mergekit_vision.merger import Merged, MergeInputs, Merger
+
+
+@dataclass(frozen=True)
+class TIES(Merger):
+    """Trim small entries of the task vectors, elect a sign for every parameter, merge the entries that have it.
+
+    Source: Yadav et al., "TIES-Merging" (NeurIPS 2023), algorithm 1, with the threshold of the published code: the m-th smallest
+    magnitude of a task's whole vector, m = P - floor(P * density), is kept with all that is not smaller. Scaling coefficient 1.
+
+    Args:
+        density: share of each task vector's entries that is kept, in (0, 1]. Published: 0.2 (top 20 %).
+        aggregate: what becomes of the entries with the elected sign: "mean" (published), "sum" or "max".
+        count_frozen: entries of frozen tensors, such as the text tower's, that count towards P. Codes that store them keep more
+            than ``density`` of the vision tower.
+    """
+
+    density: float = 0.2
+    aggregate: Aggregate = "mean"
+    count_frozen: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise InputError(
+                f"TIES: density is {self.density}, but must be a share of the entries in (0, 1], such as 0.2 for 20 %"
+            )
+        if self.aggregate not in get_args(Aggregate):
+            raise InputError(f"TIES: aggregate is {self.aggregate!r}, but must be one of {', '.join(get_args(Aggregate))}")
+        if self.count_frozen < 0:
+            raise InputError(f"TIES: count_frozen is {self.count_frozen}, but must be a number of entries, 0 or more")
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Find each task's threshold, then merge tensor by tensor; no task vector is ever held in one piece."""
+        thresholds = self._thresholds(inputs)
+        update, cancelled, votes = {}, [], 0
+        for key in inputs.track(list(inputs.base), "merging"):
+            result = ties_merge(inputs.deltas(key), thresholds, self.aggregate)
+            update[key] = result.merged
+            votes += result.votes
+            if result.cancelled:
+                cancelled.append(key)
+        # exact cancellations take the majority sign of the whole model, known only now; they were merged as if it were +1
+        if votes <= 0:
+            for key in cancelled:
+                update[key] = ties_merge(inputs.deltas(key), thresholds, self.aggregate, tie_sign=-1 if votes else 0).merged
+        return Merged(update)
+
+    def _thresholds(self, inputs: MergeInputs) -> Tensor:
+        def entries(task: str) -> Iterator[Tensor]:
+            return (inputs.delta(task, key) for key in inputs.base)
+
+        found = [
+            magnitude_threshold(partial(entries, task), self.density, self.count_frozen)
+            for task in inputs.track(inputs.tasks, "thresholds")
+        ]
+        return torch.tensor(found, dtype=torch.float32, device=inputs.device)

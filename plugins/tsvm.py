@@ -1,0 +1,47 @@
+"""TSV-M merging."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.functional.tsvm import tsvm_merge
+from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
+
+Other = Literal["tsvm", "mean"]
+
+
+@dataclass(frozen=True)
+class TSVM(Merger):
+    """Task singular vectors: truncated SVDs of the task vectors, orthogonalised against each other.
+
+    Source: Gargiulo et al., "Task Singular Vectors" (CVPR 2025), TSV-Merge. Parameters that are no matrices are averaged. The
+    scaling coefficient, 1 by default, multiplies everything, averages included.
+
+    Args:
+        rank: singular triplets a task keeps, at most the numerical rank. Published, and the default: ``min(d_out, d_in) // T``.
+        other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged: "tsvm"
+            like the rest (published) or "mean".
+    """
+
+    rank: int | None = None
+    other: Other = "tsvm"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"TSVM: rank is {self.rank}, but must be at least 1, or null for min(d_out, d_in) // T")
+        if self.other not in get_args(Other):
+            raise InputError(f"TSVM: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
+        blocks = {weight_key(linear) for linear in inputs.linears}
+        update: dict[str, Tensor] = {}
+        for key in inputs.track(list(inputs.base), "merging"):
+            deltas = inputs.deltas(key)
+            if not deltas.any():
+                continue
+            spectral = deltas.dim() == 3 and (key in blocks or self.other == "tsvm")
+            update[key] = tsvm_merge(deltas, self.rank) if spectral else deltas.mean(0)
+        return Merged(update)

@@ -1,0 +1,68 @@
+"""The published formulas, written plainly in float64 with full SVDs; nothing of the package is used."""
+
+import torch
+from torch import Tensor
+
+
+def polar_svd(M: Tensor) -> tuple[Tensor, float]:
+    """``U Vᵀ`` and the mean of the thin singular values."""
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U @ Vh, float(S.mean())
+
+
+def ties(vectors: Tensor, percent: int, aggregate: str) -> Tensor:
+    """Trim, elect, merge on whole task vectors, ``[T, P]``."""
+    T, P = vectors.shape
+    trimmed = torch.zeros_like(vectors)
+    for t in range(T):
+        m = P - (P * percent) // 100
+        threshold = vectors[t].abs().sort().values[m - 1] if m > 0 else 0.0
+        keep = vectors[t].abs() >= threshold
+        trimmed[t, keep] = vectors[t, keep]
+    sign = torch.sign(trimmed.sum(0))
+    sign[sign == 0] = torch.sign(sign.sum())
+    agreeing = torch.where(torch.sign(trimmed) == sign, trimmed, torch.zeros_like(trimmed))
+    if aggregate == "max":
+        return agreeing.gather(0, agreeing.abs().argmax(0, keepdim=True))[0]
+    total = agreeing.sum(0)
+    return total / (agreeing != 0).sum(0).clamp(min=1) if aggregate == "mean" else total
+
+
+def tsvm(deltas: Tensor, k: int | None = None) -> Tensor:
+    T, o, i = deltas.shape
+    k = min(o, i) // T if k is None else k
+    svds = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    U = torch.cat([svd[0][:, :k] for svd in svds], 1)
+    S = torch.cat([svd[1][:k] for svd in svds])
+    V = torch.cat([svd[2][:k] for svd in svds])
+    return polar_svd(U)[0] @ torch.diag(S) @ polar_svd(V)[0]
+
+
+def esm(deltas: Tensor, rows: list[Tensor], *, power=0.15, task=2.0, dimension=2.0, gain=2.0, k=None, norm="delta") -> Tensor:
+    """Steps 1 to 6 of ESM on one matrix: ``deltas`` is ``[T, o, i]``, ``rows[t]`` is ``[n, i]``."""
+    T, o, _ = deltas.shape
+    k = o // T if k is None else k
+    Es, Cs, norms = [], [], []
+    for delta, X in zip(deltas, rows, strict=True):
+        Y = X @ delta.T
+        _, S, Vh = torch.linalg.svd(Y, full_matrices=False)
+        # k may exceed the rank of Y: null directions are left out
+        kept = min(k, int((S / S[0] > 1e-9).sum()))
+        eigenvalues, E = S[:kept] ** 2 / (len(Y) - 1), Vh[:kept].T
+        C = E.T @ delta
+        norms.append((delta if norm == "delta" else C).norm())
+        w = (eigenvalues / eigenvalues.mean()) ** power
+        w = w / w.mean()
+        Es.append(E @ torch.diag(w))
+        Cs.append(torch.diag(w) @ C)
+    mean = sum(norms) / T
+    E, C = torch.cat(Es, 1), torch.cat([(nu / mean) ** task * C for nu, C in zip(norms, Cs, strict=True)])
+    columns = C.norm(dim=0)
+    C = C @ torch.diag((columns / columns.mean()) ** dimension)
+    (polar_E, mean_E), (polar_C, mean_C) = polar_svd(E), polar_svd(C)
+    return gain * mean_E * mean_C * polar_E @ polar_C
+
+
+def inter_layer(layers: list[Tensor], power: float = 2.0) -> list[Tensor]:
+    mean = sum(layer.norm() for layer in layers) / len(layers)
+    return [(layer.norm() / mean) ** power * layer for layer in layers]

@@ -1,0 +1,165 @@
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mergekit_vision.checkpoints import open_weights, save_safetensors
+from mergekit_vision.errors import InputError
+
+WEIGHTS = {"conv1.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "proj": torch.randn(4, 2, dtype=torch.float64).half()}
+TEXT = {"text_projection": torch.zeros(3, 3), "logit_scale": torch.tensor(1.0)}
+
+
+def write(path: Path, tensors: dict[str, Tensor], legacy: bool = False) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.pth", "x.bin", "x.ckpt", "legacy.pt"])
+@pytest.mark.parametrize("prefix", ["visual.", "model.visual.", ""])
+def test_keys_values_and_shapes_whatever_the_style(tmp_path: Path, name: str, prefix: str):
+    text = {prefix.removesuffix("visual.") + key: value for key, value in TEXT.items()} if prefix else {}
+    stored = {prefix + key: value for key, value in WEIGHTS.items()}
+    weights = open_weights(write(tmp_path / name, {**text, **stored}, legacy=name.startswith("legacy")))
+    assert sorted(weights) == ["visual.conv1.weight", "visual.proj"]
+    assert weights.shapes == {"visual.conv1.weight": (2, 3, 2, 2), "visual.proj": (4, 2)}
+    assert weights.path == tmp_path / name
+    for key, value in WEIGHTS.items():
+        assert torch.equal(weights[f"visual.{key}"], value)
+        assert weights[f"visual.{key}"].dtype == value.dtype
+    with pytest.raises(KeyError):
+        weights["visual.nothing"]
+
+
+def test_the_content_decides_over_the_suffix(tmp_path: Path):
+    path = write(tmp_path / "x.safetensors", WEIGHTS).rename(tmp_path / "x.pt")
+    assert torch.equal(open_weights(path)["visual.proj"], WEIGHTS["proj"])
+    path = write(tmp_path / "y.pt", WEIGHTS).rename(tmp_path / "y.weights")
+    assert torch.equal(open_weights(path)["visual.proj"], WEIGHTS["proj"])
+
+
+def _sum(weights, results):
+    results.put(float(weights["visual.conv1.weight"].sum()))
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+def test_survives_pickling_and_a_fork(tmp_path: Path, name: str):
+    weights = open_weights(write(tmp_path / name, WEIGHTS))
+    expected = float(weights["visual.conv1.weight"].sum())
+    assert float(pickle.loads(pickle.dumps(weights))["visual.conv1.weight"].sum()) == expected
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=_sum, args=(weights, results))
+    process.start()
+    assert results.get(timeout=60) == expected
+    process.join()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_reading_a_large_file_takes_no_memory_of_its_own(tmp_path: Path, suffix: str):
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs Linux's /proc")
+
+    def anonymous() -> int:
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) // 1024
+
+    path = write(tmp_path / f"x{suffix}", {f"visual.{i}": torch.full((4 << 20,), float(i)) for i in range(8)})  # 128 MiB
+    weights = open_weights(path)
+    before = anonymous()
+    total = sum(float(weights[key].sum()) for key in weights)
+    assert total == sum(range(8)) * (4 << 20)
+    assert anonymous() - before < 40
+
+
+def test_pickled_model_is_refused_with_the_remedy(tmp_path: Path):
+    torch.save(nn.Linear(2, 2), tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x\.pt.*save `model\.state_dict\(\)`"):
+        open_weights(tmp_path / "x.pt")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (pytest.fail, ("code from the file was run",))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, zipped: bool):
+    torch.save({"visual.proj": Malicious()}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match="holds Python objects"):
+        open_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive:UserWarning")
+def test_torchscript_is_refused_with_the_remedy(tmp_path: Path):
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
+    with pytest.raises(InputError, match="TorchScript"):
+        open_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "legacy.pt"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.95])
+def test_truncated_files_are_named(tmp_path: Path, name: str, kept: float):
+    path = write(tmp_path / name, {"visual.proj": torch.randn(100, 100)}, legacy=name.startswith("legacy"))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(InputError, match=path.name):
+        open_weights(path)
+
+
+def test_other_files_are_named(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("a plain text file of some length")
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "text.pt").write_text("<!DOCTYPE html> not a checkpoint")
+    for name, hint in (("notes.txt", "neither"), ("lfs.safetensors", "git lfs pull"), ("text.pt", "not saved by torch.save")):
+        with pytest.raises(InputError, match=f"{name}.*{hint}"):
+            open_weights(tmp_path / name)
+    with pytest.raises(InputError, match=r"missing\.pt: cannot be read"):
+        open_weights(tmp_path / "missing.pt")
+    with pytest.raises(InputError, match="cannot be read"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ([torch.zeros(2)], "holds a list"),
+        ({}, "is empty"),
+        (
+            {"epoch": 3, "state_dict": {"visual.proj": torch.zeros(2)}},
+            r"entry 'epoch' is a int; save `checkpoint\['state_dict'\]`",
+        ),
+        (torch.zeros(2), "holds a Tensor"),
+    ],
+)
+def test_not_a_state_dict(tmp_path: Path, content: object, hint: str):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=hint):
+        open_weights(tmp_path / "x.pt")
+
+
+def test_save_safetensors_copes_with_views_and_shared_memory(tmp_path: Path):
+    matrix = torch.arange(12.0).reshape(3, 4)
+    tensors = {"a": matrix, "b": matrix, "c": matrix.T, "d": matrix[1], "e": nn.Parameter(torch.ones(2))}
+    save_safetensors(tmp_path / "deep" / "x.safetensors", tensors, {"method": "test"})
+    stored = load_file(tmp_path / "deep" / "x.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "deep" / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "method": "test"}
+
+
+def test_zoo_expert_opens_without_reading_tensors(zoo: Path):
+    backbone = open_weights(zoo / "base" / "open_clip_model.safetensors")
+    assert open_weights(zoo / "experts" / "mnist.safetensors").shapes == backbone.shapes
+    assert all(key.startswith("visual.") for key in backbone)

@@ -1,0 +1,277 @@
+import gc
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZES, TASKS, encoded, picture
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, DistributedSampler
+
+from mergekit_vision.data import Proxies, VisionTasks
+from mergekit_vision.encoder import describe
+from mergekit_vision.errors import InputError
+from mergekit_vision.pixels import ExactSampler
+from mergekit_vision.sources import FlatFolder, open_source
+from mergekit_vision.suite import Suite
+
+
+def whole_split(suite: Path, task: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference: open_clip's own transform on every image, in order."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    loaded = Suite.load(suite)
+    transform = image_transform_v2(PreprocessCfg(**describe(loaded.backbone, None).preprocess), is_train=False)
+    source = open_source(loaded.tasks[task].data[split])
+    images, labels = zip(*(source[index] for index in range(len(source))), strict=True)
+    return torch.stack([transform(image) for image in images]), torch.tensor(labels)
+
+
+def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache_mb", [0, 2048])
+def test_batches_are_open_clips_bit_by_bit_on_every_pass(tiny_suite: Path, workers: int, cache_mb: int):
+    data = VisionTasks(str(tiny_suite), batch_size=8, num_workers=workers, cache_mb=cache_mb)
+    images, labels = whole_split(tiny_suite, "greys", "test")
+    for _ in range(3):
+        loader = data.loader("greys", "test")
+        assert isinstance(loader, DataLoader)
+        assert (len(loader), len(loader.dataset)) == (6, 41)
+        found = joined(loader)
+        assert torch.equal(found[0], images)
+        assert torch.equal(found[1], labels)
+        assert (found[0].dtype, found[1].dtype) == (torch.float32, torch.int64)
+
+
+def test_a_complete_pass_is_decoded_once_and_an_incomplete_one_again(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
+    from mergekit_vision.parquet import ParquetImages
+
+    decoded = []
+    read = ParquetImages.__getitem__
+    monkeypatch.setattr(ParquetImages, "__getitem__", lambda self, index: decoded.append(index) or read(self, index))
+    data = VisionTasks(str(tiny_suite), batch_size=8)
+    next(iter(data.loader("greys", "test")))
+    gc.collect()
+    assert len(decoded) == 8
+    decoded.clear()
+    for _ in range(3):
+        list(data.loader("greys", "test"))
+    assert decoded == list(range(41))
+
+
+def test_changing_a_batch_does_not_change_the_next_pass(tiny_suite: Path):
+    data = VisionTasks(str(tiny_suite))
+    first = joined(data.loader("colours", "val"))[0].clone()
+    for images, labels in data.loader("colours", "val"):
+        images.zero_()
+        labels.zero_()
+    images, labels = joined(data.loader("colours", "val"))
+    assert torch.equal(images, first)
+    assert torch.equal(labels, whole_split(tiny_suite, "colours", "val")[1])
+
+
+def test_the_cache_keeps_within_its_limit(tiny_suite: Path):
+    data = VisionTasks(str(tiny_suite), batch_size=8, cache_mb=1)
+    data._cache.limit = 41 * 3 * 16 * 16 + 10  # one test split of uint8 pixels
+    for task in TASKS:
+        joined(data.loader(task, "test"))
+    assert list(data._cache.passes) == [("colours", "test", 1, 0)]
+    assert data._cache.used == 41 * 3 * 16 * 16
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 0), (50, 0), (3, 2)])
+def test_shards_hold_every_image_once(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch, world: int, workers: int):
+    data = VisionTasks(str(tiny_suite), batch_size=4, num_workers=workers)
+    images, labels = whole_split(tiny_suite, "stripes", "test")
+    shards = []
+    for _ in range(2):  # the second pass comes from the cache, where each rank has its own
+        shards = []
+        for rank in range(world):
+            monkeypatch.setattr(data, "_place", lambda rank=rank: (world, rank))
+            loader = data.loader("stripes", "test")
+            assert isinstance(loader.sampler, DistributedSampler)
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            shards.append(joined(batches) if batches else (images[:0], labels[:0]))
+    for rank, (pixels, classes) in enumerate(shards):
+        assert torch.equal(pixels, images[rank::world])
+        assert torch.equal(classes, labels[rank::world])
+    assert sum(len(pixels) for pixels, _ in shards) == SIZES["test"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 9])
+def test_sampler_covers_any_length(size: int, world: int):
+    samplers = [ExactSampler(range(size), world, rank) for rank in range(world)]
+    assert sorted(index for sampler in samplers for index in sampler) == list(range(size))
+    assert all(len(list(sampler)) == len(sampler) for sampler in samplers)
+
+
+class Count(LightningModule):
+    """Writes what it saw of each task to one file a rank."""
+
+    def __init__(self, place: Path):
+        super().__init__()
+        self.place, self.seen = place, {}
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        self.seen.setdefault(dataloader_idx, []).extend(zip(batch[0].sum((1, 2, 3)).tolist(), batch[1].tolist(), strict=True))
+
+    def on_test_end(self):
+        (self.place / str(self.global_rank)).write_bytes(pickle.dumps(self.seen))
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="forks")
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_on_two_processes_sees_every_image_once(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = VisionTasks(str(tiny_suite), batch_size=8)
+    source = open_source(Suite.load(tiny_suite).tasks["greys"].data["test"])
+    monkeypatch.setattr(type(source), "__len__", lambda self: 1 if "greys" in str(self._groups[0].path) else 41)
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    trainer.test(Count(tmp_path), datamodule=data, verbose=False)
+    ranks = [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)]
+    for number, task in enumerate(TASKS):
+        images, labels = whole_split(tiny_suite, task, "test")
+        expected = sorted(zip(images.sum((1, 2, 3)).tolist(), labels.tolist(), strict=True))
+        found = sorted(item for rank in ranks for item in rank.get(number, []))
+        assert [label for _, label in found] == [label for _, label in expected]
+        assert np.allclose([value for value, _ in found], [value for value, _ in expected])
+    assert sum(len(rank.get(1, [])) for rank in ranks) == 1  # fewer images than processes
+
+
+@pytest.mark.parametrize("label", [None, 1])
+def test_proxies_are_the_documented_draw(tiny_suite: Path, label: int | None):
+    images, labels = whole_split(tiny_suite, "colours", "val")
+    pool = images if label is None else images[labels == label]
+    chosen = np.random.RandomState(5).choice(len(pool), 6, replace=False)
+    data = VisionTasks(str(tiny_suite), batch_size=4, proxies=Proxies(n=6, seed=5, label=label))
+    for _ in range(2):
+        batches = list(data.proxy_loader("colours"))
+        assert [len(batch) for batch in batches] == [4, 2]
+        assert torch.equal(torch.cat(batches), pool[chosen])
+
+
+def test_every_process_gets_all_proxies(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
+    data = VisionTasks(str(tiny_suite), proxies=Proxies(n=100, split="test"))
+    monkeypatch.setattr(data, "_place", lambda: (2, 1))
+    (images,) = data.proxy_loader("greys")
+    everything = whole_split(tiny_suite, "greys", "test")[0]
+    assert torch.equal(images.sum((1, 2, 3)).sort().values, everything.sum((1, 2, 3)).sort().values)
+
+
+def test_proxies_from_another_data_set(tiny_suite: Path, tmp_path: Path):
+    elsewhere = Proxies(n=5, source={"parquet": "data/stripes/val.parquet"})
+    data = VisionTasks(str(tiny_suite), proxies=elsewhere)
+    data.check(proxies=True)
+    stripes = VisionTasks(str(tiny_suite), proxies=Proxies(n=5))
+    for task in TASKS:
+        assert torch.equal(next(iter(data.proxy_loader(task))), next(iter(stripes.proxy_loader("stripes"))))
+    for number in range(4):
+        picture("greys", number, np.random.RandomState(number)).save(tmp_path / f"{number}.png")
+    unlabelled = VisionTasks(str(tiny_suite), proxies=Proxies(source={"folder": str(tmp_path)}))
+    assert next(iter(unlabelled.proxy_loader("greys"))).shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ({"n": 0}, "proxies.n must be 1 or more, not 0"),
+        ({"seed": -1}, "proxies.seed"),
+        ({"label": -2}, "proxies.label"),
+        ({"source": {"foldr": "x"}}, "did you mean `folder`"),
+    ],
+)
+def test_bad_proxies(arguments: dict[str, object], hint: str):
+    with pytest.raises(InputError, match=hint):
+        Proxies(**arguments)
+
+
+def test_proxies_that_are_not_there(tiny_suite: Path):
+    with pytest.raises(InputError, match=r"task stripes: proxies\.label: no image has the label 2"):
+        VisionTasks(str(tiny_suite), proxies=Proxies(label=2)).check(proxies=True)
+    with pytest.raises(InputError, match=r"3 faults(.|\n)*data\.train: missing"):
+        VisionTasks(str(tiny_suite), proxies=Proxies(split="train")).check({"val"}, proxies=True)
+
+
+def test_tasks_choose_what_is_evaluated(tiny_suite: Path):
+    data = VisionTasks(str(tiny_suite), tasks=["stripes", "colours"])
+    assert data.task_names == ("colours", "stripes")
+    assert [len(loader.dataset) for loader in data.test_dataloader()] == [41, 41]
+    assert [len(loader.dataset) for loader in data.val_dataloader()] == [37, 37]
+    assert data.size("greys", "val") == 37
+    for tasks, hint in ((["strips"], "did you mean `stripes`"), ([], "an empty list")):
+        with pytest.raises(InputError, match=hint):
+            VisionTasks(str(tiny_suite), tasks=tasks).check()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_workers", "cache_mb"])
+def test_bad_arguments(name: str):
+    with pytest.raises(InputError, match=name):
+        VisionTasks("nowhere.yaml", **{name: -1})
+
+
+def test_the_constructor_reads_nothing():
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        VisionTasks("nowhere.yaml").check()
+
+
+def test_what_was_checked_is_not_checked_again(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    monkeypatch.setattr(Suite, "check", lambda self, shapes, splits, experts: calls.append((splits, experts)))
+    data = VisionTasks(str(tiny_suite))
+    data.check({"test"}, experts=False)
+    data.check({"test", "val"})
+    data.check({"val"}, proxies=True)
+    data.check()
+    assert calls == [(["test"], False), (["val"], True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_stops_with_its_name_alone(tiny_suite: Path, tmp_path: Path, workers: int):
+    data = VisionTasks(str(tiny_suite), num_workers=workers)
+    (tmp_path / "a.png").write_bytes(encoded(picture("colours", 0, np.random.RandomState(0))))
+    (tmp_path / "b.png").write_bytes(b"broken")
+    data.images = FlatFolder(tmp_path)
+    data._sources["greys", "test"] = data.images
+    for run in (lambda: list(data.loader("greys", "test")), lambda: Trainer(**QUIET).predict(Echo(), datamodule=data)):
+        with pytest.raises(InputError, match=rf"^{tmp_path}/b\.png: not a readable image") as caught:
+            run()
+        assert "Traceback" not in str(caught.value)
+
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Echo(LightningModule):
+    def predict_step(self, batch, batch_idx):
+        return batch
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_loader(tiny_suite: Path, tmp_path: Path):
+    data = VisionTasks(str(tiny_suite), batch_size=2)
+    source = open_source(data.suite.tasks["stripes"].data["val"])
+    for index in range(3):
+        source[index][0].save(tmp_path / f"{index}.png")
+    with pytest.raises(InputError, match="FlatFolder"):
+        data.predict_dataloader()
+    data.images = FlatFolder(tmp_path)
+    images, indices = joined(Trainer(**QUIET).predict(Echo(), datamodule=data))
+    assert torch.equal(images, whole_split(tiny_suite, "stripes", "val")[0][:3])
+    assert indices.tolist() == [0, 1, 2]
+
+
+def test_zoo_loads(zoo: Path):
+    data = VisionTasks(str(zoo / "suite.yaml"))
+    data.check({"val", "test"}, proxies=True)
+    assert next(iter(data.proxy_loader("gtsrb"))).shape == (32, 3, 32, 32)
+    assert [data.size(task, "test") for task in ("mnist", "flowers5")] == [
+        sum(len(labels) for _, labels in data.loader(task, "test")) for task in ("mnist", "flowers5")
+    ]

@@ -1,0 +1,88 @@
+"""Fidelity on real experts and real images: the accuracies that the published code reaches on the zoo."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from mergekit_vision.checkpoints import open_weights
+from mergekit_vision.data import VisionTasks
+from mergekit_vision.encoder import VisionEncoder, describe, load_clip, merged_weights
+from mergekit_vision.heads import build_heads
+from mergekit_vision.merger import Merged, Merger
+from mergekit_vision.registry import mergers
+from mergekit_vision.workbench import Workbench
+
+METHODS = {
+    "average": ("Average", {}),
+    "task_arithmetic": ("TaskArithmetic", {}),
+    "ties_mean": ("TIES", {"density": 0.2}),
+    "ties_sum": ("TIES", {"density": 0.2, "aggregate": "sum"}),
+    "tsv_m": ("TSVM", {}),
+    "esm": ("ESM", {}),
+}
+
+
+class Zoo:
+    """The zoo on a workbench; a method is merged once for all tests."""
+
+    def __init__(self, path: Path) -> None:
+        data = VisionTasks(str(path / "suite.yaml"), batch_size=500)
+        data.check({"val", "test"}, proxies=True)
+        suite = data.suite
+        clip = load_clip(suite.backbone)
+        prompts = {task.name: (task.classes, task.templates) for task in suite.tasks.values()}
+        heads = build_heads(clip, open_clip.get_tokenizer(suite.backbone), prompts)
+        encoder = VisionEncoder(clip.visual)
+        self.bench = Workbench(describe(suite.backbone), encoder, encoder.weights(), heads, data, torch.device("cpu"))
+        self.experts = {task.name: open_weights(task.expert) for task in suite.tasks.values()}
+        self.expected = json.loads((path / "expected.json").read_text())
+        self._merged: dict[str, Merged] = {}
+
+    def merged(self, row: str) -> Merged:
+        if row not in self._merged:
+            name, arguments = METHODS[row]
+            merger: Merger = mergers()[name](**arguments)
+            self._merged[row] = self.bench.merge(merger, self.experts)
+        return self._merged[row]
+
+    def accuracies(self, split: str, weights=None) -> dict[str, float]:
+        with self.bench.wearing(self.bench.base if weights is None else weights):
+            return {task: 100 * self.bench.accuracy(task, split) for task in self.experts}
+
+    def mean(self, row: str, split: str, scale: float) -> float:
+        values = self.accuracies(split, merged_weights(self.bench.base, self.merged(row), scale))
+        return sum(values.values()) / len(values)
+
+
+@pytest.fixture(scope="module")
+def real(zoo: Path, tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGEKIT_VISION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Zoo(zoo)
+
+
+def test_zero_shot_backbone(real: Zoo) -> None:
+    for task, value in real.accuracies("test").items():
+        assert value == pytest.approx(real.expected["zero_shot"][task], abs=0.1), task
+
+
+def test_single_experts(real: Zoo) -> None:
+    for task, expert in real.experts.items():
+        value = 100 * real.bench.expert_accuracy(task, "test", expert)
+        assert value == pytest.approx(real.expected["single"][task], abs=0.1), task
+
+
+@pytest.mark.parametrize("row", METHODS)
+def test_test_accuracy_at_the_published_coefficient(real: Zoo, row: str) -> None:
+    expected = real.expected[row]
+    assert real.mean(row, "test", expected["alpha"]) == pytest.approx(expected["test"]["avg"], abs=0.3)
+
+
+@pytest.mark.parametrize("row", [row for row in METHODS if row != "average"])
+def test_whole_validation_curve(real: Zoo, row: str) -> None:
+    curve = {float(c): value for c, value in real.expected[row]["val"].items()}
+    ours = {c: real.mean(row, "val", c) for c in curve}
+    assert ours == pytest.approx(curve, abs=0.3)
