@@ -6,6 +6,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mergekit_vision import registry
@@ -37,7 +38,9 @@ class MergeCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the program and for each of its commands."""
-        return Parser(**kwargs)
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file (YAML) with any of the options")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what model, data and trainer share."""
@@ -108,5 +111,10 @@ def _quiet() -> None:
     """Keep Lightning's remarks on training, devices and its other products out of runs that do not train."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*GPU available but not used.*", ".*across ranks is zero.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*across ranks is zero.*",
+        ".*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message=message)

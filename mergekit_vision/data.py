@@ -199,10 +199,13 @@ class VisionTasks(LightningDataModule):
         """Loaders of the split ``test``, one a task in the order of :attr:`task_names`."""
         return [self.loader(task, "test") for task in self.task_names]
 
-    def predict_dataloader(self) -> Untouched:
-        """Loader of :attr:`images`: preprocessed float32 ``[N, 3, H, W]`` and the index of each among the folder's paths."""
+    def predict_dataloader(self) -> Untouched | list[Untouched]:
+        """Loader of :attr:`images`: preprocessed float32 ``[N, 3, H, W]`` and the index of each among the folder's paths.
+
+        No loader where there are no images: then Lightning's ``predict`` only sets the model up, which merges.
+        """
         if self.images is None:
-            raise InputError("no images to predict; set the data module's `images` to a FlatFolder")
+            return []
         return Untouched(self._loader(self.images, None, *self._place()))
 
     @cached_property

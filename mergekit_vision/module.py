@@ -94,7 +94,8 @@ class MergedCLIP(LightningModule):
         # only a merger knows whether it asks for proxies; a suite that has none is at fault when it does
         proxies = merging and all(data.proxies.split in task.data for task in data.suite.tasks.values())
         data.check(splits, experts=merging, proxies=proxies)
-        self._experts()
+        if merging:
+            self._experts()
 
     def _build(self, split: str | None) -> None:
         """Load the backbone, measure what has to be measured with it, and put the merged weights in."""
@@ -253,11 +254,13 @@ class MergedCLIP(LightningModule):
 
     # ------------------------------------------------------------------------------------------- prediction
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Classify one batch of images of a folder."""
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Classify one batch of images of a folder: probabilities ``[N, classes]``."""
         assert self.predictions is not None
         images, indices = batch
-        self.predictions.add(indices, self(images, self.predictions.task).softmax(-1))
+        probabilities: Tensor = self(images, self.predictions.task).softmax(-1)
+        self.predictions.add(indices, probabilities)
+        return probabilities
 
     def on_predict_epoch_end(self) -> None:
         """Write ``predictions.csv`` into the trainer's root directory and show its first lines."""

@@ -164,11 +164,33 @@ class ESMPP(Merger):
 
 @dataclass(frozen=True)
 class ESMPPBayes(ESMPP):
-    """ESM++ with a router of its own."""
+    """ESM++ with a router that knows what it sees: a discriminant of the merged base's own activations, two experts mixed.
+
+    The prototypes of :class:`ESMPP` come from the experts' activations and share a large common component. This variant fits,
+    on the same proxy images run once more through the merged base, a linear discriminant with a shrunk covariance to the mean
+    and the deviation over the tokens of each layer's input, and mixes the two most probable experts, so that a doubtful image
+    is not handed to a wrong one alone. Still without training, and for each image on its own.
+
+    Args:
+        base: as for :class:`ESMPP`.
+        rank: as for :class:`ESMPP`.
+        layers: as for :class:`ESMPP`.
+        rule: as for :class:`ESMPP`.
+        statistics: as for :class:`ESMPP`.
+        decision: as for :class:`ESMPP`.
+        held_layer: as for :class:`ESMPP`.
+        pooling: as for :class:`ESMPP`.
+        shrinkage: as for :class:`ESMPP`.
+        top_k: as for :class:`ESMPP`.
+        temperature: as for :class:`ESMPP`. The features are correlated over layers and images few, which makes the
+            log-posteriors too sure of themselves.
+    """
 
     rule: Rule = "discriminant"
     statistics: Statistics = "base"
-    pooling: tuple[Pooling, ...] = ("mean", "deviation", "first")
+    pooling: tuple[Pooling, ...] = ("mean", "deviation")
+    top_k: int = 2
+    temperature: float = 4.0
 
 
 class _Pool:
