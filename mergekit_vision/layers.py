@@ -128,7 +128,8 @@ class Routing:
 
     Attributes:
         mode: ``"router"``; ``"oracle"``, where each image takes the expert of its true task; ``"base"``, without experts.
-        truth: index of the true task of each image of the next batch, ``[N]``; the oracle and the counts need it.
+        truth: index of the true task of each image of the next batch, ``[N]``; the oracle needs it, and images without it are
+            not counted.
         counts: layer name -> ``[T, T]``, float64: how many images of each true task (row) took each expert (column). Where
             tokens are routed an image counts as the mean over its tokens. Empty unless :meth:`record` was called.
     """
@@ -157,7 +158,7 @@ class Routing:
         else:
             with torch.autocast(x.device.type, enabled=False):  # a choice must not hinge on bfloat16's three digits
                 choice = layer.router.choose(self._evidence(layer, x.to(layer.down.dtype)))
-        if self.counts:
+        if self.counts and self.truth is not None:
             chosen = choice.dense(len(layer.down)).mean(1).double()
             self.counts[layer.name].index_add_(0, self._true_tasks(x), chosen)
         return choice
@@ -179,7 +180,7 @@ class Routing:
         if self.truth is None or len(self.truth) != len(x):
             got = "none" if self.truth is None else f"{len(self.truth)}"
             raise InputError(
-                f"oracle routing and routing counts need the true task of each of the {len(x)} images in `truth`; it has {got}"
+                f"oracle routing needs the true task, one of those merged, of each of the {len(x)} images in `truth`; got {got}"
             )
         return self.truth.to(x.device)
 

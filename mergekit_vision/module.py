@@ -15,10 +15,12 @@ from mergekit_vision.encoder import VisionEncoder, describe, load_clip, merged_w
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation import TaskMetric
 from mergekit_vision.export import load_experts, read_record, save_model
+from mergekit_vision.figures import draw_routing
 from mergekit_vision.heads import build_heads
+from mergekit_vision.layers import Route
 from mergekit_vision.merger import Merged, Merger
 from mergekit_vision.predictions import Predictions
-from mergekit_vision.results import describe_merger, print_table, summarise, write_json
+from mergekit_vision.results import describe_merger, own_expert_shares, print_table, summarise, write_json
 from mergekit_vision.scaling import ScaleSearch
 from mergekit_vision.version import __version__
 from mergekit_vision.workbench import Workbench
@@ -39,6 +41,8 @@ class MergedCLIP(LightningModule):
             it by the mean normalised accuracy on the ``val`` split.
         search: how ``search`` goes about it.
         experts: tasks whose experts are merged; all by default. Every task is evaluated all the same.
+        route: how a dynamic model chooses its experts: by its ``router``, by the true task (``oracle``, the ceiling), or not at
+            all (``base``).
 
     Raises:
         InputError: when the arguments contradict each other.
@@ -51,6 +55,7 @@ class MergedCLIP(LightningModule):
         scale: float | Literal["merger", "search"] = "merger",
         search: ScaleSearch = ScaleSearch(),  # noqa: B008 (frozen)
         experts: list[str] | None = None,
+        route: Route = "router",
     ) -> None:
         super().__init__()
         if (merger is None) == (merged is None):
@@ -58,7 +63,7 @@ class MergedCLIP(LightningModule):
         if merged is not None and scale != "merger":
             raise InputError("--model.scale goes with --model.merger; a merged model's coefficient is in its weights")
         self.merger, self.merged = merger, None if merged is None else Path(merged)
-        self.scale, self.search, self.expert_names = scale, search, experts
+        self.scale, self.search, self.expert_names, self.route = scale, search, experts, route
         self.encoder: VisionEncoder | None = None
         self.record: dict[str, Any] = {}
         self.expert_accuracy: dict[str, dict[str, float | None]] = {}
@@ -102,6 +107,8 @@ class MergedCLIP(LightningModule):
         bench = self._workbench()
         if split is not None:
             self.expert_accuracy[split] = {task: self._expert_accuracy(bench, task, split) for task in self.data.task_names}
+        if self.encoder is not None:
+            return
         if self.merger is not None:
             merged, scale = self._merge(bench, self.merger)
             bench.encoder.assign(merged_weights(bench.base, merged, scale))
@@ -111,6 +118,10 @@ class MergedCLIP(LightningModule):
             self.record = read_record(self.merged)
             bench.encoder.route(load_experts(self.merged))
         self.encoder, self.heads = bench.encoder.eval(), bench.heads
+        if self.encoder.routing is not None:
+            self.encoder.routing.mode = self.route
+        elif self.route != "router":
+            raise InputError(f"--model.route {self.route}: a static model has no routed experts; merge with ESMPP or SMILE")
 
     def _workbench(self) -> Workbench:
         """The backbone (or the model merged before) on the device, with the heads of all tasks."""
@@ -212,14 +223,19 @@ class MergedCLIP(LightningModule):
         return self.encoder
 
     def on_test_start(self) -> None:
-        """Start the clock."""
+        """Start the clock, and count what the router of a dynamic model chooses."""
         self._started = time.perf_counter()
+        if (routing := self._merged_encoder.routing) is not None:
+            routing.record(self.route == "router")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch of one task."""
         images, labels = batch
         task = self.data.task_names[dataloader_idx]
         metric = self.metrics[task]
+        if (routing := self._merged_encoder.routing) is not None:
+            merged = list(self.record["experts"])
+            routing.truth = torch.full_like(labels, merged.index(task)) if task in merged else None
         metric.update(self(images, task), labels)  # type: ignore[operator]
         self.log(f"accuracy/{task}", metric.accuracy, add_dataloader_idx=False, on_step=False, on_epoch=True)  # type: ignore[arg-type]
 
@@ -237,6 +253,7 @@ class MergedCLIP(LightningModule):
     def _report(self, split: str) -> None:
         sizes = {task: self.data.size(task, split) for task in self.data.task_names}
         accuracy = {task: self.metrics[task].compute(size) for task, size in sizes.items()}  # type: ignore[operator]
+        counts = self._routing_counts()
         if not self.trainer.is_global_zero:
             return
         seconds = {**self.record.get("seconds", {}), "eval": round(time.perf_counter() - self._started, 3)}
@@ -248,9 +265,18 @@ class MergedCLIP(LightningModule):
             "versions": self.record.get("versions"),
         }
         path = Path(self.trainer.default_root_dir) / "results.json"
+        if counts:
+            results["routing"] = own_expert_shares(counts, list(self.record["experts"]))
+            draw_routing(results["routing"], path.with_name("routing.png"))
         write_json(path, results)
         merger, scale = self.record.get("merger", {}).get("name"), self.record.get("scale")
         print_table(results, f"{merger} at coefficient {scale:g} on {split} → {path}")
+
+    def _routing_counts(self) -> dict[str, Tensor]:
+        """Which expert the images of each task took in each routed layer, over all processes."""
+        routing = self._merged_encoder.routing
+        counts = {} if routing is None else routing.counts
+        return {layer: self.trainer.strategy.reduce(count, reduce_op="sum").cpu() for layer, count in counts.items()}
 
     # ------------------------------------------------------------------------------------------- prediction
 

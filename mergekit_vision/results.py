@@ -66,6 +66,26 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
+def own_expert_shares(counts: Mapping[str, torch.Tensor], experts: list[str]) -> dict[str, dict[str, float]]:
+    """How often the images of a task pick their own task's expert.
+
+    Args:
+        counts: layer -> ``[T, T]``, images of each true task (row) by expert taken (column).
+        experts: tasks of the rows and columns.
+
+    Returns:
+        Layer -> task -> share in [0, 1]; tasks without images are left out.
+
+    >>> own_expert_shares({"c_fc": torch.tensor([[3.0, 1.0], [0.0, 0.0]])}, ["mnist", "gtsrb"])
+    {'c_fc': {'mnist': 0.75}}
+    """
+    shares = {}
+    for layer, count in counts.items():
+        rows = zip(experts, count.diagonal().tolist(), count.sum(1).tolist(), strict=True)
+        shares[layer] = {task: own / total for task, own, total in rows if total}
+    return shares
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside ``path`` and rename it there; tensors and paths become plain values."""
     with replacing(path) as temporary:

@@ -81,6 +81,7 @@ def test_test_accuracy_at_the_published_coefficient(real: Zoo, row: str) -> None
     assert real.mean(row, "test", expected["alpha"]) == pytest.approx(expected["test"]["avg"], abs=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in METHODS if row != "average"])
 def test_whole_validation_curve(real: Zoo, row: str) -> None:
     curve = {float(c): value for c, value in real.expected[row]["val"].items()}
