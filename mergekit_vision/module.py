@@ -20,6 +20,7 @@ from mergekit_vision.heads import build_heads
 from mergekit_vision.layers import Route
 from mergekit_vision.merger import Merged, Merger
 from mergekit_vision.predictions import Predictions
+from mergekit_vision.progress import track
 from mergekit_vision.results import describe_merger, own_expert_shares, print_table, summarise, write_json
 from mergekit_vision.scaling import ScaleSearch
 from mergekit_vision.version import __version__
@@ -106,7 +107,8 @@ class MergedCLIP(LightningModule):
         """Load the backbone, measure what has to be measured with it, and put the merged weights in."""
         bench = self._workbench()
         if split is not None:
-            self.expert_accuracy[split] = {task: self._expert_accuracy(bench, task, split) for task in self.data.task_names}
+            tasks = track(self.data.task_names, f"experts' own accuracy on {split}")
+            self.expert_accuracy[split] = {task: self._expert_accuracy(bench, task, split) for task in tasks}
         if self.encoder is not None:
             return
         if self.merger is not None:
@@ -177,7 +179,8 @@ class MergedCLIP(LightningModule):
             if self.scale != "search":
                 return float(self.scale)
             start = time.perf_counter()
-            own = {task: bench.expert_accuracy(task, "val", weights) for task, weights in experts.items()}
+            tasks = track(list(experts), "experts' own accuracy on val")
+            own = {task: bench.expert_accuracy(task, "val", experts[task]) for task in tasks}
             curve.extend(bench.search(merged, self.search, own))
             searching += time.perf_counter() - start
             return curve[0]["coefficient"]

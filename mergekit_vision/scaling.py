@@ -9,26 +9,38 @@ class ScaleSearch:
     """How the scaling coefficient is searched.
 
     The accuracy rises from the backbone's, has one broad top, and falls steeply where the update destroys the features; where the
-    top lies differs between methods by more than a factor of ten. So the search doubles the coefficient, starting at
-    ``low + (high - low) / 2**octaves``, until the score has fallen twice, and then halves the interval around the best.
+    top lies differs between methods by more than a factor of ten. So the search doubles the coefficient, beginning at ``first``,
+    until the score has fallen twice, and then halves the interval around the best.
 
     Args:
         low: start of the range; not evaluated itself, it is (for 0) the backbone.
         high: end of the range.
-        octaves: how often ``high`` is halved for the first coefficient.
+        first: distance of the first coefficient from ``low``. A power of two, so that 1, most methods' own, is among the tried.
         halvings: refinements around the best; each costs two evaluations at most.
     """
 
     low: float = 0.0
     high: float = 3.0
-    octaves: int = 5
+    first: float = 0.125
     halvings: int = 2
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        if self.octaves < 1 or self.halvings < 0:
-            raise ValueError(f"octaves ({self.octaves}) must be at least 1 and halvings ({self.halvings}) at least 0")
+        if self.first <= 0 or self.halvings < 0:
+            raise ValueError(f"first ({self.first}) must be above 0 and halvings ({self.halvings}) not below")
+
+    def doubled(self) -> list[float]:
+        """The coefficients of the first stage, ascending.
+
+        >>> ScaleSearch().doubled()
+        [0.125, 0.25, 0.5, 1.0, 2.0, 3.0]
+        """
+        steps, step = [], self.first
+        while step < self.high - self.low:
+            steps.append(self.low + step)
+            step *= 2
+        return [*steps, self.high]
 
 
 def search_scale(evaluate: Callable[[float], float], search: ScaleSearch) -> tuple[float, dict[float, float]]:
@@ -43,7 +55,7 @@ def search_scale(evaluate: Callable[[float], float], search: ScaleSearch) -> tup
 
     >>> best, tried = search_scale(lambda c: -abs(c - 0.8), ScaleSearch())
     >>> best, len(tried)
-    (0.75, 8)
+    (0.75, 10)
     """
     tried: dict[float, float] = {}
 
@@ -55,9 +67,8 @@ def search_scale(evaluate: Callable[[float], float], search: ScaleSearch) -> tup
     def best() -> float:
         return max(sorted(tried), key=lambda coefficient: tried[coefficient])
 
-    span, fallen = search.high - search.low, 0
-    for octave in range(search.octaves, -1, -1):
-        coefficient = search.low + span / 2**octave
+    fallen = 0
+    for coefficient in search.doubled():
         fallen = fallen + 1 if score(coefficient) < tried[best()] else 0
         if fallen == 2:
             break

@@ -21,6 +21,10 @@ from mergekit_vision.progress import say, track
 from mergekit_vision.scaling import ScaleSearch, search_scale
 
 
+def _moving(observer: Observer, device: torch.device) -> Observer:
+    return lambda x: observer(x.to(device))
+
+
 def _own(value: float | None) -> float | None:
     return value
 
@@ -65,18 +69,20 @@ class Workbench:
         self, merger: Merger, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None
     ) -> Merged:
         """Run a merger on some experts, task -> weights; ``choose_scale`` answers a merger that builds on a scaled model."""
+        # Apple's devices have no float64, which the kernels need
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
 
-        @torch.no_grad()
         def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
+            moved = {name: _moving(observer, device) for name, observer in observers.items()}
             with self.wearing(experts[task] if model is None else merged_weights(self.base, model)) as encoder:
                 if model is not None and model.routed:
                     encoder = copy.deepcopy(encoder)
                     encoder.route(model.routed)
-                with capture_inputs(encoder, observers):
+                with capture_inputs(encoder, moved):
                     for images in self.data.proxy_loader(task):
                         encoder(images.to(self.device))
 
-        return merger.merge(MergeInputs(self.base, experts, self.encoder.linears, self.device, run_proxies, choose_scale, track))
+        return merger.merge(MergeInputs(self.base, experts, self.encoder.linears, device, run_proxies, choose_scale, track))
 
     def accuracy(self, task: str, split: str) -> float:
         """Accuracy in [0, 1] of the weights that the encoder has, over all processes."""

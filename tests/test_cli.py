@@ -178,9 +178,19 @@ def run_apart(*arguments: str) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("merger", ["TSVM", "ESM"])
-def test_two_processes_count_what_one_counts(tiny_suite: Path, tmp_path: Path, merger: str) -> None:
-    common = ["--suite", str(tiny_suite), "--model.merger", merger, "--model.scale", "search", "--data.batch_size", "4"]
+def test_two_processes_count_what_one_counts(tiny_suite: Path, tmp_path: Path) -> None:
+    common = [
+        "--suite",
+        str(tiny_suite),
+        "--model.merger",
+        "ESMPP",
+        "--model.merger.rank",
+        "4",
+        "--model.scale",
+        "search",
+        "--data.batch_size",
+        "4",
+    ]
     common += ["--trainer.accelerator", "cpu"]
     run_apart("test", *common, "--output", str(tmp_path / "one"), "--trainer.devices", "1")
     printed = run_apart("test", *common, "--output", str(tmp_path / "two"), "--trainer.devices", "2")
@@ -188,6 +198,7 @@ def test_two_processes_count_what_one_counts(tiny_suite: Path, tmp_path: Path, m
     assert any(row["n"] % 2 for row in one["tasks"].values()), "an odd number of images is what this is about"
     assert one["tasks"] == two["tasks"]
     assert one["search"] == two["search"]
+    assert one["routing"] == two["routing"]
     assert printed.count("on test →") == 1, "only the first process reports"
 
 

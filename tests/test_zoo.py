@@ -1,18 +1,24 @@
 """Fidelity on real experts and real images: the accuracies that the published code reaches on the zoo."""
 
+import copy
 import json
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from torch import Tensor, nn
 
 from mergekit_vision.checkpoints import open_weights
 from mergekit_vision.data import VisionTasks
 from mergekit_vision.encoder import VisionEncoder, describe, load_clip, merged_weights
+from mergekit_vision.evaluation import measure
 from mergekit_vision.heads import build_heads
 from mergekit_vision.merger import Merged, Merger
+from mergekit_vision.plugins.esmpp import ESMPP
+from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.registry import mergers
+from mergekit_vision.scaling import ScaleSearch
 from mergekit_vision.workbench import Workbench
 
 METHODS = {
@@ -56,6 +62,32 @@ class Zoo:
         values = self.accuracies(split, merged_weights(self.bench.base, self.merged(row), scale))
         return sum(values.values()) / len(values)
 
+    def routed(self, merger: Merger, scale: float, split: str, mode: str) -> float:
+        """Mean accuracy of a dynamic model whose base is used at ``scale``."""
+        merged = self.bench.merge(merger, self.experts, lambda _: scale)
+        encoder = copy.deepcopy(self.bench.encoder)
+        encoder.assign(merged_weights(self.bench.base, merged))
+        encoder.route(merged.routed)
+        encoder.routing.mode = mode
+        values = []
+        for index, task in enumerate(self.experts):
+            loader = self.bench.data.loader(task, split)
+            told = Told(encoder, index)
+            values.append(measure(told, self.bench.heads, task, loader, len(loader.dataset), self.bench.device))
+        return 100 * sum(values) / len(values)
+
+
+class Told(nn.Module):
+    """An encoder that is told the true task of its images."""
+
+    def __init__(self, encoder: VisionEncoder, task: int) -> None:
+        super().__init__()
+        self.encoder, self.task = encoder, task
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.encoder.routing.truth = torch.full((len(images),), self.task)
+        return self.encoder(images)
+
 
 @pytest.fixture(scope="module")
 def real(zoo: Path, tmp_path_factory: pytest.TempPathFactory):
@@ -87,3 +119,23 @@ def test_whole_validation_curve(real: Zoo, row: str) -> None:
     curve = {float(c): value for c, value in real.expected[row]["val"].items()}
     ours = {c: real.mean(row, "val", c) for c in curve}
     assert ours == pytest.approx(curve, abs=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", METHODS)
+def test_searched_coefficient(real: Zoo, row: str) -> None:
+    own = {task: real.bench.expert_accuracy(task, "val", expert) for task, expert in real.experts.items()}
+    chosen = real.bench.search(real.merged(row), ScaleSearch(), own)[0]["coefficient"]
+    assert real.mean(row, "test", chosen) == pytest.approx(real.expected[row]["test"]["avg"], abs=0.5)
+
+
+@pytest.mark.parametrize("mode", ["router", "oracle"])
+@pytest.mark.parametrize(
+    ("base", "rank"),
+    [("esm", 32), *(pytest.param(base, rank, marks=pytest.mark.slow) for base, rank in (("esm", 8), ("base", 8), ("base", 32)))],
+)
+def test_esmpp_by_the_published_rule_and_by_the_oracle(real: Zoo, base: str, rank: int, mode: str) -> None:
+    merger = ESMPP(rank=rank) if base == "esm" else ESMPP(base=TaskArithmetic(), rank=rank)
+    scale = real.expected["esm"]["alpha"] if base == "esm" else 0.0
+    expected = real.expected[f"esmpp_on_{base}_r{rank}"]["test" if mode == "router" else "oracle"]["avg"]
+    assert real.routed(merger, scale, "test", mode) == pytest.approx(expected, abs=0.5)

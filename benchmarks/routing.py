@@ -1,0 +1,140 @@
+"""Images per second of dynamic encoders beside the plain one, and the memory that experts add.
+
+    python -m benchmarks.routing                                  # ViT-B-32 and ViT-B-16, T = 8 and 20, batches 1, 32, 128
+    python -m benchmarks.routing --models ViT-B-32 --batches 32 --device cuda --compile
+
+Weights are random; the cost does not depend on them. All variants of a case take turns, round by round, so that a slow moment of
+the machine falls on all of them; a ratio is the median over rounds of (variant / plain encoder) within a round.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.machine import write
+from mergekit_vision.encoder import VisionEncoder
+from mergekit_vision.layers import LowRankExperts, linears_of_kind
+from mergekit_vision.routers import CosineRouter, ProjectionRouter, Router
+
+ALL_KINDS = ("in_proj", "out_proj", "c_fc", "c_proj")
+VARIANTS: dict[str, tuple[tuple[str, ...], int, int | None]] = {  # layers, rank, rank of SMILE's gate
+    "ESM++ r=8": (("in_proj", "c_fc"), 8, None),
+    "ESM++ r=32": (("in_proj", "c_fc"), 32, None),
+    "SMILE r=32 g=16": (ALL_KINDS, 32, 16),
+}
+
+
+def router(tasks: int, width: int, gate: int | None) -> Router:
+    """ESM++'s cosine to prototypes, or SMILE's projections."""
+    return CosineRouter(torch.randn(tasks, width)) if gate is None else ProjectionRouter(torch.randn(tasks, gate, width))
+
+
+def routed(plain: VisionEncoder, tasks: int, kinds: tuple[str, ...], rank: int, gate: int | None) -> VisionEncoder:
+    """The encoder with random experts; the plain weights are shared."""
+    memo = {id(parameter): parameter for parameter in plain.parameters()}
+    encoder = copy.deepcopy(plain, memo)
+    experts = {}
+    for name in linears_of_kind(encoder.linears, kinds):
+        d_out, d_in = encoder.get_submodule(name).weight.shape
+        up, down = torch.randn(tasks, d_out, rank) / 100, torch.randn(tasks, rank, d_in) / 100
+        bias = None if gate is None else torch.zeros(tasks, d_out)
+        experts[name] = LowRankExperts(up, down, router(tasks, d_in, gate), bias)
+    encoder.route(experts)
+    return encoder.eval()
+
+
+def added_megabytes(encoder: VisionEncoder) -> float:
+    """Size of everything that routing adds to the plain encoder."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in encoder.buffers()) / 2**20
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(plain: VisionEncoder, tasks: int, images: Tensor, budget: float, compiled: bool) -> list[dict[str, Any]]:
+    """Rows of one case: every variant in turns until the time is up, three rounds at least."""
+    encoders = {"plain encoder": plain, **{name: routed(plain, tasks, *spec) for name, spec in VARIANTS.items()}}
+    added = {name: added_megabytes(encoder) for name, encoder in encoders.items()}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, encoder in encoders.items():
+        encoder.to(images.device)
+        runs[name] = (lambda fast: lambda: fast(images))(torch.compile(encoder) if compiled else encoder)
+        runs[name]()
+    plain_mb = sum(parameter.numel() * parameter.element_size() for parameter in plain.parameters()) / 2**20
+    runs[f"all {tasks} experts"] = lambda: [runs["plain encoder"]() for _ in range(tasks)]
+    added[f"all {tasks} experts"] = (tasks - 1) * plain_mb
+    rounds: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while len(rounds) < 3 or time.perf_counter() - start < budget:
+        # by construction T plain passes: once is enough to show it
+        turn = [name for name in runs if not (rounds and name.startswith("all"))]
+        rounds.append({name: seconds(runs[name], images.device) for name in turn})
+    rows = []
+    for name in runs:
+        ratios = [took[name] / took["plain encoder"] for took in rounds if name in took]
+        best = min(took[name] for took in rounds if name in took)
+        rows.append(
+            {
+                "tasks": tasks,
+                "batch": len(images),
+                "variant": name,
+                "images_per_second": round(len(images) / best, 2),
+                "time_ratio": round(median(ratios), 3),
+                "added_MiB": round(added[name], 1),
+                "rounds": len(ratios),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table("model", "T", "batch", "variant", "images/s", "time / plain", "adds MiB")
+    for row in rows:
+        names = ("model", "tasks", "batch", "variant", "images_per_second", "time_ratio", "added_MiB")
+        table.add_row(*(str(row[name]) for name in names))
+    Console().print(table)
+
+
+def main() -> None:
+    """Measure, print and write ``benchmarks/results/routing-DEVICE.json``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-B-16"], help="open_clip names; their shapes are used")
+    parser.add_argument("--tasks", nargs="+", type=int, default=[8, 20])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 128])
+    parser.add_argument("--seconds", type=float, default=10.0, help="time of one case, three rounds at least")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    device, rows = torch.device(options.device), []
+    for model in options.models:
+        plain = VisionEncoder(open_clip.create_model(model, load_weights=False).visual).eval().requires_grad_(False)
+        for batch in options.batches:
+            size = plain.visual.image_size[0]
+            images = torch.randn(batch, 3, size, size, device=device)
+            for tasks in options.tasks:
+                case = [{"model": model, **row} for row in measure(plain, tasks, images, options.seconds, options.compile)]
+                show(case)
+                rows += case
+    print(f"written: {write('routing', device, rows)}")
+
+
+if __name__ == "__main__":
+    main()

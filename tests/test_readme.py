@@ -1,0 +1,81 @@
+"""The README's commands and code run as written, on a tiny suite of the same shape."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from mergekit_vision.__main__ import main
+from mergekit_vision.registry import mergers
+from mergekit_vision.suite import Suite
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def place(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with what the README's commands name: suite.yaml, photos/ and a task called gtsrb."""
+    content = yaml.safe_load(tiny_suite.read_text())
+    names = dict(zip(content["tasks"], ("mnist", "gtsrb", "stripes"), strict=True))
+    content["tasks"] = {names[name]: task for name, task in content["tasks"].items()}
+    for task in content["tasks"].values():
+        task["expert"] = str(tiny_suite.parent / task["expert"])
+        for source in task["data"].values():
+            source["parquet"] = str(tiny_suite.parent / source["parquet"])
+    content["backbone"] = f"local-dir:{tiny_suite.parent / 'base'}"
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((24, 24), 60).save(tmp_path / "photos" / "one.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mergekit-vision"])
+    return tmp_path
+
+
+def test_commands(place: Path) -> None:
+    commands = [
+        shlex.split(line, comments=True)[1:]
+        for block in blocks("sh")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("mergekit-vision ") and "--trainer.num_nodes" not in line and "--trainer.devices" not in line
+    ]
+    assert len(commands) >= 3
+    for command in commands:
+        assert main(command) == 0, command
+
+
+def test_code_of_a_plugin(place: Path) -> None:
+    (code,) = [block for block in blocks("python") if "class Median" in block]
+    (place / "my_package").mkdir()
+    (place / "my_package" / "median.py").write_text(code)
+    options = ["--model.merger", "my_package.median.Median", "--model.merger.gain", "2"]
+    assert " ".join(options) in README
+    assert main(["test", "--suite", "suite.yaml", *options]) == 0
+
+
+def test_code_of_a_run(place: Path) -> None:
+    (code,) = [block for block in blocks("python") if "MergedCLIP" in block]
+    exec(compile(code, "README.md", "exec"), {})  # the README's own example
+    assert (place / "runs" / "esm" / "results.json").is_file()
+
+
+def test_the_suite_shown_has_the_layout_that_is_read(place: Path) -> None:
+    content = yaml.safe_load(blocks("yaml")[0])
+    for task in content["tasks"].values():
+        task.setdefault("classes", ["a", "b"])
+    (place / "shown.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert list(Suite.load(place / "shown.yaml").tasks) == ["mnist", "gtsrb"]
+
+
+def test_the_table_of_methods_is_complete() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    own = {name for name, merger in mergers().items() if merger.__module__.startswith("mergekit_vision.")}
+    assert rows == own
