@@ -4,14 +4,20 @@ import logging
 import re
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from mergekit_vision import registry
 from mergekit_vision.data import VisionTasks
 from mergekit_vision.errors import InputError
+from mergekit_vision.export import RECORD
+from mergekit_vision.files import replacing
 from mergekit_vision.module import MergedCLIP
 from mergekit_vision.trainer import Trainer
 
@@ -26,6 +32,18 @@ class Parser(LightningArgumentParser):
             InputError: always.
         """
         raise InputError(explain(message))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration whole or not at all, beside the results and never over that of a merged model."""
+
+    def save_config(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` into the run's directory; ``config-test.yaml`` where that belongs to a merge."""
+        directory = Path(trainer.default_root_dir)
+        merging = isinstance(trainer, Trainer) and trainer.merging
+        name = f"config-{stage}.yaml" if (directory / RECORD).exists() and not merging else "config.yaml"
+        with replacing(directory / name) as draft:
+            self.parser.save(self.config, draft, skip_none=False, overwrite=True, multifile=False)
 
 
 class MergeCLI(LightningCLI):
@@ -55,7 +73,7 @@ class MergeCLI(LightningCLI):
             super().instantiate_classes()
         except InputError:
             raise
-        except ValueError as error:
+        except (ValueError, ImportError, MisconfigurationException) as error:
             raise InputError(explain(str(error))) from error
 
 
@@ -70,17 +88,26 @@ def run(arguments: list[str]) -> None:
         SystemExit: after ``--help`` or ``--print_config``.
     """
     sys.argv[1:] = arguments  # Lightning starts the other processes of a node with them
+    sys.path.append(str(Path.cwd()))  # a class path may name a file beside the user, as with `python -m`
     registry.mergers()  # their names become values of --model.merger
     _check_merger(arguments)
     _quiet()
-    MergeCLI(
-        MergedCLIP,
-        VisionTasks,
-        trainer_class=Trainer,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-    )
+    try:
+        MergeCLI(
+            MergedCLIP,
+            VisionTasks,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+        )
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run like a failed one
+            raise KeyboardInterrupt from error
+        raise
 
 
 def explain(message: str) -> str:

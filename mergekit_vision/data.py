@@ -1,12 +1,11 @@
 """The data module: one exact loader a task, and the unlabelled proxy images."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -22,58 +21,28 @@ from mergekit_vision.pixels import (
     Untouched,
     eval_transform,
 )
-from mergekit_vision.sources import FlatFolder, ImageSource, closest, config_faults, kind_of, open_source, resolve
+from mergekit_vision.proxies import Proxies
+from mergekit_vision.sources import (
+    FlatFolder,
+    ImageSource,
+    closest,
+    content_faults,
+    is_fetched,
+    open_source,
+    resolve,
+)
 from mergekit_vision.suite import Suite
+from mergekit_vision.suite_file import raise_faults
 
 if TYPE_CHECKING:
     from mergekit_vision.encoder import Backbone
 
 
-@dataclass(frozen=True)
-class Proxies:
-    """Which unlabelled images a data-dependent merger sees of each task.
-
-    Attributes:
-        n: number of images a task; all of them where the split has fewer.
-        split: split of the suite they are drawn from.
-        seed: of the draw, which is without replacement.
-        label: draw from this class index alone.
-        source: draw every task's images from this data source instead (out-of-domain), given as in a suite file; relative paths
-            are relative to the suite.
-    """
-
-    n: int = 32
-    split: str = "val"
-    seed: int = 0
-    label: int | None = None
-    source: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise InputError(f"proxies.n must be 1 or more, not {self.n}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"proxies.seed must lie in 0 to 2**32 - 1, not {self.seed}")
-        if self.label is not None and self.label < 0:
-            raise InputError(f"proxies.label must be a class index, 0 or more, not {self.label}")
-        if self.source is not None and (faults := config_faults(self.source)):
-            raise InputError(f"proxies.source: {'; '.join(faults)}")
-
-    def draw(self, source: ImageSource) -> list[int]:
-        """Indices of the images in ``source``, in the order drawn.
-
-        Raises:
-            InputError: when the source has no image (of the class).
-        """
-        pool = np.arange(len(source))
-        if self.label is not None:
-            pool = np.flatnonzero(np.asarray(source.labels()) == self.label)
-        if not len(pool):
-            raise InputError("no proxy images" if self.label is None else f"proxies.label: no image has the label {self.label}")
-        chosen = np.random.RandomState(self.seed).choice(len(pool), min(self.n, len(pool)), replace=False)
-        return [int(index) for index in pool[chosen]]
-
+__all__ = ["Proxies", "VisionTasks"]
 
 _DEFAULT_PROXIES = Proxies()
+
+_EVALUATED = {"validate": "val", "test": "test"}
 
 
 class VisionTasks(LightningDataModule):
@@ -89,7 +58,7 @@ class VisionTasks(LightningDataModule):
         proxies: which images a data-dependent merger sees.
         tasks: the tasks to evaluate (all by default); merging takes all experts of the suite in any case.
         cache_mb: memory in MiB for decoded and resized pixels, so that later passes over a split do not decode it again; a split
-            that no longer fits is decoded anew each time. 0 for none.
+            that no longer fits is decoded anew each time. 0 for none. It is of a whole machine: its processes share it equally.
 
     Attributes:
         images: the unlabelled images that :meth:`predict_dataloader` yields.
@@ -118,9 +87,9 @@ class VisionTasks(LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._suite_path = suite
         self._chosen = tasks
-        self._cache = PixelCache(cache_mb << 20)
+        self._cache_mb = cache_mb
         self._sources: dict[tuple[str, str], ImageSource] = {}
-        self._checked: set[str] = set()
+        self._checked: set[tuple[str, str]] = set()
         self._experts_checked = False
 
     @cached_property
@@ -139,36 +108,63 @@ class VisionTasks(LightningDataModule):
             raise InputError(f"tasks: not in the suite: {wrong}; it has {', '.join(self.suite.tasks)}")
         return tuple(name for name in self.suite.tasks if name in self._chosen)
 
-    def check(self, splits: Collection[str] = (), experts: bool = True, proxies: bool = False) -> None:
+    def check(
+        self, splits: Collection[str] = (), experts: bool = True, proxies: bool = False, everywhere: Collection[str] = ()
+    ) -> None:
         """Check the suite whole, before anything heavy; what was checked before is not checked again.
 
         The model calls it, since only the model knows what it is going to read.
 
         Args:
-            splits: splits that every task must have.
+            splits: splits that every task of :attr:`task_names` must have.
             experts: whether the experts will be read.
-            proxies: whether proxy images will be asked for; their split or source is then checked too.
+            proxies: whether proxy images may be asked for; their split or source is then checked too. Tasks without the default
+                split ``val`` are let pass, since many methods need no images; :meth:`proxy_loader` refuses them.
+            everywhere: splits that every task of the suite must have.
 
         Raises:
-            InputError: with every fault found.
+            InputError: with every fault that headers show, one a line; then with those of the proxy images themselves.
         """
-        _ = self.task_names
-        wanted = {*splits, *([self.proxies.split] if proxies and self.proxies.source is None else [])}
-        unchecked, experts = wanted - self._checked, experts and not self._experts_checked
-        if unchecked or experts:
-            self.suite.check(self._backbone.shapes, sorted(unchecked), experts)
-            self._checked |= unchecked
-            self._experts_checked |= experts
+        chosen, suite = self.task_names, self.suite
+        wanted = {task: {*everywhere, *(splits if task in chosen else ())} for task in suite.tasks}
+        for task in self._proxy_tasks() if proxies and self.proxies.source is None else ():
+            wanted[task].add(self.proxies.split)
+        unchecked = {task: sorted(split for split in wanted[task] if (task, split) not in self._checked) for task in wanted}
+        experts = experts and not self._experts_checked
+        faults = self._header_faults(unchecked, experts)
+        raise_faults(suite.path, faults + (self._proxy_faults() if proxies else []))
+        self._checked |= {(task, split) for task, names in unchecked.items() for split in names}
+        self._experts_checked |= experts
         if proxies:
-            for task in self.suite.tasks:
-                self._draw(task)
+            raise_faults(suite.path, self._draw_faults())
+
+    def splits_needed(self, fn: str | None) -> set[str]:
+        """Splits that one of Lightning's functions (``validate``, ``test``, …) evaluates."""
+        return {_EVALUATED[fn]} if fn in _EVALUATED else set()
 
     def prepare_data(self) -> None:
-        """Download what the suite takes from elsewhere, in one process before the others look for it."""
-        for task in self.suite.tasks.values():
-            for split, config in task.data.items():
-                if split in {"val", "test", self.proxies.split} and kind_of(config) in {"hub", "torchvision"}:
-                    self._source(task.name, split)
+        """Download what will be read from elsewhere, in one process of each machine before the others look for it.
+
+        That is the evaluated split of the tasks to evaluate, and of all tasks what the model names as its ``extra_splits``.
+        Nothing is downloaded for a suite that is at fault.
+        """
+        if self.trainer is None:
+            return
+        model, splits = self.trainer.lightning_module, self.splits_needed(self.trainer.state.fn)
+        extra, merging = getattr(model, "extra_splits", set[str]()), getattr(model, "merger", None) is not None
+        fetched = [
+            (task.name, split)
+            for task in self.suite.tasks.values()
+            for split, config in task.data.items()
+            if is_fetched(config) and (split in extra or (split in splits and task.name in self.task_names))
+        ]
+        elsewhere = merging and self.proxies.source is not None and is_fetched(self.proxies.source)
+        if fetched or elsewhere:
+            self.check(splits, experts=merging)
+        for task, split in fetched:
+            self._source(task, split)
+        if elsewhere:
+            self._elsewhere()
 
     def size(self, task: str, split: str) -> int:
         """Number of images of one split of one task."""
@@ -218,29 +214,79 @@ class VisionTasks(LightningDataModule):
     def _preprocess(self) -> Preprocess:
         return eval_transform(self._backbone.preprocess)
 
+    @cached_property
+    def _cache(self) -> PixelCache:
+        """Of this process; made at first use, when the trainer is known."""
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
+        processes = int(here) if self.trainer is None else self.trainer.num_devices
+        return PixelCache((self._cache_mb << 20) // max(processes, 1))
+
     def _source(self, task: str, split: str) -> ImageSource:
+        """One split, opened once. What had to be fetched first can only be checked now."""
         if (task, split) not in self._sources:
-            data = self.suite.tasks[task].data
+            suite, data = self.suite, self.suite.tasks[task].data
             if split not in data:
                 raise InputError(
-                    f"{self.suite.path}: task {task} has no split {split}{closest(split, data)}; it has {', '.join(data)}"
+                    f"{suite.path}: task {task} has no split {split}{closest(split, data)}; it has {', '.join(data)}"
                 )
-            self._sources[task, split] = open_source(data[split])
+            source = open_source(data[split])
+            if faults := content_faults(source, len(suite.tasks[task].classes)):
+                raise InputError(f"{suite.path}: tasks.{task}.data.{split}: {'; '.join(faults)}")
+            self._sources[task, split] = source
         return self._sources[task, split]
 
+    def _elsewhere(self) -> ImageSource:
+        """The one out-of-domain source that all tasks' proxies are drawn from."""
+        key = ("", "proxies")
+        if key not in self._sources:
+            assert self.proxies.source is not None
+            config = resolve(self.proxies.source, self.suite.path.parent)
+            self._sources[key] = open_source(config, labelled=self.proxies.label is not None)
+        return self._sources[key]
+
     def _draw(self, task: str) -> tuple[ImageSource, list[int]]:
-        if self.proxies.source is None:
-            source = self._source(task, self.proxies.split)
-        else:
-            key = ("", "proxies")  # one out-of-domain source for all tasks
-            if key not in self._sources:
-                config = resolve(self.proxies.source, self.suite.path.parent)
-                self._sources[key] = open_source(config, labelled=self.proxies.label is not None)
-            source = self._sources[key]
+        own = self.proxies.source is None
         try:
+            source = self._source(task, self.proxies.split) if own else self._elsewhere()
             return source, self.proxies.draw(source)
         except InputError as error:
-            raise InputError(f"proxy images of task {task}: {error}") from error
+            where = f"proxy images of task {task}" if own else "proxies.source"
+            raise InputError(f"{where}: {error}") from error
+
+    def _proxy_tasks(self) -> list[str]:
+        """Tasks whose own split the proxies are drawn from and checked; without the default split they may need none."""
+        split, tasks = self.proxies.split, self.suite.tasks
+        having = [task for task in tasks if split in tasks[task].data]
+        return having if split == _DEFAULT_PROXIES.split or not having else list(tasks)
+
+    def _header_faults(self, splits: Mapping[str, Collection[str]], experts: bool) -> list[str]:
+        return self.suite.faults(self._backbone.shapes, splits, experts) if experts or any(splits.values()) else []
+
+    def _proxy_faults(self) -> list[str]:
+        """Faults of where the proxies come from that concern no single task."""
+        split, tasks = self.proxies.split, self.suite.tasks.values()
+        if self.proxies.source is None:
+            known = sorted({name for task in tasks for name in task.data})
+            if split in known or split == _DEFAULT_PROXIES.split:
+                return []
+            return [f"proxies.split: no task has a split {split}{closest(split, known)}; they have {', '.join(known)}"]
+        if is_fetched(self.proxies.source):
+            return []  # not before everything else is known to be sound
+        try:
+            self._elsewhere()
+        except InputError as error:
+            return [f"proxies.source: {error}"]
+        return []
+
+    def _draw_faults(self) -> list[str]:
+        """Faults of the proxy images themselves, which are drawn to see whether there are any."""
+        faults = []
+        for task in self._proxy_tasks() if self.proxies.source is None else list(self.suite.tasks)[:1]:
+            try:
+                self._draw(task)
+            except InputError as error:
+                faults.append(str(error))
+        return faults
 
     def _place(self) -> tuple[int, int]:
         """Number of processes and this one's rank."""

@@ -17,6 +17,9 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.layers import LinearAttention, LowRankExperts, Routing, attach
 from mergekit_vision.merger import Merged, Weights
 
+PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
+"""What open_clip stores of a model's preprocessing; the image size comes from the model."""
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -53,8 +56,7 @@ def describe(name: str, pretrained: str | None = None) -> Backbone:
         preprocess = dict(open_clip.get_model_preprocess_cfg(model))
         config = _model_config(name)
     if pretrained is not None and (tag := open_clip.get_pretrained_cfg(name, pretrained)):
-        known = ("mean", "std", "interpolation", "resize_mode")
-        preprocess.update({key: tag[key] for key in known if key in tag})
+        preprocess.update({key: tag[key] for key in PREPROCESS_KEYS if key in tag})
     _require_vit(name, model)
     shapes = {f"visual.{key}": tuple(value.shape) for key, value in model.visual.state_dict().items()}
     return Backbone(name, pretrained, config, preprocess, shapes)
@@ -203,7 +205,7 @@ def _one_clear_error(name: str) -> Iterator[None]:
     logging.disable(logging.WARNING)
     try:
         yield
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever kind of file it is, and whatever reads it
         raise InputError(f"backbone {name}: {error}") from error
     finally:
         logging.disable(disabled)

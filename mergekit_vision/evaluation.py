@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mergekit_vision.files import cache_dir, replacing
 from mergekit_vision.heads import ZeroShotHeads
+from mergekit_vision.version import __version__
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -43,7 +44,7 @@ class TaskMetric(nn.Module):
         seen = int(self.images.compute())
         if seen != expected:
             raise RuntimeError(f"evaluated {seen} images of a data set that has {expected}")
-        return float(self.accuracy.compute())
+        return round(float(self.accuracy.compute()) * seen) / seen  # float32 holds the share, not the quotient
 
 
 @torch.inference_mode()
@@ -82,7 +83,7 @@ def remembered(parts: Iterable[str], compute: Callable[[], float], share: Callab
         compute: measures it, on all processes together.
         share: gives every process the first one's value, so that all of them compute or none.
     """
-    key = hashlib.blake2b("\n".join(parts).encode(), digest_size=20).hexdigest()
+    key = hashlib.blake2b("\n".join([__version__, *parts]).encode(), digest_size=20).hexdigest()
     path = cache_dir() / "accuracies" / f"{key}.json"
     value = share(_read(path.read_text()) if path.is_file() else None)
     if value is None:

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.checkpoints.experts import pack_experts, unpack_experts
-from mergekit_vision.encoder import Backbone, VisionEncoder, load_clip
+from mergekit_vision.encoder import PREPROCESS_KEYS, Backbone, VisionEncoder, load_clip
 from mergekit_vision.errors import InputError
 from mergekit_vision.files import replacing
 from mergekit_vision.layers import LowRankExperts
@@ -46,23 +48,25 @@ def save_model(directory: Path, backbone: Backbone, encoder: VisionEncoder, reco
     weights = encoder.weights()
     clip = load_clip(backbone.name, backbone.pretrained)
     state = {key: weights.get(key, value).cpu() for key, value in clip.state_dict().items()}
-    known = ("mean", "std", "interpolation", "resize_mode")
-    # the record goes first: a directory with weights but without it counts as somebody else's
-    write_json(directory / RECORD, record)
-    write_json(
-        directory / CONFIG,
-        {"model_cfg": dict(backbone.model), "preprocess_cfg": {key: backbone.preprocess[key] for key in known}},
-    )
-    _save_tokenizer(directory, backbone)
-    for name in (ROUTERS, EXPERTS):  # of an earlier merge; without the JSON the experts are not read
-        (directory / name).unlink(missing_ok=True)
-    save_safetensors(directory / MODEL, state)
-    if encoder.routing is not None:
-        tensors, routers = pack_experts({name: layer.experts for name, layer in encoder.routing.layers.items()})
-        save_safetensors(directory / EXPERTS, tensors)
-        write_json(directory / ROUTERS, routers)
-    with replacing(directory / "README.md") as draft:
-        draft.write_text(model_card(record), encoding="utf-8")
+    preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
+    routing = encoder.routing
+    with ExitStack() as drafts:  # all are written, then all renamed
+
+        def draft(name: str) -> Path:
+            return drafts.enter_context(replacing(directory / name))
+
+        if routing is not None:
+            tensors, routers = pack_experts({name: layer.experts for name, layer in routing.layers.items()})
+            save_safetensors(draft(EXPERTS), tensors)
+            write_json(draft(ROUTERS), routers)
+        save_safetensors(draft(MODEL), state)
+        write_json(draft(CONFIG), {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess})
+        draft("README.md").write_text(model_card(record), encoding="utf-8")
+        write_json(draft(RECORD), record)
+        _save_tokenizer(directory, backbone)
+    if routing is None:  # experts of an earlier merge do not belong to this one
+        for name in (ROUTERS, EXPERTS):
+            (directory / name).unlink(missing_ok=True)
 
 
 def load_experts(directory: Path) -> dict[str, LowRankExperts]:
@@ -75,7 +79,11 @@ def load_experts(directory: Path) -> dict[str, LowRankExperts]:
         return {}
     if not (directory / EXPERTS).is_file():
         raise InputError(f"{directory / EXPERTS}: missing, but {ROUTERS} is there; merge again")
-    return unpack_experts(load_file(directory / EXPERTS), json.loads((directory / ROUTERS).read_text()))
+    try:
+        tensors, routers = load_file(directory / EXPERTS), json.loads((directory / ROUTERS).read_text())
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{directory}: {EXPERTS} or {ROUTERS} is damaged ({error}); merge again") from error
+    return unpack_experts(tensors, routers)
 
 
 def read_record(directory: Path) -> dict[str, Any]:

@@ -87,6 +87,18 @@ def digest(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=32).hexdigest()
 
 
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Path, size and modification time (ns) of a file, for :func:`digest`: they change when the file does."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
+
+
+def stamps(directory: Path) -> list[tuple[str, int, int]]:
+    """Stamps of all files below a directory, by their paths relative to it; none where there is no such directory."""
+    files = (Path(place, name) for place, _, names in os.walk(directory, followlinks=True) for name in names)
+    return sorted((str(file.relative_to(directory)), *stamp(file)[1:]) for file in files if file.is_file())
+
+
 def _read_memo(memo: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
         text = memo.read_text(encoding="ascii")

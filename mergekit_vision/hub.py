@@ -39,7 +39,7 @@ class HubImages(ImageSource):
     ) -> None:
         datasets = _library()
         self._where, self._label = f"{dataset} [{split}]", label
-        data = _fetch(dataset, lambda: datasets.load_dataset(dataset, name=name, split=split, revision=revision))
+        data = _fetch(datasets, dataset, lambda: datasets.load_dataset(dataset, name=name, split=split, revision=revision))
         self.names = _class_names(data.features, image, label, self._where)
         # undecoded, so that a damaged image can be named
         self._data = data.cast_column(image, datasets.Image(decode=False)).select_columns([image, label])
@@ -85,9 +85,8 @@ def describe_hub(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """
     dataset, split = config["hub"], config["split"]
     datasets = _library()
-    info = _fetch(
-        dataset, lambda: datasets.load_dataset_builder(dataset, name=config.get("name"), revision=config.get("revision")).info
-    )
+    name, revision = config.get("name"), config.get("revision")
+    info = _fetch(datasets, dataset, lambda: datasets.load_dataset_builder(dataset, name=name, revision=revision).info)
     plain = split.split("[")[0]  # "train[:80%]" is a part of "train"
     if info.splits and plain not in info.splits:
         raise InputError(f"{dataset}: no split {plain!r}{closest(plain, info.splits)}; it has {', '.join(info.splits)}")
@@ -104,11 +103,15 @@ def _library() -> Any:
     return datasets
 
 
-def _fetch(dataset: str, load: Callable[[], _Result]) -> _Result:
+def _fetch(datasets: Any, dataset: str, load: Callable[[], _Result]) -> _Result:
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{dataset}: cannot be loaded by `datasets` ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        # that one says only that an error occurred
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ else error
+        raise InputError(
+            f"{dataset}: cannot be loaded by `datasets` ({type(cause).__name__}: {' '.join(str(cause).split())})"
+        ) from error
 
 
 def _class_names(features: Mapping[str, Any], image: str, label: str, where: str) -> tuple[str, ...] | None:

@@ -75,14 +75,23 @@ class MergeInputs:
         return tuple(self.experts)
 
     def delta(self, task: str, key: str) -> Tensor:
-        """Task vector of one parameter: fine-tuned minus pre-trained; float32, new memory, on ``device``."""
-        expert = self.experts[task][key].to(self.device, torch.float32)
-        return expert - self.base[key].to(self.device, torch.float32)
+        """Task vector of one parameter: fine-tuned minus pre-trained; float32, new memory, on ``device``.
+
+        Raises:
+            InputError: when the expert holds NaN or infinity there.
+        """
+        return self._expert(task, key) - self.base[key].to(self.device, torch.float32)
 
     def deltas(self, key: str) -> Tensor:
         """Task vectors of one parameter for all tasks, ``[T, *shape]`` in the order of :attr:`tasks`; float32, new memory."""
-        stack = torch.stack([self.experts[task][key].to(self.device, torch.float32) for task in self.tasks])
+        stack = torch.stack([self._expert(task, key) for task in self.tasks])
         return stack.sub_(self.base[key].to(self.device, torch.float32))
+
+    def _expert(self, task: str, key: str) -> Tensor:
+        value = self.experts[task][key].to(self.device, torch.float32)
+        if not value.isfinite().all():
+            raise InputError(f"the expert of task {task} holds NaN or infinity in {key}; fine-tune it again or leave it out")
+        return value
 
     def observe(self, task: str, observers: Mapping[str, Observer], model: "Merged | None" = None) -> None:
         """Run a task's proxy images once and hand each named Linear's input to its observer, batch by batch.

@@ -1,30 +1,31 @@
 """The LightningModule: merges in ``setup``, evaluates every task."""
 
+import math
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mergekit_vision.checkpoints import CheckpointWeights, open_weights
 from mergekit_vision.data import VisionTasks
-from mergekit_vision.encoder import VisionEncoder, describe, load_clip, merged_weights
+from mergekit_vision.encoder import Backbone, VisionEncoder, describe, load_clip, merged_weights
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation import TaskMetric
 from mergekit_vision.export import load_experts, read_record, save_model
 from mergekit_vision.figures import draw_routing
 from mergekit_vision.heads import build_heads
-from mergekit_vision.layers import Route
-from mergekit_vision.merger import Merged, Merger
+from mergekit_vision.layers import LowRankExperts, Route
+from mergekit_vision.merger import Merger, Weights
 from mergekit_vision.predictions import Predictions
 from mergekit_vision.progress import track
-from mergekit_vision.results import describe_merger, own_expert_shares, print_table, summarise, write_json
+from mergekit_vision.results import describe_merger, own_expert_shares, print_table, same, summarise, versions, write_json
 from mergekit_vision.scaling import ScaleSearch
-from mergekit_vision.version import __version__
-from mergekit_vision.workbench import Workbench
+from mergekit_vision.workbench import ScaleChoice, Workbench
 
 SPLITS = {"validate": "val", "test": "test"}
 
@@ -59,6 +60,8 @@ class MergedCLIP(LightningModule):
         route: Route = "router",
     ) -> None:
         super().__init__()
+        if isinstance(scale, float) and not math.isfinite(scale):
+            raise InputError(f"--model.scale {scale}: must be a finite number")
         if (merger is None) == (merged is None):
             raise InputError("give one of --model.merger NAME (merge now) and --model.merged DIR (a model merged before)")
         if merged is not None and scale != "merger":
@@ -69,6 +72,7 @@ class MergedCLIP(LightningModule):
         self.record: dict[str, Any] = {}
         self.expert_accuracy: dict[str, dict[str, float | None]] = {}
         self.predictions: Predictions | None = None
+        self._has_experts = True
         self._started = 0.0
 
     @property
@@ -81,6 +85,13 @@ class MergedCLIP(LightningModule):
 
     # ---------------------------------------------------------------------------------------------- merging
 
+    @property
+    def extra_splits(self) -> set[str]:
+        """Splits that merging reads besides the evaluated one; the data module fetches them."""
+        if self.merger is None:
+            return set()
+        return {self.data.proxies.split, *(["val"] if self.scale == "search" else [])}
+
     def setup(self, stage: str) -> None:
         """Check the suite whole, then merge (or load), and measure the experts on the split that is evaluated."""
         split = SPLITS.get(stage)
@@ -91,34 +102,45 @@ class MergedCLIP(LightningModule):
             self._build(split)
         if split is not None:
             tasks = self.data.suite.tasks
-            self.metrics = nn.ModuleDict({task: TaskMetric(len(tasks[task].classes)) for task in self.data.task_names})
+            self.metrics = nn.ModuleList(TaskMetric(len(tasks[task].classes)) for task in self.data.task_names)
 
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""
         merging, data = self.merger is not None, self.data
-        splits = {name for name in (split, "val" if merging and self.scale == "search" else None) if name}
-        # only a merger knows whether it asks for proxies; a suite that has none is at fault when it does
-        proxies = merging and all(data.proxies.split in task.data for task in data.suite.tasks.values())
-        data.check(splits, experts=merging, proxies=proxies)
+        searched = {"val"} if merging and self.scale == "search" else set()
+        self._has_experts = merging or self._everywhere(all(task.expert.is_file() for task in data.suite.tasks.values()))
+        data.check({split} if split else set(), everywhere=searched, experts=self._has_experts, proxies=merging)
         if merging:
             self._experts()
+        elif self.merged is not None:
+            read_record(self.merged)
+            self._check_merged(describe(f"local-dir:{self.merged}"))
+        largest = max((data.size(task, split) for task in data.task_names), default=0) if split else None
+        if largest is not None and largest < self.trainer.world_size:
+            raise InputError(f"--trainer.devices: {self.trainer.world_size} processes for {largest} images; take fewer")
+
+    def _everywhere(self, value: bool) -> bool:
+        """The first process's answer, so that all of them go the same way."""
+        return bool(self.trainer.strategy.broadcast(value))
+
+    def _check_merged(self, merged: Backbone) -> None:
+        suite = self.data.suite
+        backbone = describe(suite.backbone, suite.pretrained)
+        if merged.shapes != backbone.shapes or not same(merged.preprocess, backbone.preprocess):
+            raise InputError(f"{self.merged}: merged from another backbone than that of {suite.path} ({suite.backbone})")
 
     def _build(self, split: str | None) -> None:
-        """Load the backbone, measure what has to be measured with it, and put the merged weights in."""
+        """Merge or load, measure the experts that normalise, and leave the merged weights in the encoder."""
         bench = self._workbench()
+        if self.encoder is None:
+            weights, routed = self._merge(bench, self.merger) if self.merger is not None else self._load(bench)
         if split is not None:
             tasks = track(self.data.task_names, f"experts' own accuracy on {split}")
             self.expert_accuracy[split] = {task: self._expert_accuracy(bench, task, split) for task in tasks}
-        if self.encoder is not None:
+        if self.encoder is not None:  # merged for an earlier stage
             return
-        if self.merger is not None:
-            merged, scale = self._merge(bench, self.merger)
-            bench.encoder.assign(merged_weights(bench.base, merged, scale))
-            bench.encoder.route(merged.routed)
-        else:
-            assert self.merged is not None
-            self.record = read_record(self.merged)
-            bench.encoder.route(load_experts(self.merged))
+        bench.encoder.assign(weights)
+        bench.encoder.route(routed)
         self.encoder, self.heads = bench.encoder.eval(), bench.heads
         if self.encoder.routing is not None:
             self.encoder.routing.mode = self.route
@@ -130,14 +152,12 @@ class MergedCLIP(LightningModule):
         import open_clip
 
         suite = self.data.suite
-        if self.merged is not None:
-            read_record(self.merged)
         name, pretrained = (suite.backbone, suite.pretrained) if self.merged is None else (f"local-dir:{self.merged}", None)
         backbone, clip = describe(name, pretrained), load_clip(name, pretrained)
         prompts = {task.name: (task.classes, task.templates) for task in suite.tasks.values()}
-        heads = build_heads(clip, open_clip.get_tokenizer(name), prompts)
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
         device = strategy.root_device
+        heads = build_heads(clip, open_clip.get_tokenizer(name), prompts, backbone.model, device)
         encoder = VisionEncoder(clip.visual).to(device)  # type: ignore[arg-type]
         return Workbench(
             backbone,
@@ -161,51 +181,34 @@ class MergedCLIP(LightningModule):
 
     def _expert_accuracy(self, bench: Workbench, task: str, split: str) -> float | None:
         """The expert's own accuracy; ``None`` where a model merged before is evaluated without its experts at hand."""
-        path = self.data.suite.tasks[task].expert
-        if self.merged is not None and not path.is_file():
-            return None
-        return bench.expert_accuracy(task, split, open_weights(path))
+        return bench.expert_accuracy(task, split, open_weights(self.data.suite.tasks[task].expert)) if self._has_experts else None
 
-    def _merge(self, bench: Workbench, merger: Merger) -> tuple[Merged, float]:
+    def _load(self, bench: Workbench) -> tuple[Weights, Mapping[str, LowRankExperts]]:
+        assert self.merged is not None
+        self.record = read_record(self.merged)
+        return bench.base, load_experts(self.merged)
+
+    def _merge(self, bench: Workbench, merger: Merger) -> tuple[Weights, Mapping[str, LowRankExperts]]:
         """Merge once, choose the coefficient, and record what was done."""
         experts = self._experts()
-        curve: list[dict[str, float]] = []
-        searching = 0.0
-
-        def choose(merged: Merged) -> float:
-            nonlocal searching
-            if not merged.scalable or self.scale == "merger":
-                return merged.scale
-            if self.scale != "search":
-                return float(self.scale)
-            start = time.perf_counter()
-            tasks = track(list(experts), "experts' own accuracy on val")
-            own = {task: bench.expert_accuracy(task, "val", experts[task]) for task in tasks}
-            curve.extend(bench.search(merged, self.search, own))
-            searching += time.perf_counter() - start
-            return curve[0]["coefficient"]
-
+        choice = ScaleChoice(bench, experts, self.scale, self.search)
         start = time.perf_counter()
-        merged = bench.merge(merger, experts, choose)
-        seconds = time.perf_counter() - start - searching
-        scale = choose(merged)
+        merged = bench.merge(merger, experts, choice)
+        seconds = time.perf_counter() - start - choice.seconds
+        scale = choice(merged)
         suite = self.data.suite
         self.record = {
             "suite": suite.name,
             "backbone": suite.backbone,
             "pretrained": suite.pretrained,
-            "experts": {task: str(weights.path) for task, weights in experts.items()},
+            "experts": {task: os.path.relpath(weights.path, suite.path.parent) for task, weights in experts.items()},
             "merger": describe_merger(merger),
             "scale": scale,
-            "search": sorted(curve, key=lambda row: row["coefficient"]),
-            "seconds": {"merge": round(seconds, 3), "search": round(searching, 3)},
-            "versions": {
-                "mergekit_vision": __version__,
-                "torch": str(torch.__version__),
-                "lightning": str(lightning.__version__),
-            },
+            "search": sorted(choice.curve, key=lambda row: row["coefficient"]),
+            "seconds": {"merge": round(seconds, 3), "search": round(choice.seconds, 3)},
+            "versions": versions(),
         }
-        return merged, scale
+        return merged_weights(bench.base, merged, scale), merged.routed
 
     def save(self, directory: Path) -> None:
         """Write the merged model (see :func:`~mergekit_vision.export.save_model`)."""
@@ -235,12 +238,10 @@ class MergedCLIP(LightningModule):
         """Count one batch of one task."""
         images, labels = batch
         task = self.data.task_names[dataloader_idx]
-        metric = self.metrics[task]
         if (routing := self._merged_encoder.routing) is not None:
             merged = list(self.record["experts"])
             routing.truth = torch.full_like(labels, merged.index(task)) if task in merged else None
-        metric.update(self(images, task), labels)  # type: ignore[operator]
-        self.log(f"accuracy/{task}", metric.accuracy, add_dataloader_idx=False, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+        self.metrics[dataloader_idx].update(self(images, task), labels)  # type: ignore[operator]
 
     def on_test_epoch_end(self) -> None:
         """Print the table and write ``results.json`` into the trainer's root directory."""
@@ -255,7 +256,10 @@ class MergedCLIP(LightningModule):
 
     def _report(self, split: str) -> None:
         sizes = {task: self.data.size(task, split) for task in self.data.task_names}
-        accuracy = {task: self.metrics[task].compute(size) for task, size in sizes.items()}  # type: ignore[operator]
+        # on all processes and in one order, also on those that had no image of a task
+        pairs = zip(self.metrics, sizes.items(), strict=True)
+        accuracy: dict[str, float] = {task: metric.compute(size) for metric, (task, size) in pairs}  # type: ignore[operator]
+        self.log_dict({f"accuracy/{task}": value for task, value in accuracy.items()})
         counts = self._routing_counts()
         if not self.trainer.is_global_zero:
             return
@@ -290,8 +294,3 @@ class MergedCLIP(LightningModule):
         probabilities: Tensor = self(images, self.predictions.task).softmax(-1)
         self.predictions.add(indices, probabilities)
         return probabilities
-
-    def on_predict_epoch_end(self) -> None:
-        """Write ``predictions.csv`` into the trainer's root directory and show its first lines."""
-        if self.predictions is not None:
-            self.predictions.write(Path(self.trainer.default_root_dir) / "predictions.csv", self.trainer.is_global_zero)

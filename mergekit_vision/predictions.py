@@ -34,14 +34,15 @@ class Predictions:
         for index, classes, values in zip(indices.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
             self.rows[index] = [(self.classes[label], value) for label, value in zip(classes, values, strict=True)]
 
-    def write(self, path: Path, first: bool) -> None:
-        """Gather the rows of all processes; the first writes ``path`` (CSV) and prints the beginning."""
+    def gather(self) -> None:
+        """Collect the rows of all processes; each must call it, also one that had no image."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts: list[dict[int, list[tuple[str, float]]]] = [{}] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, self.rows)
             self.rows = {index: row for part in parts for index, row in part.items()}
-        if not first:
-            return
+
+    def write(self, path: Path) -> None:
+        """Write ``path`` (CSV) and print the beginning."""
         table = Table(title=f"{self.task} → {path}", title_justify="left")
         for name in ("image", "class", "probability %"):
             table.add_column(name)

@@ -86,6 +86,19 @@ def own_expert_shares(counts: Mapping[str, torch.Tensor], experts: list[str]) ->
     return shares
 
 
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "lightning", "open_clip_torch")
+    return {"mergekit_vision": __version__, **{name: version(name) for name in packages}}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two pieces of configuration say the same; JSON knows no tuples."""
+    return json.dumps(a, sort_keys=True, default=_plain) == json.dumps(b, sort_keys=True, default=_plain)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside ``path`` and rename it there; tensors and paths become plain values."""
     with replacing(path) as temporary:
@@ -103,17 +116,19 @@ def model_card(record: Mapping[str, Any]) -> str:
         record: what ``merge.json`` holds.
     """
     merger = record["merger"]
+    hub = record["backbone"].startswith("hf-hub:")  # what stands here must be a model of the hub
+    base = f"base_model: {record['backbone'].removeprefix('hf-hub:')}\n" if hub else ""
     rows = "\n".join(f"| {task} | {Path(file).name} |" for task, file in record["experts"].items())
     arguments = "\n".join(f"- `{name}`: {value}" for name, value in merger["init_args"].items())
+    backbone = record["backbone"].rpartition("/")[2]
     return f"""---
 library_name: open_clip
 tags: [clip, model-merging, mergekit-vision]
-base_model: {record["backbone"]}
----
+{base}---
 
 # {record["suite"]} merged with {merger["name"]}
 
-{len(record["experts"])} experts fine-tuned from `{record["backbone"]}` merged without training by mergekit-vision {__version__},
+{len(record["experts"])} experts fine-tuned from `{backbone}` merged without training by mergekit-vision {__version__},
 at scaling coefficient {record["scale"]:g}.
 
 | task | expert |

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergekit_vision.functional.routing import Pooling, pool_tokens
+from mergekit_vision.functional.routing import Axes, Pooling, pool_tokens
 
 Plain = bool | int | float | str | list[str]
 
@@ -113,24 +113,38 @@ class LinearRouter(Router):
         weight: ``[T, features]``; :func:`~mergekit_vision.functional.routing.discriminant` estimates one.
         bias: ``[T]``.
         pooling: the features, as for :func:`~mergekit_vision.functional.routing.pool_tokens`.
+        basis: ``[d_in, k]``, of the axes of the tokens' covariance, where that is among the features.
+        offset: ``[k]``, of the same axes.
         top_k: how many experts are mixed.
         temperature: divides the scores before the softmax.
     """
 
     weight: Tensor
     bias: Tensor
+    basis: Tensor | None
+    offset: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, pooling: Sequence[Pooling] = ("mean",), top_k: int = 1, temperature: float = 1.0
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        pooling: Sequence[Pooling] = ("mean",),
+        basis: Tensor | None = None,
+        offset: Tensor | None = None,
+        top_k: int = 1,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(top_k, temperature)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.register_buffer("basis", basis)
+        self.register_buffer("offset", offset)
         self.pooling = tuple(pooling)
 
     def forward(self, x: Tensor) -> Tensor:
         """Log-posteriors up to a constant, ``[N, 1, T]``."""
-        return F.linear(pool_tokens(x, self.pooling), self.weight, self.bias).unsqueeze(1)
+        axes = None if self.basis is None or self.offset is None else Axes(self.basis, self.offset)
+        return F.linear(pool_tokens(x, self.pooling, axes), self.weight, self.bias).unsqueeze(1)
 
     def arguments(self) -> Mapping[str, Plain]:
         """Constructor arguments that are not buffers."""

@@ -1,7 +1,10 @@
 """Search of the merged task vector's scaling coefficient on validation data."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from mergekit_vision.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class ScaleSearch:
     halvings: int = 2
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        if self.first <= 0 or self.halvings < 0:
-            raise ValueError(f"first ({self.first}) must be above 0 and halvings ({self.halvings}) not below")
+        if not -math.inf < self.low < self.high < math.inf:
+            raise InputError(f"search: low ({self.low}) must be below high ({self.high}), both finite")
+        if not 0 < self.first < math.inf or self.halvings < 0:
+            raise InputError(f"search: first ({self.first}) must be above 0 and halvings ({self.halvings}) not below")
 
     def doubled(self) -> list[float]:
         """The coefficients of the first stage, ascending.

@@ -13,12 +13,9 @@ mapping                                                 images
 """
 
 import difflib
-import importlib
-import inspect
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.files import digest
+from mergekit_vision.files import digest, stamp
 
 SourceConfig = Mapping[str, Any]
 """One source as it stands in a suite file; the module's text lists the kinds."""
@@ -94,6 +91,11 @@ def kind_of(config: SourceConfig) -> str:
     return next(kind for kind in _KEYS if kind in config)
 
 
+def is_fetched(config: SourceConfig) -> bool:
+    """Whether a well-formed source may be downloaded when it is opened."""
+    return kind_of(config) in {"hub", "torchvision"}
+
+
 def config_faults(config: object) -> list[str]:
     """What is wrong with the layout of a source's mapping, one text a fault.
 
@@ -157,6 +159,8 @@ def open_source(config: SourceConfig, labelled: bool = True) -> ImageSource:
 
         return HubImages(config["hub"], config["split"], config.get("name"), config.get("revision"), **columns)
     if kind == "torchvision":
+        from mergekit_vision.torchvision_data import TorchvisionImages
+
         return TorchvisionImages(config["torchvision"], config.get("args", {}))
     directory = Path(config["folder"])
     if not labelled and directory.is_dir() and not any(entry.is_dir() for entry in directory.iterdir()):
@@ -167,25 +171,43 @@ def open_source(config: SourceConfig, labelled: bool = True) -> ImageSource:
 def check_source(config: SourceConfig, classes: int) -> list[str]:
     """Faults of a well-formed source against the number of classes; reads headers and label columns, never an image.
 
-    A torchvision class is only imported and its arguments matched; of a hub data set only the description is fetched.
+    A torchvision class is only imported and its arguments matched; of a hub data set only the description is fetched. For both
+    :func:`content_faults` tells the rest once they are opened.
     """
     kind = kind_of(config)
     try:
         if kind == "torchvision":
-            _bind(config["torchvision"], config.get("args", {}))
+            from mergekit_vision.torchvision_data import import_class
+
+            import_class(config["torchvision"], config.get("args", {}))
             return []
-        names, labels = class_names(config), None
-        if kind != "hub":
-            labels = open_source(config).label_range()
-            if labels is None:
-                return ["holds no images"]
+        if kind == "hub":
+            return _count_faults(class_names(config), classes)
+        return content_faults(open_source(config), classes)
     except InputError as error:
         return [str(error)]
-    if names is not None and len(names) != classes:
-        return [f"the data has {len(names)} classes, `classes` names {classes}"]
-    if labels is not None and not 0 <= labels[0] <= labels[1] < classes:
+
+
+def content_faults(source: ImageSource, classes: int) -> list[str]:
+    """Faults of an open source's class names and labels against the number of classes.
+
+    Raises:
+        InputError: when the labels cannot be read.
+    """
+    if faults := _count_faults(source.names, classes):
+        return faults
+    labels = source.label_range()
+    if labels is None:
+        return ["holds no images"]
+    if not 0 <= labels[0] <= labels[1] < classes:
         return [f"labels run from {labels[0]} to {labels[1]}, but with {classes} classes they must lie in 0 to {classes - 1}"]
     return []
+
+
+def _count_faults(names: Sequence[str] | None, classes: int) -> list[str]:
+    if names is None or len(names) == classes:
+        return []
+    return [f"the data has {len(names)} classes, `classes` names {classes}"]
 
 
 def class_names(config: SourceConfig) -> tuple[str, ...] | None:
@@ -228,7 +250,7 @@ class FolderImages(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of the paths, sizes and modification times."""
-        return digest(*(_stamp(Path(path)) for path, _ in self._samples))
+        return digest(*(stamp(Path(path)) for path, _ in self._samples))
 
 
 class FlatFolder(ImageSource):
@@ -263,67 +285,4 @@ class FlatFolder(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of the paths, sizes and modification times."""
-        return digest(*map(_stamp, self.paths))
-
-
-class TorchvisionImages(ImageSource):
-    """Any map-style data set class of ``(PIL image, class index)``, built from its class path and arguments."""
-
-    def __init__(self, class_path: str, args: Mapping[str, Any]) -> None:
-        build = _bind(class_path, args)
-        self._where, self._args = class_path, dict(args)
-        try:
-            self._data = build(**args)
-        except (RuntimeError, OSError, ValueError, TypeError) as error:
-            raise InputError(f"{class_path}: {error}") from error
-        names = getattr(self._data, "classes", None)
-        self.names = tuple(map(str, names)) if names is not None else None
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Image and class at ``index``."""
-        try:
-            image, label = self._data[index]
-            return image.convert("RGB"), int(label)
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{self._where}, item {index}: not a readable (PIL image, class index) pair ({error})") from error
-
-    def labels(self) -> Sequence[int]:
-        """Class index of every image, decoded along with the images where the class keeps no list of them."""
-        return self._labels
-
-    def fingerprint(self) -> str:
-        """Hash of the class path, the arguments and all labels; the data set is taken for what its class always yields."""
-        return digest(self._where, sorted(self._args.items()), self.labels())
-
-    @cached_property
-    def _labels(self) -> Sequence[int]:
-        for attribute in ("targets", "labels", "_labels"):
-            known = getattr(self._data, attribute, None)
-            if known is not None and len(known) == len(self):
-                return [int(label) for label in known]
-        return [self[index][1] for index in range(len(self))]
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns
-
-
-def _bind(class_path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
-    """Import a class and match arguments to its constructor, without calling it."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        found: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{class_path}: cannot be imported ({error}); give a class path like torchvision.datasets.MNIST"
-        ) from error
-    try:
-        inspect.signature(found).bind(**args)
-    except TypeError as error:
-        raise InputError(f"{class_path}: {error} (`args` holds {', '.join(args) or 'nothing'})") from error
-    build: Callable[..., Any] = found
-    return build
+        return digest(*map(stamp, self.paths))

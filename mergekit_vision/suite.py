@@ -38,7 +38,7 @@ class Task:
         expert: checkpoint of the fine-tuned vision tower.
         data: split -> data source (see :mod:`mergekit_vision.sources`), with absolute paths.
         classes: name of each class index, as used in prompts.
-        templates: prompts; ``{}`` stands for the class name.
+        templates: prompts; each ``{}`` stands for the class name, other braces for themselves.
     """
 
     name: str
@@ -102,13 +102,19 @@ class Suite:
         Raises:
             InputError: with every fault found, one a line.
         """
+        raise_faults(self.path, self.faults(shapes, dict.fromkeys(self.tasks, splits), experts))
+
+    def faults(
+        self, shapes: Mapping[str, tuple[int, ...]], splits: Mapping[str, Collection[str]], experts: bool = True
+    ) -> list[str]:
+        """What :meth:`check` raises, one text a fault, with other ``splits`` (task -> those it must have) for each task."""
         faults = []
         for task in self.tasks.values():
             if experts:
                 faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(task.expert, shapes)]
-            for split in dict.fromkeys(splits):
+            for split in dict.fromkeys(splits.get(task.name, ())):
                 faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(task, split)]
-        raise_faults(self.path, faults)
+        return faults
 
 
 def _names_in_data(data: Mapping[str, Mapping[str, object]]) -> tuple[str, ...]:

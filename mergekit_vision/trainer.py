@@ -16,10 +16,10 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.export import check_output
 from mergekit_vision.module import MergedCLIP
 from mergekit_vision.predictions import Predictions
-from mergekit_vision.progress import console
+from mergekit_vision.progress import console, say
 from mergekit_vision.sources import FlatFolder
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 class Trainer(lightning.Trainer):
@@ -37,6 +37,8 @@ class Trainer(lightning.Trainer):
         default_root_dir: directory of everything that is written (the command line's ``--output``).
         enable_progress_bar: a bar on a terminal; never where the output is no terminal.
     """
+
+    merging = False
 
     def __init__(
         self,
@@ -75,12 +77,17 @@ class Trainer(lightning.Trainer):
 
         open_clip loads the directory as ``local-dir:DIRECTORY``; ``test --model.merged DIRECTORY`` evaluates it.
         """
+        model = cast(MergedCLIP, model)
+        if model.merger is None:
+            raise InputError("merge needs --model.merger NAME; what --model.merged names is merged already")
         output = Path(self.default_root_dir)
         check_output(output)
+        self.merging = True
         # no images to predict: the model is set up on every process, which merges, and nothing else runs
         super().predict(model, datamodule=datamodule, return_predictions=False)
         if self.is_global_zero:
-            cast(MergedCLIP, model).save(output)
+            model.save(output)
+            say(f"merged model: {output} (open_clip name: local-dir:{output})")
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule) -> None:  # type: ignore[override]
         """Evaluate a merged encoder on every task's val split."""
@@ -104,7 +111,13 @@ class Trainer(lightning.Trainer):
         tasks = datamodule.suite.tasks
         if task not in tasks:
             raise InputError(f"--task {task}: not a task of the suite; it has {', '.join(tasks)}")
+        if top < 1:
+            raise InputError(f"--top {top}: at least one class must be written")
         folder = FlatFolder(images)
         model.predictions = Predictions(task, tasks[task].classes, folder.paths, top)
         datamodule.images = folder
         super().predict(model, datamodule=datamodule, return_predictions=False)
+        # here and not in a hook: Lightning runs none on a process without images
+        model.predictions.gather()
+        if self.is_global_zero:
+            model.predictions.write(Path(self.default_root_dir) / "predictions.csv")

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from mergekit_vision.checkpoints import CheckpointWeights
 from mergekit_vision.data import VisionTasks
 from mergekit_vision.encoder import Backbone, VisionEncoder, merged_weights
+from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation import measure, remembered
 from mergekit_vision.files import fingerprint
 from mergekit_vision.heads import ZeroShotHeads
@@ -58,8 +60,8 @@ class Workbench:
     @contextmanager
     def wearing(self, weights: Weights) -> Iterator[VisionEncoder]:
         """The encoder with other weights, while the context is open."""
-        self.encoder.assign(weights)
         try:
+            self.encoder.assign(weights)
             yield self.encoder
         finally:
             self.encoder.assign(self.base)
@@ -82,7 +84,20 @@ class Workbench:
                     for images in self.data.proxy_loader(task):
                         encoder(images.to(self.device))
 
-        return merger.merge(MergeInputs(self.base, experts, self.encoder.linears, device, run_proxies, choose_scale, track))
+        inputs = MergeInputs(self.base, experts, self.encoder.linears, device, run_proxies, choose_scale, track)
+        return self._check(merger.merge(inputs), type(merger).__name__)
+
+    def _check(self, merged: Merged, name: str) -> Merged:
+        """Refuse what a plugin must not return, before it is silently ignored or broadcast."""
+        for key, value in merged.update.items():
+            if key not in self.base:
+                raise InputError(f"{name} returned an update for {key}, which the encoder does not have")
+            if value.shape != self.base[key].shape:
+                shapes = f"{tuple(value.shape)}, not {tuple(self.base[key].shape)}"
+                raise InputError(f"{name} returned an update of the wrong shape for {key}: {shapes}")
+            if not value.isfinite().all():
+                raise InputError(f"{name} returned NaN or infinity for {key}")
+        return merged
 
     def accuracy(self, task: str, split: str) -> float:
         """Accuracy in [0, 1] of the weights that the encoder has, over all processes."""
@@ -131,3 +146,48 @@ class Workbench:
 
         best, _ = search_scale(normalized, search)
         return [rows[best], *(row for coefficient, row in rows.items() if coefficient != best)]
+
+
+class ScaleChoice:
+    """Answers at which coefficient a merged model is used, and keeps how that was found.
+
+    Args:
+        bench: measures accuracies.
+        experts: task -> weights of the merged experts.
+        scale: a number, ``merger`` for the method's own, or ``search``.
+        search: range and effort of a search.
+
+    Attributes:
+        curve: every coefficient a search tried, the best first.
+        seconds: time the search took.
+    """
+
+    def __init__(
+        self, bench: Workbench, experts: Mapping[str, CheckpointWeights], scale: float | str, search: ScaleSearch
+    ) -> None:
+        self._bench, self._experts, self._scale, self._search = bench, experts, scale, search
+        self._used = False
+        self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def __call__(self, merged: Merged) -> float:
+        """The coefficient of ``merged``; its own where nothing in it can be scaled."""
+        if self._scale == "merger" or not merged.scalable:
+            if self._scale != "merger" and not self._used:
+                say("this method has no scaling coefficient; --model.scale changes nothing")
+            return merged.scale
+        self._used = True
+        if self._scale != "search":
+            return float(self._scale)
+        start = time.perf_counter()
+        self.curve = self._bench.search(merged, self._search, self._own_accuracies())
+        self.seconds += time.perf_counter() - start
+        return self.curve[0]["coefficient"]
+
+    def _own_accuracies(self) -> dict[str, float]:
+        tasks = track(list(self._experts), "experts' own accuracy on val")
+        own = {task: self._bench.expert_accuracy(task, "val", self._experts[task]) for task in tasks}
+        wrong = [task for task, accuracy in own.items() if not accuracy]
+        if wrong:
+            raise InputError(f"the expert of {', '.join(wrong)} gets no val image right; check its file, classes and labels")
+        return own

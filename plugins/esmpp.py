@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -9,17 +10,20 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import ShiftStatistic
-from mergekit_vision.functional.routing import Pooling, discriminant, pool_tokens
+from mergekit_vision.functional.routing import Axes, Pooling, calibrate, discriminant, pool_tokens, principal_axes
 from mergekit_vision.layers import Evidence, LinearKind, LowRankExperts, linears_of_kind, pad_rank
 from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
 from mergekit_vision.routers import CosineRouter, LinearRouter, Router
 
 Rule = Literal["cosine", "centered", "discriminant"]
 Statistics = Literal["experts", "base", "routed"]
-Decision = Literal["layer", "sum", "hold"]
+Decision = Literal["layer", "branch", "sum", "hold"]
 
 Features = Mapping[str, list[Tensor]]
 """Linear name -> for each task, the pooled inputs of its proxy images, ``[n_t, f]``."""
+
+AxesOf = Mapping[str, Axes]
+"""Linear name -> principal axes of its input tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,17 @@ class ESMPP(Merger):
             "discriminant", the log-posteriors of a linear discriminant with a shared, shrunk covariance.
         statistics: whose inputs on the proxy images the rule is fitted to: the "experts'" own (published), the merged "base"'s,
             or the "routed" model's, itself routed by a rule fitted to the base.
-        decision: each "layer" by its own scores (published); by the "sum" of the scores of all layers so far; or the layers
-            from ``held_layer`` on "hold" the decision of that layer.
+        decision: each "layer" by its own scores (published); each "branch" of a block, attention or MLP, by the scores of its
+            first routed layer; by the "sum" of the scores of all layers so far; or the layers from ``held_layer`` on "hold" the
+            decision of that layer.
         held_layer: index among the routed layers.
         pooling: what the discriminant knows of an image: the "mean" over its tokens, their standard "deviation", the "first"
-            (class) token, side by side. The cosine takes the mean.
+            (class) token, their "covariance" along the 32 principal axes of all tasks' tokens, side by side. The cosine takes
+            the mean.
         shrinkage: of the discriminant's covariance towards its diagonal, above 0 and at most 1.
         top_k: experts an image mixes, weighted by the softmax of their scores over ``temperature``.
-        temperature: of that softmax.
+        temperature: of that softmax. ``None`` takes, in each layer, the one at which the discriminant is the best judge of proxy
+            images that were left out of it, one by one and in closed form.
     """
 
     base: Merger | None = None
@@ -61,14 +68,14 @@ class ESMPP(Merger):
     pooling: tuple[Pooling, ...] = ("mean",)
     shrinkage: float = 0.5
     top_k: int = 1
-    temperature: float = 1.0
+    temperature: float | None = 1.0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         for argument, least in (("rank", 1), ("top_k", 1), ("held_layer", 0)):
             if getattr(self, argument) < least:
                 raise InputError(f"{name}: {argument} is {getattr(self, argument)}, but must be at least {least}")
-        if not (0 < self.shrinkage <= 1 and self.temperature > 0):
+        if not (0 < self.shrinkage <= 1 and (self.temperature is None or self.temperature > 0)):
             raise InputError(
                 f"{name}: shrinkage is {self.shrinkage} and temperature {self.temperature}, "
                 "but shrinkage must be above 0 and at most 1, temperature above 0"
@@ -77,6 +84,8 @@ class ESMPP(Merger):
             raise InputError(f"{name}: pooling is {list(self.pooling)}, but must name some of {', '.join(get_args(Pooling))}")
         if tuple(self.pooling) != ("mean",) and self.rule != "discriminant":
             raise InputError(f"{name}: pooling {list(self.pooling)} needs rule discriminant; the cosine is of the mean token")
+        if self.temperature is None and (self.rule != "discriminant" or self.decision == "sum"):
+            raise InputError(f"{name}: temperature null is for rule discriminant, and not for decision sum; give a number")
         for argument, options in (("rule", Rule), ("statistics", Statistics), ("decision", Decision)):
             if getattr(self, argument) not in get_args(options):
                 raise InputError(
@@ -87,12 +96,13 @@ class ESMPP(Merger):
         """Merge the base, decompose the residuals, fit the routers."""
         names = linears_of_kind(inputs.linears, self.layers)
         base = self._merged_base(inputs)
-        factors, features = self._decompose(inputs, names, base)
+        axes = self._axes(inputs, names, None if self.statistics == "experts" else base)
+        factors, features = self._decompose(inputs, names, base, axes)
         if self.statistics != "experts":
-            features = self._observe(inputs, names, base)
-        merged = replace(base, routed=self._routed(factors, features))
+            features = self._observe(inputs, names, base, axes)
+        merged = replace(base, routed=self._routed(factors, features, axes))
         if self.statistics == "routed":
-            merged = replace(base, routed=self._routed(factors, self._observe(inputs, names, merged)))
+            merged = replace(base, routed=self._routed(factors, self._observe(inputs, names, merged, axes), axes))
         return merged
 
     def _merged_base(self, inputs: MergeInputs) -> Merged:
@@ -108,8 +118,17 @@ class ESMPP(Merger):
         update = {key: merged.coefficient(key, scale) * value for key, value in merged.update.items()}
         return Merged(update, scale, fixed=frozenset(update))
 
+    def _axes(self, inputs: MergeInputs, names: list[str], model: Merged | None) -> AxesOf:
+        """Axes of the inputs of ``model``, or of the experts; none where the covariance is not asked for."""
+        if "covariance" not in self.pooling:
+            return {}
+        moments = {name: _Moments() for name in names}
+        for task in inputs.track(inputs.tasks, "axes"):
+            inputs.observe(task, moments, model)
+        return {name: moment.axes() for name, moment in moments.items()}
+
     def _decompose(
-        self, inputs: MergeInputs, names: list[str], base: Merged
+        self, inputs: MergeInputs, names: list[str], base: Merged, axes: AxesOf
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], Features]:
         """Each layer's factors ``up [T, d_out, r]`` and ``down [T, r, d_in]``, and the experts' pooled inputs."""
         ups: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -117,7 +136,7 @@ class ESMPP(Merger):
         features: dict[str, list[Tensor]] = {name: [] for name in names}
         for task in inputs.track(inputs.tasks, "experts"):
             shifts = {name: ShiftStatistic(_residual(inputs, task, weight_key(name), base)) for name in names}
-            pools = {name: _Pool(self.pooling, shifts[name]) for name in names}
+            pools = {name: _Pool(self.pooling, axes.get(name), shifts[name]) for name in names}
             inputs.observe(task, pools)
             for name in names:
                 delta, directions = shifts[name].delta, shifts.pop(name).subspace(self.rank).directions
@@ -127,37 +146,49 @@ class ESMPP(Merger):
                 features[name].append(pools[name].features)
         return {name: (torch.stack(ups[name]), torch.stack(downs[name])) for name in names}, features
 
-    def _observe(self, inputs: MergeInputs, names: list[str], model: Merged) -> Features:
+    def _observe(self, inputs: MergeInputs, names: list[str], model: Merged, axes: AxesOf) -> Features:
         """Pooled inputs of the merged ``model``."""
         features: dict[str, list[Tensor]] = {name: [] for name in names}
         for task in inputs.track(inputs.tasks, "routing"):
-            pools = {name: _Pool(self.pooling) for name in names}
+            pools = {name: _Pool(self.pooling, axes.get(name)) for name in names}
             inputs.observe(task, pools, model)
             for name in names:
                 features[name].append(pools[name].features)
         return features
 
-    def _routed(self, factors: Mapping[str, tuple[Tensor, Tensor]], features: Features) -> dict[str, LowRankExperts]:
+    def _routed(
+        self, factors: Mapping[str, tuple[Tensor, Tensor]], features: Features, axes: AxesOf
+    ) -> dict[str, LowRankExperts]:
         if self.decision == "hold" and self.held_layer >= len(factors):
             raise InputError(
                 f"{type(self).__name__}: held_layer is {self.held_layer}, but there are {len(factors)} routed layers"
             )
-        return {
-            name: LowRankExperts(up, down, self._router(features[name]), evidence=self._evidence(position))
-            for position, (name, (up, down)) in enumerate(factors.items())
-        }
+        routed: dict[str, LowRankExperts] = {}
+        for name, evidence in zip(factors, self._evidence(list(factors)), strict=True):
+            if evidence != "hold":  # who holds a decision holds its temperature too
+                router = self._router(features[name], axes.get(name))
+            routed[name] = LowRankExperts(*factors[name], router, evidence=evidence)
+        return routed
 
-    def _evidence(self, position: int) -> Evidence:
+    def _evidence(self, names: list[str]) -> list[Evidence]:
+        """How each layer comes to its decision."""
         if self.decision == "layer":
-            return "own"
+            return ["own"] * len(names)
         if self.decision == "sum":
-            return "add" if position else "start"
-        return "own" if position < self.held_layer else "start" if position == self.held_layer else "hold"
+            return ["add" if position else "start" for position in range(len(names))]
+        if self.decision == "branch":
+            branches = ["", *(name.rpartition(".")[0] for name in names)]
+            return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
+        first = self.held_layer
+        return ["own"] * first + ["start"] + ["hold"] * (len(names) - first - 1)
 
-    def _router(self, features: list[Tensor]) -> Router:
+    def _router(self, features: list[Tensor], axes: Axes | None) -> Router:
         if self.rule == "discriminant":
-            weight, bias = discriminant(features, self.shrinkage)
-            return LinearRouter(weight.float(), bias.float(), self.pooling, self.top_k, self.temperature)
+            fit = discriminant(features, self.shrinkage)
+            temperature = calibrate(fit.left_out, fit.labels) if self.temperature is None else self.temperature
+            basis, offset = (None, None) if axes is None else (axes.basis, axes.offset)
+            return LinearRouter(fit.weight.float(), fit.bias.float(), self.pooling, basis, offset, self.top_k, temperature)
+        assert self.temperature is not None
         prototypes = torch.stack([group.double().mean(0) for group in features]).float()
         return CosineRouter(prototypes, prototypes.mean(0) if self.rule == "centered" else None, self.top_k, self.temperature)
 
@@ -167,9 +198,10 @@ class ESMPPBayes(ESMPP):
     """ESM++ with a router that knows what it sees: a discriminant of the merged base's own activations, two experts mixed.
 
     The prototypes of :class:`ESMPP` come from the experts' activations and share a large common component. This variant fits,
-    on the same proxy images run once more through the merged base, a linear discriminant with a shrunk covariance to the mean
-    and the deviation over the tokens of each layer's input, and mixes the two most probable experts, so that a doubtful image
-    is not handed to a wrong one alone. Still without training, and for each image on its own.
+    on the same proxy images run twice more through the merged base, a linear discriminant with a shrunk covariance to the
+    mean, deviation and covariance of the tokens of each layer's input and its class token. It mixes the two most probable
+    experts, so that a doubtful image is not handed to a wrong one alone; how doubtful an image is, the proxy images say that
+    are left out. Still without training, and for each image on its own.
 
     Args:
         base: as for :class:`ESMPP`.
@@ -182,32 +214,53 @@ class ESMPPBayes(ESMPP):
         pooling: as for :class:`ESMPP`.
         shrinkage: as for :class:`ESMPP`.
         top_k: as for :class:`ESMPP`.
-        temperature: as for :class:`ESMPP`. The features are correlated over layers and images few, which makes the
-            log-posteriors too sure of themselves.
+        temperature: as for :class:`ESMPP`. Proxy images are few, so that log-posteriors are too sure of themselves, and the more
+            so the fewer they are: a constant would not do.
     """
 
     rule: Rule = "discriminant"
     statistics: Statistics = "base"
-    pooling: tuple[Pooling, ...] = ("mean", "deviation")
+    decision: Decision = "branch"
+    pooling: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")
     top_k: int = 2
-    temperature: float = 4.0
+    temperature: float | None = None
 
 
 class _Pool:
     """Observer that keeps the pooled tokens of each image, and passes the input on."""
 
-    def __init__(self, pooling: Sequence[Pooling], then: Callable[[Tensor], None] | None = None) -> None:
-        self._pooling, self._then = pooling, then
+    def __init__(self, pooling: Sequence[Pooling], axes: Axes | None, then: Callable[[Tensor], None] | None = None) -> None:
+        self._pooling, self._axes, self._then = pooling, axes, then
         self._batches: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> None:
-        self._batches.append(pool_tokens(x, self._pooling))
+        self._batches.append(pool_tokens(x, self._pooling, self._axes))
         if self._then is not None:
             self._then(x)
 
     @property
     def features(self) -> Tensor:
         return torch.cat(self._batches)
+
+
+class _Moments:
+    """Observer that sums up first and second moments of tokens, in float64."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | float = 0.0
+        self._second: Tensor | float = 0.0
+        self._tokens = 0
+
+    def __call__(self, x: Tensor) -> None:
+        rows = x.flatten(0, 1).double()
+        self._first, self._second = self._first + rows.sum(0), self._second + rows.T @ rows
+        self._tokens += len(rows)
+
+    def axes(self) -> Axes:
+        assert isinstance(self._first, Tensor)
+        assert isinstance(self._second, Tensor)
+        basis, offset = principal_axes(self._first / self._tokens, self._second / self._tokens)
+        return Axes(basis.float(), offset.float())
 
 
 def _residual(inputs: MergeInputs, task: str, key: str, base: Merged) -> Tensor:

@@ -49,9 +49,9 @@ def _sum(weights, results):
     results.put(float(weights["visual.conv1.weight"].sum()))
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "legacy.pt"])
 def test_survives_pickling_and_a_fork(tmp_path: Path, name: str):
-    weights = open_weights(write(tmp_path / name, WEIGHTS))
+    weights = open_weights(write(tmp_path / name, WEIGHTS, legacy=name.startswith("legacy")))
     expected = float(weights["visual.conv1.weight"].sum())
     assert float(pickle.loads(pickle.dumps(weights))["visual.conv1.weight"].sum()) == expected
     context = multiprocessing.get_context("fork")
@@ -62,8 +62,8 @@ def test_survives_pickling_and_a_fork(tmp_path: Path, name: str):
     process.join()
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_reading_a_large_file_takes_no_memory_of_its_own(tmp_path: Path, suffix: str):
+@pytest.mark.parametrize(("suffix", "legacy"), [(".safetensors", False), (".pt", False), (".pt", True)])
+def test_reading_large_files_takes_no_memory_of_its_own(tmp_path: Path, cache: Path, suffix: str, legacy: bool):
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("needs Linux's /proc")
@@ -72,12 +72,34 @@ def test_reading_a_large_file_takes_no_memory_of_its_own(tmp_path: Path, suffix:
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) // 1024
 
-    path = write(tmp_path / f"x{suffix}", {f"visual.{i}": torch.full((4 << 20,), float(i)) for i in range(8)})  # 128 MiB
-    weights = open_weights(path)
+    tensors = {f"visual.{i}": torch.full((4 << 20,), float(i)) for i in range(8)}  # 128 MiB
+    paths = [write(tmp_path / f"{number}{suffix}", tensors, legacy) for number in range(2)]
+    del tensors
     before = anonymous()
-    total = sum(float(weights[key].sum()) for key in weights)
-    assert total == sum(range(8)) * (4 << 20)
+    opened = [open_weights(path) for path in paths]
     assert anonymous() - before < 40
+    for weights in opened:
+        assert sum(float(weights[key].sum()) for key in weights) == sum(range(8)) * (4 << 20)
+    assert anonymous() - before < 40
+    assert list(cache.iterdir()) == []
+
+
+def test_a_legacy_file_is_loaded_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = [open_weights(write(tmp_path / f"{number}.pt", WEIGHTS, legacy=True)) for number in range(2)]
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(options["mmap"]) or load(*args, **options))
+    for _ in range(3):
+        for weights in opened:
+            assert torch.equal(weights["visual.proj"], WEIGHTS["proj"])
+    assert loads == [False, True] * 2
+
+
+def test_a_legacy_file_that_cannot_be_copied_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    weights = open_weights(write(tmp_path / "x.pt", WEIGHTS, legacy=True))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"x\.pt: .*cannot be copied.*save it again by torch\.save"):
+        weights["visual.proj"]
 
 
 def test_pickled_model_is_refused_with_the_remedy(tmp_path: Path):

@@ -164,6 +164,31 @@ def test_a_plugin_of_another_package(foreign_package: Path, tiny_suite: Path, tm
     assert found["merger"]["init_args"] == {"gain": 0.25}
 
 
+def test_a_plugin_beside_the_user(tiny_suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    script = Path(sys.executable).with_name("mergekit-vision")
+    options = ["--suite", str(tiny_suite), "--model.merger", "mine.Half", "--output", "out"]
+    subprocess.run([script, "test", *options], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert results(tmp_path / "out")["merger"]["class_path"] == "mine.Half"
+
+
+def test_one_photo_on_two_processes(tiny_suite: Path, tmp_path: Path) -> None:
+    Image.effect_noise((24, 24), 60).save(tmp_path / "photo.png")
+    options = [
+        "--suite",
+        str(tiny_suite),
+        "--model.merger",
+        "Average",
+        "--task",
+        "greys",
+        "--images",
+        str(tmp_path / "photo.png"),
+    ]
+    options += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    run_apart("predict", *options, "--output", str(tmp_path / "out"))
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 2
+
+
 def run_apart(*arguments: str) -> str:
     """Run the command in a process of its own; gives what it printed."""
     process = subprocess.run(
@@ -218,6 +243,10 @@ def test_two_processes_count_what_one_counts(tiny_suite: Path, tmp_path: Path) -
         (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.experts", "[moon]"], "moon"),
         (["test", "--suite", "SUITE", "--model.merged", "nowhere"], "not a merged model"),
         (["test", "--suite", "SUITE", "--model.merger", "ESM", "--data.proxies.n", "0"], "proxies.n must be"),
+        (["test", "--suite", "SUITE", "--model.merger", "TIES", "--trainer.accelerator", "gpu", "--trainer.devices", "99"], ""),
+        (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.scale", ".inf"], "finite"),
+        (["test", "--suite", "SUITE", "--model.merger", "ESM", "--data.proxies.split", "vall"], "vall"),
+        (["merge", "--suite", "SUITE", "--model.merged", "."], "merge needs --model.merger"),
         (["predict", "--suite", "SUITE", "--model.merger", "TIES", "--task", "moon", "--images", "."], "--task moon"),
         (["test", "--suite", "SUITE", "--bogus", "1"], "--bogus"),
     ],

@@ -1,12 +1,16 @@
 import gc
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import SIZES, TASKS, encoded, picture
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mergekit_vision.data import Proxies, VisionTasks
@@ -155,7 +159,7 @@ def test_proxies_are_the_documented_draw(tiny_suite: Path, label: int | None):
     for _ in range(2):
         batches = list(data.proxy_loader("colours"))
         assert [len(batch) for batch in batches] == [4, 2]
-        assert torch.equal(torch.cat(batches), pool[chosen])
+        assert torch.equal(torch.cat(batches), pool[np.sort(chosen)])
 
 
 def test_every_process_gets_all_proxies(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
@@ -196,8 +200,8 @@ def test_bad_proxies(arguments: dict[str, object], hint: str):
 def test_proxies_that_are_not_there(tiny_suite: Path):
     with pytest.raises(InputError, match=r"task stripes: proxies\.label: no image has the label 2"):
         VisionTasks(str(tiny_suite), proxies=Proxies(label=2)).check(proxies=True)
-    with pytest.raises(InputError, match=r"3 faults(.|\n)*data\.train: missing"):
-        VisionTasks(str(tiny_suite), proxies=Proxies(split="train")).check({"val"}, proxies=True)
+    with pytest.raises(InputError, match=r"1 fault\n  proxies\.split: no task has a split tset \(did you mean `test`\?\)"):
+        VisionTasks(str(tiny_suite), proxies=Proxies(split="tset")).check({"val"}, proxies=True)
 
 
 def test_tasks_choose_what_is_evaluated(tiny_suite: Path):
@@ -224,7 +228,7 @@ def test_the_constructor_reads_nothing():
 
 def test_what_was_checked_is_not_checked_again(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
-    monkeypatch.setattr(Suite, "check", lambda self, shapes, splits, experts: calls.append((splits, experts)))
+    monkeypatch.setattr(Suite, "faults", lambda self, shapes, splits, experts: calls.append((splits["greys"], experts)) or [])
     data = VisionTasks(str(tiny_suite))
     data.check({"test"}, experts=False)
     data.check({"test", "val"})
@@ -260,12 +264,213 @@ def test_predict_loader(tiny_suite: Path, tmp_path: Path):
     source = open_source(data.suite.tasks["stripes"].data["val"])
     for index in range(3):
         source[index][0].save(tmp_path / f"{index}.png")
-    with pytest.raises(InputError, match="FlatFolder"):
-        data.predict_dataloader()
+    assert data.predict_dataloader() == []
     data.images = FlatFolder(tmp_path)
     images, indices = joined(Trainer(**QUIET).predict(Echo(), datamodule=data))
     assert torch.equal(images, whole_split(tiny_suite, "stripes", "val")[0][:3])
     assert indices.tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def root(tiny_suite: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny suite that a test may spoil."""
+    return Path(shutil.copytree(tiny_suite.parent, tmp_path / "suite"))
+
+
+def changed(root: Path, change) -> str:
+    """The suite file after ``change`` to its tasks."""
+    content = yaml.safe_load((root / "suite.yaml").read_text())
+    change(content["tasks"])
+    (root / "suite.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(root / "suite.yaml")
+
+
+class Fetched:
+    """A data set that would be downloaded when it is made."""
+
+    made: list[tuple[str, str]] = []  # noqa: RUF012
+
+    def __init__(self, task: str, split: str, labels: list[int]):
+        self.made.append((task, split))
+        self.targets = labels
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return picture("colours", 0, np.random.RandomState(index)), self.targets[index]
+
+
+def fetched(task: str, split: str, labels: tuple[int, ...] = (0, 1)) -> dict[str, object]:
+    return {"torchvision": f"{__name__}.Fetched", "args": {"task": task, "split": split, "labels": list(labels)}}
+
+
+def all_fetched(root: Path) -> str:
+    Fetched.made.clear()
+
+    def change(tasks):
+        for name, task in tasks.items():
+            task["data"] = {split: fetched(name, split) for split in ("train", "val", "test")}
+
+    return changed(root, change)
+
+
+def about_to(function: str | None, model: object, devices: int = 1) -> SimpleNamespace:
+    """What the data module looks at in a trainer."""
+    return SimpleNamespace(
+        state=SimpleNamespace(fn=function), lightning_module=model, num_devices=devices, world_size=1, global_rank=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "extra", "made"),
+    [
+        (TrainerFn.TESTING, set(), [("greys", "test")]),
+        (TrainerFn.VALIDATING, set(), [("greys", "val")]),
+        (TrainerFn.PREDICTING, set(), []),
+        (TrainerFn.PREDICTING, {"val"}, [(task, "val") for task in TASKS]),
+        (TrainerFn.TESTING, {"train"}, [("colours", "train"), ("greys", "train"), ("greys", "test"), ("stripes", "train")]),
+    ],
+)
+def test_only_what_will_be_read_is_downloaded(root: Path, function: str, extra: set[str], made: list[tuple[str, str]]):
+    data = VisionTasks(all_fetched(root), tasks=["greys"])
+    data.trainer = about_to(function, SimpleNamespace(merger=object(), extra_splits=extra))
+    data.prepare_data()
+    assert Fetched.made == made
+    assert data.splits_needed(function) == {split for _, split in made} - extra
+
+
+def test_nothing_is_downloaded_for_a_suite_at_fault(root: Path):
+    path = all_fetched(root)
+    (root / "experts" / "stripes.safetensors").unlink()
+    data = VisionTasks(path)
+    data.trainer = about_to("test", SimpleNamespace(merger=object(), extra_splits={"val"}))
+    with pytest.raises(InputError, match=r"1 fault\n  tasks\.stripes\.expert: .*No such file"):
+        data.prepare_data()
+    assert Fetched.made == []
+    data.trainer = about_to("test", SimpleNamespace(merger=None))  # a model merged before needs no experts
+    data.prepare_data()
+    assert Fetched.made == [(task, "test") for task in TASKS]
+
+
+def test_out_of_domain_proxies_are_downloaded_once_and_for_merging_only(root: Path):
+    path = all_fetched(root)
+    data = VisionTasks(path, proxies=Proxies(source=fetched("elsewhere", "all")))
+    data.trainer = about_to("predict", SimpleNamespace(merger=None))
+    data.prepare_data()
+    assert Fetched.made == []
+    data.trainer = about_to("predict", SimpleNamespace(merger=object()))
+    data.prepare_data()
+    data.check(proxies=True)
+    assert Fetched.made == [("elsewhere", "all")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "hint"),
+    [((0, 3), "labels run from 0 to 3, but with 3 classes"), ((-1, 0), "labels run from -1 to 0"), ((), "holds no images")],
+)
+def test_what_was_downloaded_is_checked(root: Path, labels: tuple[int, ...], hint: str):
+    path = changed(root, lambda tasks: tasks["colours"]["data"].update(test=fetched("colours", "test", labels)))
+    data = VisionTasks(path)
+    data.check({"test"})
+    for use in (
+        lambda: data.loader("colours", "test"),
+        lambda: data.fingerprint("colours", "test"),
+        lambda: data.test_dataloader(),
+    ):
+        with pytest.raises(InputError, match=rf"suite\.yaml: tasks\.colours\.data\.test: {hint}"):
+            use()
+
+
+def test_the_number_of_downloaded_classes_is_checked(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Fetched, "classes", ["a", "b"], raising=False)
+    path = changed(root, lambda tasks: tasks["colours"]["data"].update(val=fetched("colours", "val")))
+    with pytest.raises(InputError, match=r"tasks\.colours\.data\.val: the data has 2 classes, `classes` names 3"):
+        VisionTasks(path).size("colours", "val")
+
+
+def test_tasks_that_are_left_out_need_no_split_unless_every_task_does(root: Path):
+    path = changed(
+        root,
+        lambda tasks: (
+            [tasks["greys"]["data"].pop(split) for split in ("val", "test")]
+            and tasks["greys"]["data"].update(train={"folder": "x"})
+        ),
+    )
+    VisionTasks(path, tasks=["colours"]).check({"test"})
+    with pytest.raises(InputError, match=r"1 fault\n  tasks\.greys\.data\.test: missing"):
+        VisionTasks(path).check({"test"})
+    with pytest.raises(InputError, match=r"1 fault\n  tasks\.greys\.data\.val: missing"):
+        VisionTasks(path, tasks=["colours"]).check({"test"}, everywhere={"val"})
+
+
+def test_tasks_without_the_default_proxy_split_are_refused_only_when_proxies_are_asked_for(root: Path):
+    path = changed(root, lambda tasks: tasks["greys"]["data"].pop("val"))
+    data = VisionTasks(path)
+    data.check({"test"}, proxies=True)
+    with pytest.raises(InputError, match=r"task greys has no split val; it has test"):
+        data.proxy_loader("greys")
+    path = changed(root, lambda tasks: tasks["stripes"]["data"].update(train=tasks["stripes"]["data"]["test"]))
+    with pytest.raises(
+        InputError, match=r"2 faults\n  tasks\.colours\.data\.train: missing.*\n  tasks\.greys\.data\.train: missing"
+    ):
+        VisionTasks(path, proxies=Proxies(split="train")).check(proxies=True)
+
+
+def test_faults_of_the_suite_and_of_the_proxies_are_listed_together(root: Path):
+    path = changed(root, lambda tasks: [task["data"].pop("val") for task in tasks.values()])
+    (root / "experts" / "stripes.safetensors").unlink()
+    (root / "data" / "greys" / "test.parquet").unlink()
+    for proxies, last in (
+        (Proxies(source={"folder": "nowhere"}), r"proxies\.source: .*nowhere: not an image folder"),
+        (Proxies(split="tests"), r"proxies\.split: no task has a split tests \(did you mean `test`\?\); they have test"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"3 faults\n  tasks\.greys\.data\.test: .*\n  tasks\.stripes\.expert: .*\n  {last}"
+        ):
+            VisionTasks(path, proxies=proxies).check({"test"}, proxies=True)
+
+
+def test_every_task_without_proxy_images_is_listed(tiny_suite: Path):
+    with pytest.raises(InputError, match=r"2 faults\n  proxy images of task colours: .*\n  proxy images of task stripes: "):
+        VisionTasks(str(tiny_suite), proxies=Proxies(label=3)).check(proxies=True)
+
+
+def test_the_cache_is_shared_by_the_processes_of_a_machine(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
+    data = VisionTasks(str(tiny_suite), cache_mb=1)
+    data.trainer = about_to("test", None, devices=4)
+    assert data.loader("greys", "test").cache.limit == (1 << 20) // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert VisionTasks(str(tiny_suite), cache_mb=1).loader("greys", "test").cache.limit == (1 << 20) // 2
+
+
+def test_proxies_read_each_row_group_once(tiny_suite: Path):
+    from mergekit_vision.parquet import _images
+
+    data = VisionTasks(str(tiny_suite), proxies=Proxies(n=30))  # of 37 images in three row groups, of which two are kept
+    _images.cache_clear()
+    list(data.proxy_loader("colours"))
+    assert _images.cache_info().misses == 3
+
+
+class Collect(Echo):
+    def on_predict_end(self):
+        (Path(self.trainer.default_root_dir) / str(self.global_rank)).touch()
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="forks")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_process_without_images_predicts_nothing_and_does_not_hang(tiny_suite: Path, tmp_path: Path, workers: int):
+    picture("greys", 0, np.random.RandomState(0)).save(tmp_path / "one.png")
+    data = VisionTasks(str(tiny_suite), num_workers=workers)
+    data.images = FlatFolder(tmp_path / "one.png")
+    data.trainer = SimpleNamespace(world_size=2, global_rank=1, num_devices=2)
+    loader = data.predict_dataloader()
+    assert (len(loader), list(loader)) == (0, [])
+    data.trainer = None
+    trainer = Trainer(devices=2, strategy="ddp_fork", default_root_dir=tmp_path, **QUIET)
+    trainer.predict(Collect(), datamodule=data, return_predictions=False)
 
 
 def test_zoo_loads(zoo: Path):

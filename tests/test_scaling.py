@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.scaling import ScaleSearch, search_scale
 
 
@@ -43,5 +44,5 @@ def test_the_smaller_of_equal_coefficients_wins() -> None:
 
 @pytest.mark.parametrize("wrong", [{"low": 1.0, "high": 1.0}, {"first": 0.0}, {"halvings": -1}])
 def test_refuses_a_meaningless_range(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(InputError, match=next(iter(wrong))):
         ScaleSearch(**wrong)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.parquet import ParquetImages, _images
-from mergekit_vision.sources import FlatFolder, check_source, config_faults, open_source, resolve
+from mergekit_vision.sources import FlatFolder, check_source, config_faults, content_faults, open_source, resolve
 
 
 def image(value: int, mode: str = "RGB") -> Image.Image:
@@ -220,6 +220,21 @@ def test_torchvision_by_class_path(tmp_path: Path):
         open_source({"torchvision": f"{__name__}.Squares", "args": {"root": "", "train": False}})
 
 
+def test_torchvision_fingerprint_follows_the_files_under_root(tmp_path: Path):
+    config = {"torchvision": f"{__name__}.Squares", "args": {"root": str(tmp_path / "data")}}
+    found = [open_source(config).fingerprint()]  # no such directory
+    nested = tmp_path / "data" / "raw" / "x.bin"
+    nested.parent.mkdir(parents=True)
+    for content in ("a", "bb"):
+        nested.write_text(content)
+        found.append(open_source(config).fingerprint())
+    nested.rename(nested.with_name("y.bin"))
+    found.append(open_source(config).fingerprint())
+    assert len(set(found)) == 4
+    (nested.with_name("broken")).symlink_to(tmp_path / "nowhere")
+    assert open_source(config).fingerprint() == found[-1]
+
+
 def test_a_real_torchvision_data_set():
     source = open_source({"torchvision": "torchvision.datasets.FakeData", "args": {"size": 5, "image_size": [3, 8, 8]}})
     assert len(source) == len(source.labels()) == 5
@@ -265,6 +280,26 @@ def test_hub_layout_offline(hub: Path):
         source[2]
     assert "the data has 2 classes" in check_source(config, 3)[0]
     assert "no column 'img'" in check_source({**config, "image": "img"}, 2)[0]
+
+
+def test_damaged_hub_data_is_one_clear_error(hub: Path):
+    place = hub / "data" / "test-00000-of-00001.parquet"
+    place.write_bytes(b"PAR1" + bytes(200) + b"PAR1")
+    with pytest.raises(
+        InputError, match=r"toy: cannot be loaded by `datasets` \((?!DatasetGenerationError)\w+: .*arquet"
+    ) as caught:
+        open_source({"hub": str(hub), "split": "test"})
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_labels_without_class_names_are_checked(hub: Path):
+    features = {"image": {"_type": "Image"}, "label": {"dtype": "int64", "_type": "Value"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    data = table([encoded(image(1))] * 2, [0, -1]).replace_schema_metadata(metadata)
+    for name in ("test", "train"):
+        pq.write_table(data, hub / "data" / f"{name}-00000-of-00001.parquet")
+    source = open_source({"hub": str(hub), "split": "test"})
+    assert "labels run from -1 to 0" in content_faults(source, 2)[0]
 
 
 def test_hub_faults_are_input_errors(hub: Path):

@@ -107,6 +107,14 @@ def test_every_fault_of_the_layout_is_listed(root: Path):
     ]
 
 
+def test_other_braces_in_a_template_are_text(root: Path):
+    content = content_of(root)
+    content["tasks"]["greys"]["templates"] = ["a {} {shade} }{", "{} and {}"]
+    assert Suite.load(rewrite(root, content)).tasks["greys"].templates == ("a {} {shade} }{", "{} and {}")
+    content["tasks"]["greys"]["templates"] = ["a {shade}", "a { }"]
+    assert len(faults_of(Suite.load, rewrite(root, content))) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
@@ -183,3 +191,12 @@ def test_classes_missing_from_suite_and_data(root: Path):
     content["tasks"]["greys"]["data"] = {"val": {"parquet": "data/none.parquet"}}
     lines = faults_of(Suite.load, rewrite(root, content))
     assert lines == [f"tasks.greys.classes: not given, and not found in the data: {root}/data/none.parquet: no such file"]
+
+
+def test_each_task_may_need_other_splits(root: Path):
+    (root / "data" / "greys" / "val.parquet").unlink()
+    (root / "data" / "colours" / "test.parquet").unlink()
+    suite = Suite.load(root / "suite.yaml")
+    assert suite.faults(shapes_of(root), {"greys": ["test"], "colours": ["val"]}) == []
+    (fault,) = suite.faults(shapes_of(root), {"greys": ["val", "test"]})
+    assert fault.startswith("tasks.greys.data.val: ")

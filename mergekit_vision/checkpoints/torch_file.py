@@ -1,7 +1,11 @@
 """State dicts saved by ``torch.save``, loaded without running any code from the file."""
 
+import ctypes
 import pickle
+import tempfile
 import zipfile
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,21 +13,41 @@ from torch import Tensor
 
 from mergekit_vision.checkpoints.base import CheckpointWeights
 from mergekit_vision.errors import InputError
+from mergekit_vision.files import cache_dir
 
 
 class TorchWeights(CheckpointWeights):
     """A state dict saved by ``torch.save``; tensors are views of the mapped file.
 
-    Files from before PyTorch 1.6 (no zip archive) cannot be mapped and are held in memory while they are in use.
+    Files from before PyTorch 1.6 (no zip archive) cannot be mapped. Such a file is loaded whole to read its shapes, and at the
+    first access to a tensor once more, to be mapped as a temporary copy in the cache directory: none stays in memory.
     """
 
     def _open(self) -> dict[str, Tensor]:
-        return self._state_dict(self._load())
+        if self._mappable:
+            return self._state_dict(self._load())
+        try:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            # the mapping outlives the file's name
+            with tempfile.TemporaryDirectory(dir=cache_dir(), ignore_cleanup_errors=True) as place:
+                copy = Path(place) / "weights.pt"
+                torch.save(self._state_dict(self._load()), copy)
+                _return_memory()
+                mapped: dict[str, Tensor] = torch.load(copy, map_location="cpu", weights_only=True, mmap=True)
+                return mapped
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{self.path}: is in the format from before PyTorch 1.6, and cannot be copied to {cache_dir()} to be mapped "
+                f"({error}); load it and save it again by torch.save"
+            ) from error
+
+    @property
+    def _mappable(self) -> bool:
+        return zipfile.is_zipfile(self.path)
 
     def _load(self) -> Any:
-        mapped = zipfile.is_zipfile(self.path)
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
         except pickle.UnpicklingError as error:
             if "global" not in str(error).lower():  # as in "Unsupported global: GLOBAL torch.nn.Linear"
                 raise self._damaged(error) from error
@@ -59,8 +83,18 @@ class TorchWeights(CheckpointWeights):
         raise InputError(f"{self.path}: not a state dict (parameter name -> tensor): {found}; {remedy}")
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._opened().items()}
+        if self._mappable:
+            return {name: tuple(tensor.shape) for name, tensor in self._opened().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._state_dict(self._load()).items()}
+        _return_memory()
+        return shapes
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._opened()[name]
         return tensor
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps most of what tensors of less than 32 MiB took, file after file."""
+    with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)

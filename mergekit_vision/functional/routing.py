@@ -1,23 +1,48 @@
 """Statistics of a router that sends each image to one expert."""
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Pooling = Literal["mean", "deviation", "first"]
+Pooling = Literal["mean", "deviation", "first", "covariance"]
 
 
-def pool_tokens(x: Tensor, pooling: Sequence[Pooling] = ("mean",)) -> Tensor:
+class Axes(NamedTuple):
+    """Leading principal axes of a layer's tokens, scaled so that coordinates have variance 1.
+
+    Attributes:
+        basis: ``[d, k]``; the coordinates of tokens ``x`` are ``x @ basis - offset``.
+        offset: ``[k]``.
+    """
+
+    basis: Tensor
+    offset: Tensor
+
+
+def principal_axes(mean: Tensor, second: Tensor, k: int = 32) -> Axes:
+    """Axes of tokens with the mean ``mean [d]`` and the second moment ``second [d, d]``, at most ``k``; float64."""
+    variance, vectors = torch.linalg.eigh(second.double() - torch.outer(mean.double(), mean.double()))
+    variance, vectors = variance[-k:], vectors[:, -k:]
+    floor = (1e-8 * variance[-1]).clamp_min(torch.finfo(torch.float64).tiny)
+    basis = vectors / variance.clamp_min(floor).sqrt()
+    return Axes(basis, mean.double() @ basis)
+
+
+def pool_tokens(x: Tensor, pooling: Sequence[Pooling] = ("mean",), axes: Axes | None = None) -> Tensor:
     """One feature vector per image, from its tokens.
 
     Args:
         x: ``[N, L, d]``.
-        pooling: what to put side by side: the "mean" over tokens, their standard "deviation", the "first" token (the class's).
+        pooling: what to put side by side: the "mean" over tokens, their standard "deviation", the "first" token (the class's),
+            and the tokens' "covariance" in ``axes``, ``k (k + 1) / 2`` numbers, of which the root is taken to make them less
+            skewed.
+        axes: for the covariance.
 
     Returns:
-        ``[N, len(pooling) * d]``.
+        ``[N, f]``.
 
     >>> pool_tokens(torch.tensor([[[1.0, 5.0], [3.0, 5.0]]]), ("mean", "deviation", "first"))
     tensor([[2., 5., 1., 0., 1., 5.]])
@@ -26,10 +51,37 @@ def pool_tokens(x: Tensor, pooling: Sequence[Pooling] = ("mean",)) -> Tensor:
     parts = {"mean": mean, "first": x[:, 0]}
     if "deviation" in pooling:  # torch.var is many times slower over this dimension on the CPU
         parts["deviation"] = (x - mean.unsqueeze(1)).square().mean(1).sqrt()
+    if "covariance" in pooling:
+        assert axes is not None
+        parts["covariance"] = _covariance(x @ axes.basis - axes.offset)
     return torch.cat([parts[part] for part in pooling], dim=-1)
 
 
-def discriminant(features: Sequence[Tensor], shrinkage: float) -> tuple[Tensor, Tensor]:
+def _covariance(z: Tensor) -> Tensor:
+    """Signed roots of the upper triangle of each image's second moment; ``z [N, L, k]`` to ``[N, k (k + 1) / 2]``."""
+    row, column = torch.triu_indices(z.shape[2], z.shape[2], device=z.device)
+    moment = (z.transpose(1, 2) @ z / z.shape[1])[:, row, column]
+    return moment / (moment.abs() + 0.01).sqrt()  # a plain root would blow rounding errors up near 0
+
+
+class Discriminant(NamedTuple):
+    """A linear discriminant and what it says of the images it was made of.
+
+    Attributes:
+        weight: ``[T, f]``, float64; ``weight @ x + bias`` are the log-posteriors of ``x`` up to a constant.
+        bias: ``[T]``, float64.
+        left_out: ``[n, T]``, float64: the log-posteriors of each image, up to a constant, had it been left out of its task's mean
+            and of the covariance. Only of tasks with two images or more.
+        labels: ``[n]``, the task of each.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    left_out: Tensor
+    labels: Tensor
+
+
+def discriminant(features: Sequence[Tensor], shrinkage: float) -> Discriminant:
     """Linear discriminant between tasks of equal probability that share one covariance.
 
     The covariance within tasks, ``S``, is pooled over tasks and shrunk towards its own diagonal, ``(1 - shrinkage) S +
@@ -39,14 +91,11 @@ def discriminant(features: Sequence[Tensor], shrinkage: float) -> tuple[Tensor, 
         features: for each task, its images' features, ``[n_t, f]``.
         shrinkage: between 0 (excluded) and 1.
 
-    Returns:
-        ``weight [T, f]`` and ``bias [T]``, float64: ``weight @ x + bias`` are the log-posteriors of ``x`` up to a constant.
-
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> a, b = torch.randn(2, 50, 3, generator=generator)
-        >>> weight, bias = discriminant([a, b + torch.tensor([4.0, 0.0, 0.0])], shrinkage=0.5)
-        >>> (weight @ torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64) + bias).argmax().item()
+        >>> fit = discriminant([a, b + torch.tensor([4.0, 0.0, 0.0])], shrinkage=0.5)
+        >>> (fit.weight @ torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64) + fit.bias).argmax().item()
         1
     """
     groups = [group.double() for group in features]
@@ -55,11 +104,70 @@ def discriminant(features: Sequence[Tensor], shrinkage: float) -> tuple[Tensor, 
     freedom = max(len(rest) - len(groups), 1)
     variance = rest.square().sum(0) / freedom
     deviation = variance.clamp_min(1e-8 * variance.mean().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-    # In units of the deviations the shrunk covariance is shrinkage * I + (1 - shrinkage) / freedom * CᵀC.
+    # In units of the deviations the shrunk covariance is A = shrinkage * I + (1 - shrinkage) / freedom * CᵀC.
     C, M = rest / deviation, (means - means.mean(0)) / deviation
     ratio = (1 - shrinkage) / (freedom * shrinkage)
-    inner = torch.eye(len(C), dtype=C.dtype, device=C.device) + ratio * (C @ C.T)
-    scaled = (M - ratio * torch.linalg.solve(inner, C @ M.T).T @ C) / shrinkage
+    Z = torch.cat([C, M])
+    P = Z @ C.T
+    inner = torch.eye(len(C), dtype=C.dtype, device=C.device) + ratio * P[: len(C)]
+    solved = ratio * torch.linalg.solve(inner, P.T)
+    scaled = (M - solved[:, len(C) :].T @ C) / shrinkage
     weight = scaled / deviation
     bias = -0.5 * (scaled * M).sum(1) - weight @ means.mean(0)
-    return weight, bias
+    products = (Z @ Z.T - P @ solved) / shrinkage  # Z A⁻¹ Zᵀ
+    return Discriminant(weight, bias, *_left_out(products, [len(group) for group in groups], ratio * shrinkage))
+
+
+def _left_out(products: Tensor, sizes: Sequence[int], step: float) -> tuple[Tensor, Tensor]:
+    """Scores of each image without itself, by the rank-one change that this makes to mean and covariance.
+
+    Without image ``i``, ``r`` away from the mean of its task of ``n`` images, the covariance is ``A - step n / (n - 1) r rᵀ``
+    (the units and the divisor stay), and ``i`` is ``n / (n - 1) r`` away from the mean; inverted by Sherman and Morrison.
+
+    Args:
+        products: ``Z A⁻¹ Zᵀ`` of the images' deviations from their means and of the means, stacked.
+        sizes: images a task.
+        step: what an image's outer product weighs in ``A``.
+    """
+    labels = torch.arange(len(sizes), device=products.device).repeat_interleave(torch.tensor(sizes, device=products.device))
+    n = len(labels)
+    own, cross, means = products[:n, :n].diagonal(), products[:n, n:], products[n:, n:]
+    grow = torch.tensor([size / max(size - 1, 1) for size in sizes], dtype=products.dtype, device=products.device)[labels]
+    true = torch.nn.functional.one_hot(labels, len(sizes)).bool()
+    # x - m_s = r + (m_t - m_s), its products with itself and with r under A⁻¹
+    along = own[:, None] + cross.gather(1, labels[:, None]) - cross
+    length = along + cross.gather(1, labels[:, None]) - cross
+    length = length + means.diagonal()[labels, None] + means.diagonal() - 2 * means[labels]
+    along = torch.where(true, (grow * own)[:, None], along)
+    length = torch.where(true, (grow.square() * own)[:, None], length)
+    removed = step * grow
+    left = (1 - removed * own).clamp_min(torch.finfo(products.dtype).eps)
+    scores = -0.5 * (length + (removed / left)[:, None] * along.square())
+    known = torch.tensor(sizes, device=products.device)[labels] > 1
+    return scores[known], labels[known]
+
+
+def calibrate(scores: Tensor, labels: Tensor, most: float = 1e4) -> float:
+    """The temperature at which the softmax of ``scores / temperature`` makes ``labels`` most probable.
+
+    Args:
+        scores: ``[n, T]``, of images that had no part in them, such as :attr:`Discriminant.left_out`.
+        labels: ``[n]``, int64.
+        most: largest temperature. The least is 1: posteriors may be softened, not sharpened.
+
+    Returns:
+        The temperature; 1 for no images.
+
+    >>> scores = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 3.0]])  # sure, and wrong once in four
+    >>> round(calibrate(scores, torch.zeros(4, dtype=torch.int64)), 2)  # 3 / log(3)
+    2.73
+    """
+    if not len(scores):
+        return 1.0
+    true = scores.gather(1, labels[:, None]).squeeze(1)
+    low, high = 0.0, math.log(most)
+    for _ in range(60):  # the likelihood is concave in 1 / temperature
+        middle = (low + high) / 2
+        expected = ((scores / math.exp(middle)).softmax(1) * scores).sum(1)
+        low, high = (middle, high) if (expected - true).mean() > 0 else (low, middle)
+    return math.exp(low)

@@ -93,8 +93,10 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _histogram(bins: Iterable[Tensor]) -> tuple[Tensor, int]:
     """Counts of 16-bit numbers that come in several tensors, and how many there are."""
-    counts = torch.stack([torch.bincount(part, minlength=1 << 16).cpu() for part in bins]).sum(0)
-    return counts, int(counts.sum())
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for part in bins:
+        counts = counts.to(part.device).add_(torch.bincount(part, minlength=1 << 16))
+    return counts.cpu(), int(counts.sum())
 
 
 def _locate(counts: Tensor, m: int) -> tuple[int, int]:

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -52,3 +54,17 @@ def test_cancellations_take_the_given_sign_and_are_reported():
     result = ties_merge(deltas, thresholds)
     assert (result.votes, result.cancelled) == (1, True)
     assert not ties_merge(deltas[:, 1:], thresholds).cancelled
+
+
+def test_the_counts_of_a_threshold_are_added_up_as_they_come():
+    """One count of 16-bit numbers takes half a megabyte; a ViT has hundreds of tensors."""
+    values, alive = numbers(10_007), []
+
+    def pieces():
+        for piece in values.split(1000):
+            alive.append(sum(torch.is_tensor(item) and item.shape == (1 << 16,) for item in gc.get_objects()))
+            yield piece
+
+    assert magnitude_threshold(pieces, 0.2) == magnitude_threshold(lambda: [values], 0.2)
+    assert len(alive) == 22
+    assert max(alive) - min(alive) <= 3

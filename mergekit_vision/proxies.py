@@ -1,0 +1,53 @@
+"""Which unlabelled images a data-dependent merger sees."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.sources import ImageSource, config_faults
+
+
+@dataclass(frozen=True)
+class Proxies:
+    """Which unlabelled images a data-dependent merger sees of each task.
+
+    Attributes:
+        n: number of images a task; all of them where the split has fewer.
+        split: split of the suite they are drawn from.
+        seed: of the draw, which is without replacement.
+        label: draw from this class index alone.
+        source: draw every task's images from this data source instead (out-of-domain), given as in a suite file; relative paths
+            are relative to the suite.
+    """
+
+    n: int = 32
+    split: str = "val"
+    seed: int = 0
+    label: int | None = None
+    source: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise InputError(f"proxies.n must be 1 or more, not {self.n}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"proxies.seed must lie in 0 to 2**32 - 1, not {self.seed}")
+        if self.label is not None and self.label < 0:
+            raise InputError(f"proxies.label must be a class index, 0 or more, not {self.label}")
+        if self.source is not None and (faults := config_faults(self.source)):
+            raise InputError(f"proxies.source: {'; '.join(faults)}")
+
+    def draw(self, source: ImageSource) -> list[int]:
+        """Indices of the images in ``source``, ascending: what is stored together is then read together.
+
+        Raises:
+            InputError: when the source has no image (of the class).
+        """
+        pool = np.arange(len(source))
+        if self.label is not None:
+            pool = np.flatnonzero(np.asarray(source.labels()) == self.label)
+        if not len(pool):
+            raise InputError("no proxy images" if self.label is None else f"proxies.label: no image has the label {self.label}")
+        chosen = np.random.RandomState(self.seed).choice(len(pool), min(self.n, len(pool)), replace=False)
+        return sorted(int(index) for index in pool[chosen])

@@ -1,0 +1,80 @@
+"""Image data sets by class path, as torchvision's are."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.files import digest, stamps
+from mergekit_vision.sources import ImageSource
+
+
+class TorchvisionImages(ImageSource):
+    """Any map-style data set class of ``(PIL image, class index)``, built from its class path and arguments."""
+
+    def __init__(self, class_path: str, args: Mapping[str, Any]) -> None:
+        build = import_class(class_path, args)
+        self._where, self._args = class_path, dict(args)
+        try:
+            self._data = build(**args)
+        except (RuntimeError, OSError, ValueError, TypeError) as error:
+            raise InputError(f"{class_path}: {error}") from error
+        names = getattr(self._data, "classes", None)
+        self.names = tuple(map(str, names)) if names is not None else None
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Image and class at ``index``."""
+        try:
+            image, label = self._data[index]
+            return image.convert("RGB"), int(label)
+        except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{self._where}, item {index}: not a readable (PIL image, class index) pair ({error})") from error
+
+    def labels(self) -> Sequence[int]:
+        """Class index of every image, decoded along with the images where the class keeps no list of them."""
+        return self._labels
+
+    def fingerprint(self) -> str:
+        """Hash of the class path, the arguments, all labels, and the paths, sizes and modification times under ``root``.
+
+        Without a directory ``root`` among the arguments, the data set is taken for what its class always yields.
+        """
+        root = self._args.get("root")
+        return digest(self._where, sorted(self._args.items()), self.labels(), stamps(Path(root)) if isinstance(root, str) else [])
+
+    @cached_property
+    def _labels(self) -> Sequence[int]:
+        for attribute in ("targets", "labels", "_labels"):
+            known = getattr(self._data, attribute, None)
+            if known is not None and len(known) == len(self):
+                return [int(label) for label in known]
+        return [self[index][1] for index in range(len(self))]
+
+
+def import_class(class_path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+    """Import a class and match arguments to its constructor, without calling it.
+
+    Raises:
+        InputError: when there is no such class, or it does not take these arguments.
+    """
+    module, _, name = class_path.rpartition(".")
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{class_path}: cannot be imported ({error}); give a class path like torchvision.datasets.MNIST"
+        ) from error
+    try:
+        inspect.signature(found).bind(**args)
+    except TypeError as error:
+        raise InputError(f"{class_path}: {error} (`args` holds {', '.join(args) or 'nothing'})") from error
+    build: Callable[..., Any] = found
+    return build
