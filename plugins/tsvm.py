@@ -17,16 +17,19 @@ class TSVM(Merger):
     """Task singular vectors: truncated SVDs of the task vectors, orthogonalised against each other.
 
     Source: Gargiulo et al., "Task Singular Vectors" (CVPR 2025), TSV-Merge. Parameters that are no matrices are averaged. The
-    scaling coefficient, 1 by default, multiplies everything, averages included.
+    scaling coefficient is 1 by default.
 
     Args:
         rank: singular triplets a task keeps, at most the numerical rank. Published, and the default: ``min(d_out, d_in) // T``.
         other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged: "tsvm"
             like the rest (published) or "mean".
+        scale_average: whether the scaling coefficient multiplies the averaged parameters too (published), or they are added as
+            they are: a coefficient above 1 over-drives normalisations and biases.
     """
 
     rank: int | None = None
     other: Other = "tsvm"
+    scale_average: bool = True
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -38,10 +41,13 @@ class TSVM(Merger):
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
         blocks = {weight_key(linear) for linear in inputs.linears}
         update: dict[str, Tensor] = {}
+        averaged = set()
         for key in inputs.track(list(inputs.base), "merging"):
             deltas = inputs.deltas(key)
             if not deltas.any():
                 continue
             spectral = deltas.dim() == 3 and (key in blocks or self.other == "tsvm")
             update[key] = tsvm_merge(deltas, self.rank) if spectral else deltas.mean(0)
-        return Merged(update)
+            if not spectral:
+                averaged.add(key)
+        return Merged(update, fixed=frozenset() if self.scale_average else frozenset(averaged))

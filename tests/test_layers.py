@@ -38,6 +38,11 @@ def make_router(kind: str, d_in: int, seed: int) -> Router:
             return CosineRouter(normal(TASKS, d_in, seed=seed), normal(d_in, seed=seed + 1), top_k=2, temperature=0.1)
         case "linear, all mixed":
             return LinearRouter(normal(TASKS, 2 * d_in, seed=seed), normal(TASKS, seed=seed), ("mean", "deviation"), top_k=TASKS)
+        case "linear of covariance, mixed":
+            features = 2 * d_in + 10
+            basis, offset = normal(d_in, 4, seed=seed + 2) / d_in**0.5, normal(4, seed=seed + 3)
+            weight, bias = normal(TASKS, features, seed=seed), normal(TASKS, seed=seed)
+            return LinearRouter(weight, bias, ("mean", "first", "covariance"), basis, offset, top_k=2, temperature=3.0)
         case "projection":
             return ProjectionRouter(normal(TASKS, 2, d_in, seed=seed))
         case "projection, mixed":
@@ -45,7 +50,7 @@ def make_router(kind: str, d_in: int, seed: int) -> Router:
     raise AssertionError(kind)
 
 
-KINDS = ["cosine", "centered, mixed", "linear, all mixed", "projection", "projection, mixed"]
+KINDS = ["cosine", "centered, mixed", "linear, all mixed", "linear of covariance, mixed", "projection", "projection, mixed"]
 
 
 def make_experts(encoder: nn.Module, kind: str, size: float = 0.3, evidence: bool = False) -> dict[str, LowRankExperts]:

@@ -113,6 +113,13 @@ def test_tsvm_options(zoo):
         assert relative_error(merged.update[key], expected) < 1e-5, key
 
 
+def test_tsvm_may_leave_the_average_unscaled(zoo):
+    scaled, fixed = TSVM().merge(zoo.inputs()), TSVM(scale_average=False).merge(zoo.inputs())
+    assert not scaled.fixed
+    assert fixed.fixed == {key for key in zoo.base if not is_matrix(zoo, key)}
+    assert all(torch.equal(scaled.update[key], fixed.update[key]) for key in zoo.base)
+
+
 @pytest.mark.skipif(not ZOO.exists(), reason="the zoo of real experts is not there")
 def test_tsvm_on_real_experts():
     names = ("mnist", "kmnist", "gtsrb", "dtd10", "flowers5")

@@ -8,6 +8,7 @@ from synthetic import LINEARS, TOKENS, Zoo, relative_error
 from torch import Tensor, nn
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.functional.routing import Axes, calibrate, discriminant, pool_tokens, principal_axes
 from mergekit_vision.layers import LowRankExperts, RoutedLinear, Routing
 from mergekit_vision.merger import Merged, weight_key
 from mergekit_vision.plugins.esm import ESM
@@ -158,6 +159,12 @@ def test_statistics_come_from_the_model_that_was_asked_for(zoo: Zoo, statistics:
     ("options", "evidence"),
     [
         ({"decision": "layer"}, ["own", "own", "own", "own"]),
+        ({"decision": "branch"}, ["start", "start", "start", "start"]),
+        (
+            {"decision": "branch", "layers": ("in_proj", "out_proj", "c_fc", "c_proj")},
+            ["start", "hold", "start", "hold", "start", "hold", "start", "hold"],
+        ),
+        ({"decision": "branch", "layers": ("out_proj", "c_proj")}, ["start"] * 4),
         ({"decision": "sum"}, ["start", "add", "add", "add"]),
         ({"decision": "hold", "held_layer": 1}, ["own", "start", "hold", "hold"]),
     ],
@@ -165,6 +172,26 @@ def test_statistics_come_from_the_model_that_was_asked_for(zoo: Zoo, statistics:
 def test_decision(zoo: Zoo, options: dict[str, object], evidence: list[str]) -> None:
     merged = ESMPP(base=TaskArithmetic(), rank=2, **options).merge(zoo.inputs())
     assert [experts.evidence for experts in merged.routed.values()] == evidence
+
+
+def test_bayes_judges_by_images_left_out_and_branches_share_their_judgement(zoo: Zoo) -> None:
+    merged = ESMPPBayes(rank=2, layers=("in_proj", "out_proj")).merge(zoo.inputs())
+    for name in LINEARS[::4]:
+        router = merged.routed[name].router
+        tokens = torch.cat([zoo.rows(task, name) for task in zoo.experts])
+        features = [pool_tokens(x[name].double(), router.pooling, fitted_axes(tokens)) for x in zoo.layer_inputs.values()]
+        fit = discriminant(features, 0.5)
+        assert router.temperature == pytest.approx(calibrate(fit.left_out, fit.labels), rel=1e-3)
+        assert router.temperature > 1.5  # 40 images are too few for the Gaussians' own word
+        scores = torch.cat(features) @ fit.weight.T + fit.bias
+        x = torch.cat([x[name] for x in zoo.layer_inputs.values()])
+        assert relative_error(router(x)[:, 0].softmax(1), scores.softmax(1)) < 1e-2
+        held = merged.routed[name.replace("in_proj", "out_proj")]
+        assert (held.evidence, held.router.temperature) == ("hold", router.temperature)
+
+
+def fitted_axes(tokens: Tensor) -> Axes:
+    return principal_axes(tokens.mean(0), tokens.T @ tokens / len(tokens))
 
 
 # --- SMILE
@@ -230,7 +257,9 @@ def test_an_expert_that_is_the_backbone_adds_nothing(merger: ESMPP | SMILE) -> N
         (lambda: ESMPP(rule="nearest"), "one of cosine, centered, discriminant"),
         (lambda: ESMPP(rule="discriminant", shrinkage=0.0), "shrinkage is 0.0"),
         (lambda: ESMPP(pooling=("mean", "first")), "needs rule discriminant"),
-        (lambda: ESMPP(rule="discriminant", pooling=("median",)), "some of mean, deviation, first"),
+        (lambda: ESMPP(rule="discriminant", pooling=("median",)), "some of mean, deviation, first, covariance"),
+        (lambda: ESMPP(temperature=None), "temperature null is for rule discriminant"),
+        (lambda: ESMPPBayes(decision="sum"), "not for decision sum"),
         (lambda: SMILE(gate_rank=0), "gate_rank is 0"),
         (lambda: SMILE(rest="none"), "one of base, mean"),
         (lambda: SMILE(layers=("c_fd",)).merge(Zoo(tasks=2).inputs()), "must name some of in_proj"),

@@ -44,6 +44,9 @@ def pool_tokens(x: Tensor, pooling: Sequence[Pooling] = ("mean",), axes: Axes | 
     Returns:
         ``[N, f]``.
 
+    Raises:
+        ValueError: when the covariance has no axes.
+
     >>> pool_tokens(torch.tensor([[[1.0, 5.0], [3.0, 5.0]]]), ("mean", "deviation", "first"))
     tensor([[2., 5., 1., 0., 1., 5.]])
     """
@@ -52,7 +55,8 @@ def pool_tokens(x: Tensor, pooling: Sequence[Pooling] = ("mean",), axes: Axes | 
     if "deviation" in pooling:  # torch.var is many times slower over this dimension on the CPU
         parts["deviation"] = (x - mean.unsqueeze(1)).square().mean(1).sqrt()
     if "covariance" in pooling:
-        assert axes is not None
+        if axes is None:
+            raise ValueError("the tokens' covariance is taken along axes; give them")
         parts["covariance"] = _covariance(x @ axes.basis - axes.offset)
     return torch.cat([parts[part] for part in pooling], dim=-1)
 

@@ -1,0 +1,86 @@
+"""Statistics of routers against their definitions, written plainly in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_vision.functional.routing import calibrate, discriminant, pool_tokens, principal_axes
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def groups(sizes: list[int], features: int) -> list[Tensor]:
+    mixing = normal(features, features, seed=99)
+    return [normal(n, features, seed=t) @ mixing + 2 * normal(features, seed=50 + t) for t, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("shrinkage", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize("sizes", [[9, 5, 2], [30, 30, 30, 30], [4, 1, 6]])
+def test_left_out_images_are_judged_by_the_others(sizes: list[int], shrinkage: float) -> None:
+    data = groups(sizes, 12)
+    T, fit = len(sizes), discriminant(data, shrinkage)
+    freedom = sum(sizes) - T
+    spread = torch.cat([x - x.mean(0) for x in data]).square().sum(0) / freedom
+    expected, labels = [], []
+    for t, x in enumerate(data):
+        for i in range(len(x) if len(x) > 1 else 0):
+            others = [torch.cat([x[:i], x[i + 1 :]]) if s == t else y for s, y in enumerate(data)]
+            means = torch.stack([y.mean(0) for y in others])
+            rest = torch.cat([y - mean for y, mean in zip(others, means, strict=True)])
+            A = (1 - shrinkage) * rest.T @ rest / freedom + shrinkage * spread.diag()
+            away = x[i] - means
+            expected.append(-0.5 * (away @ torch.linalg.inv(A) * away).sum(1))
+            labels.append(t)
+    torch.testing.assert_close(fit.left_out, torch.stack(expected), rtol=1e-8, atol=1e-8)
+    assert fit.labels.tolist() == labels
+
+
+def test_left_out_images_are_judged_less_kindly() -> None:
+    data = groups([6, 6, 6], 40)
+    fit = discriminant(data, 0.5)
+    kind = torch.nn.functional.cross_entropy(torch.cat(data) @ fit.weight.T + fit.bias, fit.labels)
+    assert torch.nn.functional.cross_entropy(fit.left_out, fit.labels) > 2 * kind
+
+
+@pytest.mark.parametrize("true", [1.0, 7.0, 300.0])
+def test_calibrate_finds_the_most_likely_temperature(true: float) -> None:
+    logits = 2 * normal(4000, 5)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    scores = logits * true
+    found = calibrate(scores, labels)
+    assert found == pytest.approx(true, rel=0.15)
+    loss = [torch.nn.functional.cross_entropy(scores / t, labels) for t in (found, 1.02 * found, max(1.0, found / 1.02))]
+    assert loss[0] <= min(loss[1:]) + 1e-12
+
+
+def test_calibrate_does_not_sharpen_and_ends() -> None:
+    sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert calibrate(sure, torch.tensor([0, 1])) == 1.0
+    assert calibrate(sure, torch.tensor([1, 0])) == pytest.approx(1e4)
+    assert calibrate(sure[:0], torch.zeros(0, dtype=torch.int64)) == 1.0
+
+
+def test_tokens_have_unit_covariance_along_their_axes() -> None:
+    x = normal(500, 10) @ normal(10, 10, seed=1) + 5
+    axes = principal_axes(x.mean(0), x.T @ x / len(x), k=4)
+    z = x @ axes.basis - axes.offset
+    torch.testing.assert_close(z.mean(0), torch.zeros(4, dtype=x.dtype), atol=1e-9, rtol=0)
+    torch.testing.assert_close(z.T @ z / len(z), torch.eye(4, dtype=x.dtype), atol=1e-9, rtol=0)
+    leading = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:4]
+    span = torch.linalg.qr(axes.basis)[0]
+    torch.testing.assert_close(span @ span.T, leading.T @ leading, atol=1e-9, rtol=0)
+
+
+def test_pooled_tokens() -> None:
+    x = normal(3, 7, 6) + 1
+    rows = x.flatten(0, 1)
+    axes = principal_axes(rows.mean(0), rows.T @ rows / len(rows), k=3)
+    found = pool_tokens(x, ("covariance", "mean", "first", "deviation"), axes)
+    for image, features in zip(x, found, strict=True):
+        z = [axes.basis.T @ token - axes.offset for token in image]
+        moments = [sum(float(v[i] * v[j]) for v in z) / 7 for i in range(3) for j in range(i, 3)]
+        expected = [m / (abs(m) + 0.01) ** 0.5 for m in moments]
+        expected += [*image.mean(0).tolist(), *image[0].tolist(), *image.std(0, correction=0).tolist()]
+        assert features.tolist() == pytest.approx(expected, abs=1e-12)
