@@ -56,6 +56,9 @@ class TorchvisionImages(ImageSource):
             known = getattr(self._data, attribute, None)
             if known is not None and len(known) == len(self):
                 return [int(label) for label in known]
+        samples = getattr(self._data, "_samples", None)  # (file, label) pairs, as GTSRB and StanfordCars keep them
+        if samples is not None and len(samples) == len(self) and all(isinstance(pair[-1], int) for pair in samples):
+            return [pair[-1] for pair in samples]
         return [self[index][1] for index in range(len(self))]
 
 

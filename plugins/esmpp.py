@@ -180,7 +180,7 @@ class ESMPP(Merger):
             branches = ["", *(name.rpartition(".")[0] for name in names)]
             return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
         first = self.held_layer
-        return ["own"] * first + ["start"] + ["hold"] * (len(names) - first - 1)
+        return ["own" if at < first else "start" if at == first else "hold" for at in range(len(names))]
 
     def _router(self, features: list[Tensor], axes: Axes | None) -> Router:
         if self.rule == "discriminant":

@@ -174,7 +174,13 @@ def test_decision(zoo: Zoo, options: dict[str, object], evidence: list[str]) -> 
     assert [experts.evidence for experts in merged.routed.values()] == evidence
 
 
-def test_bayes_judges_by_images_left_out_and_branches_share_their_judgement(zoo: Zoo) -> None:
+def test_bayes_judges_by_images_left_out_and_branches_share_their_judgement() -> None:
+    zoo = Zoo(tasks=T)
+    for name in LINEARS:  # ten images a task, all much alike
+        images = zoo.layer_inputs["task0"][name].chunk(T)
+        for t, inputs in enumerate(zoo.layer_inputs.values()):
+            inputs[name] = images[t] + torch.arange(images[t].shape[2]).eq(t) * images[t].std()
+    zoo.images = 10
     merged = ESMPPBayes(rank=2, layers=("in_proj", "out_proj")).merge(zoo.inputs())
     for name in LINEARS[::4]:
         router = merged.routed[name].router
@@ -182,7 +188,7 @@ def test_bayes_judges_by_images_left_out_and_branches_share_their_judgement(zoo:
         features = [pool_tokens(x[name].double(), router.pooling, fitted_axes(tokens)) for x in zoo.layer_inputs.values()]
         fit = discriminant(features, 0.5)
         assert router.temperature == pytest.approx(calibrate(fit.left_out, fit.labels), rel=1e-3)
-        assert router.temperature > 1.5  # 40 images are too few for the Gaussians' own word
+        assert router.temperature > 1.5  # ten images are too few for the Gaussians' own word
         scores = torch.cat(features) @ fit.weight.T + fit.bias
         x = torch.cat([x[name] for x in zoo.layer_inputs.values()])
         assert relative_error(router(x)[:, 0].softmax(1), scores.softmax(1)) < 1e-2

@@ -235,6 +235,20 @@ def test_torchvision_fingerprint_follows_the_files_under_root(tmp_path: Path):
     assert open_source(config).fingerprint() == found[-1]
 
 
+class Pairs(Squares):
+    """Keeps (file, label) pairs, as GTSRB does; decoding one is a mistake when only labels are asked for."""
+
+    def __init__(self, root: str) -> None:
+        self._samples = [("a.png", 1), ("b.png", 0), ("c.png", 1)]
+
+    def __getitem__(self, index):
+        raise AssertionError("decoded")
+
+
+def test_torchvision_labels_are_read_without_decoding():
+    assert open_source({"torchvision": f"{__name__}.Pairs", "args": {"root": ""}}).labels() == [1, 0, 1]
+
+
 def test_a_real_torchvision_data_set():
     source = open_source({"torchvision": "torchvision.datasets.FakeData", "args": {"size": 5, "image_size": [3, 8, 8]}})
     assert len(source) == len(source.labels()) == 5

@@ -21,6 +21,7 @@ from mergekit_vision.registry import mergers
 from mergekit_vision.scaling import ScaleSearch
 from mergekit_vision.workbench import Workbench
 
+CPU = torch.device("cpu")
 METHODS = {
     "average": ("Average", {}),
     "task_arithmetic": ("TaskArithmetic", {}),
@@ -40,9 +41,9 @@ class Zoo:
         suite = data.suite
         clip = load_clip(suite.backbone)
         prompts = {task.name: (task.classes, task.templates) for task in suite.tasks.values()}
-        heads = build_heads(clip, open_clip.get_tokenizer(suite.backbone), prompts)
+        heads = build_heads(clip, open_clip.get_tokenizer(suite.backbone), prompts, describe(suite.backbone).model, CPU)
         encoder = VisionEncoder(clip.visual)
-        self.bench = Workbench(describe(suite.backbone), encoder, encoder.weights(), heads, data, torch.device("cpu"))
+        self.bench = Workbench(describe(suite.backbone), encoder, encoder.weights(), heads, data, CPU)
         self.experts = {task.name: open_weights(task.expert) for task in suite.tasks.values()}
         self.expected = json.loads((path / "expected.json").read_text())
         self._merged: dict[str, Merged] = {}
