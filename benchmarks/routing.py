@@ -22,23 +22,43 @@ from torch import Tensor
 
 from benchmarks.machine import write
 from mergekit_vision.encoder import VisionEncoder
+from mergekit_vision.functional.routing import Axes, pool_tokens
 from mergekit_vision.layers import LowRankExperts, linears_of_kind
-from mergekit_vision.routers import CosineRouter, ProjectionRouter, Router
+from mergekit_vision.routers import CosineRouter, LinearRouter, ProjectionRouter, Router
 
 ALL_KINDS = ("in_proj", "out_proj", "c_fc", "c_proj")
-VARIANTS: dict[str, tuple[tuple[str, ...], int, int | None]] = {  # layers, rank, rank of SMILE's gate
-    "ESM++ r=8": (("in_proj", "c_fc"), 8, None),
-    "ESM++ r=32": (("in_proj", "c_fc"), 32, None),
-    "SMILE r=32 g=16": (ALL_KINDS, 32, 16),
+TOKEN_STATISTICS = ("mean", "deviation", "first", "covariance")  # of ESMPPBayes
+AXES = 32
+
+
+def cosine(tasks: int, width: int) -> Router:
+    """ESM++'s published router."""
+    return CosineRouter(torch.randn(tasks, width))
+
+
+def bayes(tasks: int, width: int) -> Router:
+    """ESMPPBayes' router."""
+    axes = Axes(torch.randn(width, AXES), torch.randn(AXES))
+    features = pool_tokens(torch.randn(1, 2, width), TOKEN_STATISTICS, axes).shape[-1]
+    return LinearRouter(torch.randn(tasks, features), torch.randn(tasks), TOKEN_STATISTICS, axes.basis, axes.offset, top_k=2)
+
+
+def projection(tasks: int, width: int) -> Router:
+    """SMILE's router, of gate rank 16."""
+    return ProjectionRouter(torch.randn(tasks, 16, width))
+
+
+VARIANTS: dict[str, tuple[tuple[str, ...], int, Callable[[int, int], Router]]] = {  # layers, rank, router
+    "ESM++ r=8": (("in_proj", "c_fc"), 8, cosine),
+    "ESM++ r=32": (("in_proj", "c_fc"), 32, cosine),
+    "ESMPPBayes r=32": (("in_proj", "c_fc"), 32, bayes),
+    "SMILE r=32 g=16": (ALL_KINDS, 32, projection),
 }
 
 
-def router(tasks: int, width: int, gate: int | None) -> Router:
-    """ESM++'s cosine to prototypes, or SMILE's projections."""
-    return CosineRouter(torch.randn(tasks, width)) if gate is None else ProjectionRouter(torch.randn(tasks, gate, width))
-
-
-def routed(plain: VisionEncoder, tasks: int, kinds: tuple[str, ...], rank: int, gate: int | None) -> VisionEncoder:
+def routed(
+    plain: VisionEncoder, tasks: int, kinds: tuple[str, ...], rank: int, router: Callable[[int, int], Router]
+) -> VisionEncoder:
     """The encoder with random experts; the plain weights are shared."""
     memo = {id(parameter): parameter for parameter in plain.parameters()}
     encoder = copy.deepcopy(plain, memo)
@@ -46,8 +66,8 @@ def routed(plain: VisionEncoder, tasks: int, kinds: tuple[str, ...], rank: int, 
     for name in linears_of_kind(encoder.linears, kinds):
         d_out, d_in = encoder.get_submodule(name).weight.shape
         up, down = torch.randn(tasks, d_out, rank) / 100, torch.randn(tasks, rank, d_in) / 100
-        bias = None if gate is None else torch.zeros(tasks, d_out)
-        experts[name] = LowRankExperts(up, down, router(tasks, d_in, gate), bias)
+        bias = torch.zeros(tasks, d_out) if router is projection else None
+        experts[name] = LowRankExperts(up, down, router(tasks, d_in), bias)
     encoder.route(experts)
     return encoder.eval()
 
