@@ -228,22 +228,28 @@ class RoutedLinear(nn.Module):
         choice = self.routing.choose(self, x)
         if choice is None:
             return y
+        eager = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the host may look at the choice
         if choice.experts.shape[1] == 1 and choice.experts.shape[2] < len(self.down):
-            y = self._gathered(y, x, choice)
-        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            y = self._by_image(y, x, choice, eager)
+        elif eager:
             y = self._grouped(y, x, choice)
         else:
             y = self._masked(y, x, choice)
         return y if self.shift is None else y + choice.dense(len(self.down)).to(y.dtype) @ self.shift.to(y.dtype)
 
-    def _gathered(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
-        """Each image multiplies with a copy of its own experts' factors."""
-        index, weight = choice.experts[:, 0], choice.weight
-        down, up = self.down.to(y.dtype)[index], self.up.to(y.dtype)[index]  # [N, K, r, d]
-        codes = torch.bmm(x.to(y.dtype), down.flatten(1, 2).transpose(1, 2))
+    def _by_image(self, y: Tensor, x: Tensor, choice: Choice, eager: bool) -> Tensor:
+        """Each image multiplies with its own experts' factors: with a copy of them, or one image after the other."""
+        index, up = choice.experts[:, 0], self.up.to(y.dtype)
+        down = self.down.to(y.dtype)[index]  # [N, K, r, d_in]
+        codes = torch.bmm(x.to(y.dtype), down.flatten(1, 2).transpose(1, 2)).unflatten(2, down.shape[1:3])
         if index.shape[1] > 1:
-            codes = codes * weight.to(y.dtype).repeat_interleave(self.down.shape[1], dim=2)
-        return y.baddbmm_(codes, up.flatten(1, 2))
+            codes = codes * choice.weight.to(y.dtype).unsqueeze(-1)
+        if not eager:
+            return y.baddbmm_(codes.flatten(2), up[index].flatten(1, 2))
+        for image, chosen in enumerate(index.tolist()):
+            for position, expert in enumerate(chosen):
+                y[image].addmm_(codes[image, :, position], up[expert])
+        return y
 
     def _grouped(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
         """Each expert runs once, on the tokens that chose it. Needs to know how many: not for a graph or an accelerator."""
