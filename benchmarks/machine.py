@@ -25,9 +25,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(name: str, device: torch.device, rows: list[dict[str, Any]]) -> Path:
-    """Write rows with the machine they were measured on; gives the file."""
+def write(name: str, device: torch.device, rows: list[dict[str, Any]], keys: tuple[str, ...] = ()) -> Path:
+    """Write rows with the machine they were measured on; gives the file.
+
+    With ``keys``, rows of an earlier run on the same machine and versions stay, where no new row has the same values of the keys.
+    """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device.type}.json"
-    path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    path, here = RESULTS / f"{name}-{device.type}.json", machine(device)
+    if keys and path.exists():
+        before = json.loads(path.read_text())
+        fresh = {tuple(row[key] for key in keys) for row in rows}
+        if before["machine"] == here:
+            rows = [row for row in before["rows"] if tuple(row[key] for key in keys) not in fresh] + rows
+    path.write_text(json.dumps({"machine": here, "rows": rows}, indent=1) + "\n")
     return path

@@ -153,7 +153,7 @@ def main() -> None:
                 case = [{"model": model, **row} for row in measure(plain, tasks, images, options.seconds, options.compile)]
                 show(case)
                 rows += case
-    print(f"written: {write('routing', device, rows)}")
+    print(f"written: {write('routing', device, rows, ('model', 'tasks', 'batch', 'variant'))}")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ class RoutedLinear(nn.Module):
         """Each image multiplies with its own experts' factors: with a copy of them, or one image after the other."""
         index, up = choice.experts[:, 0], self.up.to(y.dtype)
         down = self.down.to(y.dtype)[index]  # [N, K, r, d_in]
-        codes = torch.bmm(x.to(y.dtype), down.flatten(1, 2).transpose(1, 2)).unflatten(2, down.shape[1:3])
+        codes = torch.bmm(x.to(y.dtype), down.flatten(1, 2).transpose(1, 2)).view(*x.shape[:2], *down.shape[1:3])
         if index.shape[1] > 1:
             codes = codes * choice.weight.to(y.dtype).unsqueeze(-1)
         if not eager:
