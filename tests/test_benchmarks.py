@@ -1,0 +1,95 @@
+"""The benchmark of merging runs end to end, and both its sides compute the same models."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+TASKS = 8
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8, "head_width": 32},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+    }
+}
+
+
+@pytest.fixture
+def merging(monkeypatch):
+    """The module, importable wherever pytest was started."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.merging")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """Name of a tiny tower that open_clip can make."""
+    place = tmp_path_factory.mktemp("models") / "tiny"
+    place.mkdir()
+    (place / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    return f"local-dir:{place}"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.mark.parametrize("method", ["ESM", "TSVM", "TIES", "IsoC"])
+def test_ours_is_the_textbook_in_float64(merging, model, workdir, method):
+    files = merging.prepare(workdir, model, None, TASKS, proxies=8)
+    case = merging.Case.of(files, model=model, layers=3, method=method, implementation="ours")
+    exact = merging.replace(case, implementation="textbook", double=True)
+    figures = [merging.work(one.to_json()) for one in (case, exact)]
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["peak_MiB"] >= row["idle_MiB"] > 0 for row in figures)
+    assert all((row["forward_seconds"] > 0) == (method == "ESM") for row in figures)
+    found = merging.errors(case, exact.output)
+    assert 0 < found["error"] < 1e-6
+    assert 0 < found["update_error"] < 1e-4
+    # the comparison sees a model that is off
+    case.output.write_bytes(files.base.read_bytes())
+    assert merging.errors(case, exact.output)["update_error"] == pytest.approx(1)
+
+
+def test_runs_end_to_end(merging, model, workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.machine.RESULTS", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["--models", model, "--tasks", str(TASKS), "--methods", "ESM", "--proxies", "8", "--layers", "1"]
+    merging.main([*command, "--workdir", str(workdir), "--check", "float32", "--draw"])
+    written = json.loads((tmp_path / "merging-cpu.json").read_text())
+    textbook, ours = written["rows"]
+    assert (textbook["implementation"], ours["implementation"]) == ("textbook", "ours")
+    assert ours["layers"] == 1
+    assert ours["of_layers"] == 3
+    assert ours["speedup"] == pytest.approx(textbook["seconds"] / ours["seconds"], abs=0.01)
+    assert ours["update_error"] < 1e-4
+    assert (tmp_path / "merging-cpu.png").stat().st_size > 0
+    assert "CUT TO 1 of 3 blocks" in capsys.readouterr().out
+    assert not list((workdir / "tiny-1-blocks").glob("*-ours-float32*")), "measured models are left behind"
+
+
+def test_experts_are_made_once_and_do_not_depend_on_how_many_there_are(merging, model, workdir):
+    two = merging.prepare(workdir / "few", model, 1, 2, proxies=2)
+    made = [path.stat().st_mtime_ns for path in two.experts]
+    three = merging.prepare(workdir / "few", model, 1, 3, proxies=2)
+    assert [path.stat().st_mtime_ns for path in three.experts[:2]] == made
+    other = merging.prepare(workdir / "other", model, 2, 1, proxies=2)
+    with safe_open(three.experts[0], "pt") as a, safe_open(other.experts[0], "pt") as b, safe_open(three.base, "pt") as base:
+        assert set(a.keys()) < set(b.keys())
+        for key in a.keys():  # noqa: SIM118 (not a dict)
+            assert torch.equal(a.get_tensor(key), b.get_tensor(key))
+            assert not torch.equal(a.get_tensor(key), base.get_tensor(key))
+
+
+def test_a_run_that_dies_is_reported(merging, model, workdir, monkeypatch):
+    monkeypatch.setattr("sys.executable", "false")  # the command that fails
+    files = merging.prepare(workdir, model, 1, 2, proxies=2)
+    cases = [merging.Case.of(files, model=model, layers=1, method="TSVM", implementation=name) for name in ("ours", "textbook")]
+    textbook, ours = merging.compare(cases, repeats=2, check="float64")
+    assert textbook == {"method": "TSVM", "implementation": "textbook", "failed": "nothing on standard error (exit status 1)"}
+    assert ours["failed"] == textbook["failed"]
