@@ -1,9 +1,7 @@
 """The command line: a LightningCLI over :class:`MergedCLIP`, :class:`VisionTasks` and :class:`Trainer`."""
 
-import logging
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +33,15 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the configuration whole or not at all, beside the results and never over that of a merged model."""
+    """Writes the configuration once a run has succeeded, beside its results and never over that of a merged model."""
+
+    def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: a run that fails leaves no configuration behind."""
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save; Lightning comes here only after a run that did not fail."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, stage)
 
     def save_config(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's directory; ``config-test.yaml`` where that belongs to a merge."""
@@ -91,7 +97,6 @@ def run(arguments: list[str]) -> None:
     sys.path.append(str(Path.cwd()))  # a class path may name a file beside the user, as with `python -m`
     registry.mergers()  # their names become values of --model.merger
     _check_merger(arguments)
-    _quiet()
     try:
         MergeCLI(
             MergedCLIP,
@@ -132,16 +137,3 @@ def _check_merger(arguments: list[str]) -> None:
         name = value if argument == "--model.merger" else argument.removeprefix("--model.merger=")
         if name != argument and re.fullmatch(r"\w+(\.\w+)*", name) and not name.endswith((".yaml", ".yml", ".json")):
             registry.get(name)
-
-
-def _quiet() -> None:
-    """Keep Lightning's remarks on training, devices and its other products out of runs that do not train."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*GPU available but not used.*",
-        ".*across ranks is zero.*",
-        ".*LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

@@ -61,7 +61,7 @@ def save_model(directory: Path, backbone: Backbone, encoder: VisionEncoder, reco
             write_json(draft(ROUTERS), routers)
         save_safetensors(draft(MODEL), state)
         write_json(draft(CONFIG), {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess})
-        draft("README.md").write_text(model_card(record), encoding="utf-8")
+        draft("README.md").write_text(model_card(record, routing is not None), encoding="utf-8")
         write_json(draft(RECORD), record)
         _save_tokenizer(directory, backbone)
     if routing is None:  # experts of an earlier merge do not belong to this one

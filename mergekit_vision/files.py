@@ -41,6 +41,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     draft = target.with_name(f".{target.stem[:64]}.{uuid.uuid4().hex}{target.suffix}")
     try:
         yield draft
+        mask = os.umask(0)
+        os.umask(mask)
+        draft.chmod(0o666 & ~mask)  # some writers make files that only their owner can read
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)

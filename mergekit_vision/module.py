@@ -259,7 +259,7 @@ class MergedCLIP(LightningModule):
         # on all processes and in one order, also on those that had no image of a task
         pairs = zip(self.metrics, sizes.items(), strict=True)
         accuracy: dict[str, float] = {task: metric.compute(size) for metric, (task, size) in pairs}  # type: ignore[operator]
-        self.log_dict({f"accuracy/{task}": value for task, value in accuracy.items()})
+        self.log_dict({f"accuracy/{task}": value for task, value in accuracy.items()}, sync_dist=True)
         counts = self._routing_counts()
         if not self.trainer.is_global_zero:
             return
@@ -267,6 +267,7 @@ class MergedCLIP(LightningModule):
         results = {
             **{key: self.record.get(key) for key in ("suite", "merger", "scale", "search")},
             "split": split,
+            "route": None if self._merged_encoder.routing is None else self.route,
             **summarise(accuracy, self.expert_accuracy[split], sizes),
             "seconds": seconds,
             "versions": self.record.get("versions"),
@@ -277,7 +278,8 @@ class MergedCLIP(LightningModule):
             draw_routing(results["routing"], path.with_name("routing.png"))
         write_json(path, results)
         merger, scale = self.record.get("merger", {}).get("name"), self.record.get("scale")
-        print_table(results, f"{merger} at coefficient {scale:g} on {split} → {path}")
+        route = f", route {self.route}" if self.route != "router" else ""
+        print_table(results, f"{merger} at coefficient {scale:g}{route} on {split} → {path}")
 
     def _routing_counts(self) -> dict[str, Tensor]:
         """Which expert the images of each task took in each routed layer, over all processes."""

@@ -51,7 +51,7 @@ def print_table(results: Mapping[str, Any], title: str) -> None:
     """One row a task, the mean last; accuracies in %."""
     table = Table(title=title, title_justify="left")
     table.add_column("task")
-    for name in ("images", "accuracy %", "normalized %"):
+    for name in ("images", "accuracy %", "normalised %"):
         table.add_column(name, justify="right")
     for task, row in results["tasks"].items():
         table.add_row(task, str(row["n"]), _percent(row["accuracy"]), _percent(row["normalized"]))
@@ -109,17 +109,38 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else str(value)
 
 
-def model_card(record: Mapping[str, Any]) -> str:
+_USE_STATIC = """```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH_OF_THIS_DIRECTORY")
+```
+"""
+
+_USE_DYNAMIC = """The model is dynamic: every image or token chooses among low-rank experts.
+
+```python
+import mergekit_vision
+
+encoder = mergekit_vision.load("PATH_OF_THIS_DIRECTORY")   # encoder.encode_image(images)
+```
+
+open_clip loads the directory as `local-dir:PATH_OF_THIS_DIRECTORY` too, but only the static base, without the experts.
+"""
+
+
+def model_card(record: Mapping[str, Any], dynamic: bool = False) -> str:
     """README of a merged model's directory, in the layout the Hugging Face hub reads.
 
     Args:
         record: what ``merge.json`` holds.
+        dynamic: whether the model has routed experts.
     """
     merger = record["merger"]
     hub = record["backbone"].startswith("hf-hub:")  # what stands here must be a model of the hub
     base = f"base_model: {record['backbone'].removeprefix('hf-hub:')}\n" if hub else ""
     rows = "\n".join(f"| {task} | {Path(file).name} |" for task, file in record["experts"].items())
     arguments = "\n".join(f"- `{name}`: {value}" for name, value in merger["init_args"].items())
+    use = _USE_DYNAMIC if dynamic else _USE_STATIC
     backbone = record["backbone"].rpartition("/")[2]
     return f"""---
 library_name: open_clip
@@ -143,9 +164,4 @@ at scaling coefficient {record["scale"]:g}.
 
 ## Use
 
-```python
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH")
-```
-"""
+{use}"""

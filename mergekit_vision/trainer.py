@@ -1,5 +1,8 @@
 """Lightning's Trainer with the subcommands of the command line."""
 
+import logging
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast
 
@@ -17,8 +20,9 @@ from mergekit_vision.export import check_output
 from mergekit_vision.module import MergedCLIP
 from mergekit_vision.predictions import Predictions
 from mergekit_vision.progress import console, say
-from mergekit_vision.sources import FlatFolder
+from mergekit_vision.sources import FlatFolder, closest
 
+Accuracies = list[Mapping[str, float]]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -54,6 +58,8 @@ class Trainer(lightning.Trainer):
         default_root_dir: str = "runs/latest",
         enable_progress_bar: bool = True,
     ) -> None:
+        _quiet()
+        _check_place(Path(default_root_dir))
         bar = enable_progress_bar and console.is_terminal
         chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         super().__init__(
@@ -87,15 +93,17 @@ class Trainer(lightning.Trainer):
         super().predict(model, datamodule=datamodule, return_predictions=False)
         if self.is_global_zero:
             model.save(output)
-            say(f"merged model: {output} (open_clip name: local-dir:{output})")
+            dynamic = model.encoder is not None and model.encoder.routing is not None
+            reads = "mergekit_vision.load reads it; open_clip reads its static base only" if dynamic else "open_clip reads it too"
+            say(f"merged model: {output} ({reads}, as local-dir:{output})")
 
-    def validate(self, model: LightningModule, datamodule: LightningDataModule) -> None:  # type: ignore[override]
+    def validate(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's val split."""
-        super().validate(model, datamodule=datamodule, verbose=False)
+        return super().validate(model, datamodule=datamodule, verbose=False)
 
-    def test(self, model: LightningModule, datamodule: LightningDataModule) -> None:  # type: ignore[override]
+    def test(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's test split."""
-        super().test(model, datamodule=datamodule, verbose=False)
+        return super().test(model, datamodule=datamodule, verbose=False)
 
     def predict(  # type: ignore[override]  # noqa: D417 (the CLI hides the others)
         self, model: LightningModule, datamodule: LightningDataModule, task: str, images: str, top: int = 3
@@ -110,7 +118,7 @@ class Trainer(lightning.Trainer):
         model, datamodule = cast(MergedCLIP, model), cast(VisionTasks, datamodule)
         tasks = datamodule.suite.tasks
         if task not in tasks:
-            raise InputError(f"--task {task}: not a task of the suite; it has {', '.join(tasks)}")
+            raise InputError(f"--task {task}: not a task of the suite{closest(task, tasks)}; it has {', '.join(tasks)}")
         if top < 1:
             raise InputError(f"--top {top}: at least one class must be written")
         folder = FlatFolder(images)
@@ -121,3 +129,22 @@ class Trainer(lightning.Trainer):
         model.predictions.gather()
         if self.is_global_zero:
             model.predictions.write(Path(self.default_root_dir) / "predictions.csv")
+
+
+def _check_place(directory: Path) -> None:
+    nearest = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--output {directory}: {nearest} is a file; name a directory")
+
+
+def _quiet() -> None:
+    """Keep Lightning's remarks on training, devices and its other products out of runs that do not train."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*across ranks is zero.*",
+        ".*LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

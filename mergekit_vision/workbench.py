@@ -182,6 +182,7 @@ class ScaleChoice:
         start = time.perf_counter()
         self.curve = self._bench.search(merged, self._search, self._own_accuracies())
         self.seconds += time.perf_counter() - start
+        say(f"chosen: coefficient {self.curve[0]['coefficient']:.4g}")
         return self.curve[0]["coefficient"]
 
     def _own_accuracies(self) -> dict[str, float]:

@@ -262,6 +262,24 @@ def test_a_mistake_is_one_line_without_a_traceback(
     assert "Traceback" not in error
 
 
+def test_a_failed_merge_leaves_the_model_before_it_alone(command, tmp_path: Path, tiny_suite: Path) -> None:
+    assert command("merge", "--model.merger", "Average", "--output", "merged") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    assert command("merge", "--model.merger", "TIES", "--model.experts", "[moon]", "--output", "merged") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
+    assert command("merge", "--model.merger", "TIES", "--model.experts", "[moon]", "--output", "nothing") == 1
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("place", ["a_file", "a_file/below"])
+def test_output_that_is_a_file(command, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a_file").write_text("mine")
+    for name in ("test", "merge"):
+        assert command(name, "--model.merger", "Average", "--output", place) == 1
+        assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "a_file").read_text() == "mine"
+
+
 def test_merging_never_overwrites_somebody_elses_model(command, tiny_suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backbone = Path(Suite.load(tiny_suite).backbone.removeprefix("local-dir:"))
     before = {path.name: path.read_bytes() for path in backbone.iterdir()}

@@ -193,6 +193,7 @@ def test_routes_of_a_dynamic_model(tmp_path: Path, tiny_suite: Path) -> None:
         Trainer(default_root_dir=str(place), accelerator="cpu").test(model, VisionTasks(str(tiny_suite)))
         found[route] = json.loads((place / "results.json").read_text())
         assert (place / "routing.png").exists() == (route == "router")
+        assert found[route]["route"] == route
     shares = found["router"]["routing"]
     assert len(shares) == 8
     assert all(0 <= share <= 1 for layer in shares.values() for share in layer.values())
@@ -213,7 +214,7 @@ def test_an_interrupted_save_leaves_the_old_model_whole(
     directory = Path(trainer.default_root_dir)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
 
-    def interrupt(record: object) -> str:
+    def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mergekit_vision.export.model_card", interrupt)
