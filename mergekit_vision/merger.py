@@ -6,7 +6,7 @@ This file is all that the author of a plugin has to read.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ Weights = Mapping[str, Tensor]
 Observer = Callable[[Tensor], None]
 """Receives one layer's input for one batch of images: ``[images, tokens, d_in]``, float32, on the merging device."""
 
-_Item = TypeVar("_Item")
+Spread = Callable[[Callable[[str], Any], Mapping[str, int], str], dict[str, Any]]
+"""Computes a function of named items of known cost, with a description of the work, and returns all results."""
+
+_Result = TypeVar("_Result")
 
 
 def weight_key(linear: str) -> str:
@@ -43,8 +46,12 @@ class RunProxies(Protocol):
         """Run them; see :meth:`MergeInputs.observe`."""
 
 
-def _untracked(items: Iterable[_Item], description: str) -> Iterable[_Item]:
+def _untracked(items: Iterable[str], description: str) -> Iterable[str]:
     return items
+
+
+def _alone(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
+    return {item: function(item) for item in items}
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class MergeInputs:
         run_proxies: behind :meth:`observe`; ``None`` where there are no proxy images.
         choose_scale: behind :meth:`coefficient`; ``None`` takes the merger's own.
         track: wraps a loop in a progress bar: ``for key in inputs.track(keys, "merging"):``.
+        share: behind :meth:`spread`.
     """
 
     base: Weights
@@ -68,6 +76,7 @@ class MergeInputs:
     run_proxies: RunProxies | None = None
     choose_scale: "Callable[[Merged], float] | None" = None
     track: Callable[[Iterable[str], str], Iterable[str]] = _untracked
+    share: Spread = _alone
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -87,9 +96,14 @@ class MergeInputs:
         stack = torch.stack([self._expert(task, key) for task in self.tasks])
         return stack.sub_(self.base[key].to(self.device, torch.float32))
 
+    def changed(self, task: str, key: str) -> bool:
+        """Whether fine-tuning changed a parameter at all; cheaper than its task vector."""
+        return not torch.equal(self.experts[task][key].float(), self.base[key].float().cpu())
+
     def _expert(self, task: str, key: str) -> Tensor:
         value = self.experts[task][key].to(self.device, torch.float32)
-        if not value.isfinite().all():
+        # one pass and no copy: the largest magnitude is NaN if any entry is
+        if value.numel() and not torch.linalg.vector_norm(value, torch.inf).isfinite():
             raise InputError(f"the expert of task {task} holds NaN or infinity in {key}; fine-tune it again or leave it out")
         return value
 
@@ -112,6 +126,19 @@ class MergeInputs:
                 f"not a Linear layer of this encoder: {', '.join(unknown)}; its layers are {', '.join(self.linears)}"
             )
         self.run_proxies(task, observers, model)
+
+    def spread(self, function: Callable[[str], _Result], items: Iterable[str], description: str) -> dict[str, _Result]:
+        """``function`` of every item, as :attr:`track` shows it; with several processes each computes a share.
+
+        The result does not depend on the number of processes, and every process gets all of it. ``function`` may call
+        :meth:`observe`, and nothing else that needs the other processes (:meth:`coefficient`).
+
+        Args:
+            function: of a task's name or a parameter's key, giving tensors, numbers, or collections of them.
+            items: tasks, or keys of :attr:`base`; these are shared out by size.
+            description: what the progress bar says.
+        """
+        return self.share(function, {item: self.base[item].numel() if item in self.base else 1 for item in items}, description)
 
     def coefficient(self, merged: "Merged") -> float:
         """The scaling coefficient at which ``merged`` is to be used: the user's number, the searched one, or its own."""

@@ -14,4 +14,4 @@ class Average(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Average every parameter."""
-        return Merged({key: inputs.deltas(key).mean(0) for key in inputs.track(list(inputs.base), "merging")})
+        return Merged(inputs.spread(lambda key: inputs.deltas(key).mean(0), inputs.base, "merging"))

@@ -1,20 +1,24 @@
 """ESM merging."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.functional.esd import EssentialSubspace, ShiftStatistic
+from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.esm import TaskNorm, esm_merge, inter_layer_factors
+from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge
 from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
 
 OutProj = Literal["tsvm", "esd", "mean"]
 Other = Literal["tsvm", "mean"]
+Subspaces = dict[str, CompactSubspace]
 
 
 @dataclass(frozen=True)
@@ -61,43 +65,44 @@ class ESM(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Run every expert once on its proxy images, then merge parameter by parameter."""
-        subspaces = self._subspaces(inputs)
-        out_proj = {weight_key(linear) for linear in inputs.linears if _kind(linear) == "out_proj"}
-        update: dict[str, Tensor] = {}
-        for key in inputs.track(list(inputs.base), "merging"):
-            deltas = inputs.deltas(key)
-            if not deltas.any():
-                continue
-            if key in subspaces:
-                update[key] = self._essential(deltas, subspaces.pop(key))
-            else:
-                spectral = deltas.dim() == 3 and (self.out_proj if key in out_proj else self.other) == "tsvm"
-                update[key] = tsvm_merge(deltas) if spectral else deltas.mean(0)
+        subspaces = inputs.spread(partial(self._subspaces, inputs), inputs.tasks, "proxies")
+        found = inputs.spread(partial(self._merged, inputs, subspaces), inputs.base, "merging")
+        update = {key: value for key, value in found.items() if value is not None}
         self._scale_layers(update, inputs.linears)
         return Merged(update, fixed=frozenset(update) - {weight_key(linear) for linear in self._essential_linears(inputs)})
 
     def _essential_linears(self, inputs: MergeInputs) -> list[str]:
         return [linear for linear in inputs.linears if self.out_proj == "esd" or _kind(linear) != "out_proj"]
 
-    def _subspaces(self, inputs: MergeInputs) -> dict[str, list[EssentialSubspace]]:
-        """Every task's essential subspace of every matrix, by key; one task's statistics are held at a time."""
-        linears = self._essential_linears(inputs)
-        found: dict[str, list[EssentialSubspace]] = {weight_key(linear): [] for linear in linears}
-        for task in inputs.track(inputs.tasks, "proxies"):
-            statistics = {linear: ShiftStatistic(inputs.delta(task, weight_key(linear))) for linear in linears}
-            moved = {linear: statistic for linear, statistic in statistics.items() if statistic.delta.any()}
-            if moved:
-                inputs.observe(task, moved)
-            for linear in linears:
-                statistic = statistics.pop(linear)
-                k = len(statistic.delta) // len(inputs.tasks) if self.rank is None else self.rank
-                found[weight_key(linear)].append(statistic.subspace(k))
-        return found
+    def _subspaces(self, inputs: MergeInputs, task: str) -> Subspaces:
+        """A task's essential subspace of every matrix, by key."""
+        keys = {linear: weight_key(linear) for linear in self._essential_linears(inputs)}
+        statistics = {linear: ShiftStatistic(partial(inputs.delta, task, key)) for linear, key in keys.items()}
+        moved = {linear: statistic for linear, statistic in statistics.items() if inputs.changed(task, keys[linear])}
+        if moved:
+            inputs.observe(task, moved)
 
-    def _essential(self, deltas: Tensor, subspaces: list[EssentialSubspace]) -> Tensor:
+        def decompose(linear: str) -> CompactSubspace:
+            k = len(inputs.base[keys[linear]]) // len(inputs.tasks) if self.rank is None else self.rank
+            return statistics.pop(linear).compact(k)
+
+        return dict(zip(keys.values(), in_threads(decompose, list(keys)), strict=True))
+
+    def _merged(self, inputs: MergeInputs, subspaces: Mapping[str, Subspaces], key: str) -> Tensor | None:
+        """Merged task vector of one parameter; ``None`` where no expert changed it."""
+        if not any(inputs.changed(task, key) for task in inputs.tasks):
+            return None
+        deltas = inputs.deltas(key)
+        if key in subspaces[inputs.tasks[0]]:
+            return self._essential(deltas, [subspaces[task].pop(key) for task in inputs.tasks])
+        out_proj = key in (weight_key(linear) for linear in inputs.linears if _kind(linear) == "out_proj")
+        spectral = deltas.dim() == 3 and (self.out_proj if out_proj else self.other) == "tsvm"
+        return tsvm_merge(deltas) if spectral else deltas.mean(0)
+
+    def _essential(self, deltas: Tensor, subspaces: list[CompactSubspace]) -> Tensor:
         return esm_merge(
             deltas,
-            subspaces,
+            [subspace.of(delta) for subspace, delta in zip(subspaces, deltas, strict=True)],
             eigenvalue_power=self.eigenvalue_power,
             inter_task=self.inter_task,
             inter_dimension=self.inter_dimension,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import ShiftStatistic
 from mergekit_vision.functional.routing import Axes, Pooling, calibrate, discriminant, pool_tokens, principal_axes
+from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.layers import Evidence, LinearKind, LowRankExperts, linears_of_kind, pad_rank
 from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
 from mergekit_vision.routers import CosineRouter, LinearRouter, Router
@@ -131,30 +133,34 @@ class ESMPP(Merger):
         self, inputs: MergeInputs, names: list[str], base: Merged, axes: AxesOf
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], Features]:
         """Each layer's factors ``up [T, d_out, r]`` and ``down [T, r, d_in]``, and the experts' pooled inputs."""
-        ups: dict[str, list[Tensor]] = {name: [] for name in names}
-        downs: dict[str, list[Tensor]] = {name: [] for name in names}
-        features: dict[str, list[Tensor]] = {name: [] for name in names}
-        for task in inputs.track(inputs.tasks, "experts"):
-            shifts = {name: ShiftStatistic(_residual(inputs, task, weight_key(name), base)) for name in names}
+
+        def expert(task: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+            shifts = {name: ShiftStatistic(partial(_residual, inputs, task, weight_key(name), base)) for name in names}
             pools = {name: _Pool(self.pooling, axes.get(name), shifts[name]) for name in names}
             inputs.observe(task, pools)
-            for name in names:
-                delta, directions = shifts[name].delta, shifts.pop(name).subspace(self.rank).directions
-                rank = min(self.rank, *delta.shape)
-                ups[name].append(pad_rank(directions, rank, 1))
-                downs[name].append(pad_rank((directions.double().T @ delta.double()).float(), rank, 0))
-                features[name].append(pools[name].features)
+            factors = in_threads(lambda name: self._factors(shifts.pop(name)), names)
+            return {name: (*factor, pools[name].features) for name, factor in zip(names, factors, strict=True)}
+
+        found = list(inputs.spread(expert, inputs.tasks, "experts").values())
+        ups, downs, features = ({name: [parts[name][at] for parts in found] for name in names} for at in range(3))
         return {name: (torch.stack(ups[name]), torch.stack(downs[name])) for name in names}, features
+
+    def _factors(self, shift: ShiftStatistic) -> tuple[Tensor, Tensor]:
+        """Factors of one expert's residual in one layer, ``[d_out, r]`` and ``[r, d_in]``."""
+        delta, directions = shift.delta, shift.subspace(self.rank).directions
+        rank = min(self.rank, *delta.shape)
+        return pad_rank(directions, rank, 1), pad_rank((directions.double().T @ delta.double()).float(), rank, 0)
 
     def _observe(self, inputs: MergeInputs, names: list[str], model: Merged, axes: AxesOf) -> Features:
         """Pooled inputs of the merged ``model``."""
-        features: dict[str, list[Tensor]] = {name: [] for name in names}
-        for task in inputs.track(inputs.tasks, "routing"):
+
+        def pooled(task: str) -> dict[str, Tensor]:
             pools = {name: _Pool(self.pooling, axes.get(name)) for name in names}
             inputs.observe(task, pools, model)
-            for name in names:
-                features[name].append(pools[name].features)
-        return features
+            return {name: pool.features for name, pool in pools.items()}
+
+        found = list(inputs.spread(pooled, inputs.tasks, "routing").values())
+        return {name: [features[name] for features in found] for name in names}
 
     def _routed(
         self, factors: Mapping[str, tuple[Tensor, Tensor]], features: Features, axes: AxesOf

@@ -1,12 +1,15 @@
 """SMILE: the backbone plus low-rank experts, chosen per token by the subspaces of the task vectors."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import top_svd
+from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.layers import LinearKind, LowRankExperts, linears_of_kind, pad_rank
 from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
 from mergekit_vision.routers import ProjectionRouter
@@ -45,25 +48,31 @@ class SMILE(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Decompose the task vectors of the routed layers."""
         names = linears_of_kind(inputs.linears, self.layers)
-        routed = {name: self._experts(inputs, name) for name in inputs.track(names, "experts")}
+        keys = {weight_key(name): name for name in names}
+        factors = inputs.spread(partial(self._factors, inputs), keys, "experts")
+        routed = {name: self._experts(inputs, name, *factors[key]) for key, name in keys.items()}
         update = {}
         if self.rest == "mean":
-            own = {weight_key(name) for name in names} | {bias_key(name) for name in names}
+            own = keys.keys() | {bias_key(name) for name in names}
             update = {key: inputs.deltas(key).mean(0) for key in inputs.base if key not in own}
         return Merged(update, fixed=frozenset(update), routed=routed)
 
-    def _experts(self, inputs: MergeInputs, name: str) -> LowRankExperts:
-        key, bias = weight_key(name), bias_key(name)
-        up, down, basis = [], [], []
-        for task in inputs.tasks:
-            delta = inputs.delta(task, key)
-            rank, gate = (min(size, *delta.shape) for size in (self.rank, self.gate_rank))
-            U, S, Vh = top_svd(delta, max(rank, gate))
-            up.append(pad_rank(U * S, rank, 1))
-            down.append(pad_rank(Vh, rank, 0))
-            basis.append(pad_rank(Vh, gate, 0))
+    def _factors(self, inputs: MergeInputs, key: str) -> tuple[Tensor, Tensor, Tensor]:
+        """All experts' ``up [T, d_out, r]`` and ``down [T, r, d_in]`` of one matrix, and what scores tokens, ``[T, g, d_in]``."""
+        d_out, d_in = inputs.base[key].shape
+        rank, gate = (min(size, d_out, d_in) for size in (self.rank, self.gate_rank))
+
+        def expert(task: str) -> tuple[Tensor, Tensor, Tensor]:
+            U, S, Vh = top_svd(inputs.delta(task, key), max(rank, gate))
+            return pad_rank(U * S, rank, 1), pad_rank(Vh, rank, 0), pad_rank(Vh, gate, 0)
+
+        up, down, basis = zip(*in_threads(expert, inputs.tasks), strict=True)
+        return torch.stack(up), torch.stack(down), torch.stack(basis)
+
+    def _experts(self, inputs: MergeInputs, name: str, up: Tensor, down: Tensor, basis: Tensor) -> LowRankExperts:
+        bias = bias_key(name)
         shift = inputs.deltas(bias) if bias in inputs.base else None
-        return LowRankExperts(torch.stack(up), torch.stack(down), ProjectionRouter(torch.stack(basis), self.top_k), shift)
+        return LowRankExperts(up, down, ProjectionRouter(basis, self.top_k), shift)
 
 
 def bias_key(name: str) -> str:

@@ -15,5 +15,4 @@ class TaskArithmetic(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Add up the task vectors of every parameter."""
-        update = {key: inputs.deltas(key).sum(0) for key in inputs.track(list(inputs.base), "merging")}
-        return Merged(update, scale=0.3)
+        return Merged(inputs.spread(lambda key: inputs.deltas(key).sum(0), inputs.base, "merging"), scale=0.3)

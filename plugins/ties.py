@@ -1,15 +1,14 @@
 """TIES merging."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.functional.ties import Aggregate, magnitude_threshold, ties_merge
+from mergekit_vision.functional.ties import Aggregate, TiesMerge, magnitude_threshold, ties_merge
 from mergekit_vision.merger import Merged, MergeInputs, Merger
 
 
@@ -43,26 +42,31 @@ class TIES(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Find each task's threshold, then merge tensor by tensor; no task vector is ever held in one piece."""
-        thresholds = self._thresholds(inputs)
-        update, cancelled, votes = {}, [], 0
-        for key in inputs.track(list(inputs.base), "merging"):
-            result = ties_merge(inputs.deltas(key), thresholds, self.aggregate)
-            update[key] = result.merged
-            votes += result.votes
-            if result.cancelled:
-                cancelled.append(key)
+        thresholds = list(inputs.spread(partial(self._threshold, inputs), inputs.tasks, "thresholds").values())
+        found = inputs.spread(lambda key: self._merge_tensor(inputs, key, thresholds), inputs.base, "merging")
+        update = {key: result.merged for key, result in found.items()}
+        cancelled = [key for key, result in found.items() if result.cancelled]
+        votes = sum(result.votes for result in found.values())
         # exact cancellations take the majority sign of the whole model, known only now; they were merged as if it were +1
         if votes <= 0:
             for key in cancelled:
-                update[key] = ties_merge(inputs.deltas(key), thresholds, self.aggregate, tie_sign=-1 if votes else 0).merged
+                update[key] = self._merge_tensor(inputs, key, thresholds, tie_sign=-1 if votes else 0).merged
         return Merged(update)
 
-    def _thresholds(self, inputs: MergeInputs) -> Tensor:
-        def entries(task: str) -> Iterator[Tensor]:
-            return (inputs.delta(task, key) for key in inputs.base)
+    def _threshold(self, inputs: MergeInputs, task: str) -> float:
+        """Magnitude from which one task's entries are kept."""
 
-        found = [
-            magnitude_threshold(partial(entries, task), self.density, self.count_frozen)
-            for task in inputs.track(inputs.tasks, "thresholds")
-        ]
-        return torch.tensor(found, dtype=torch.float32, device=inputs.device)
+        def tensors() -> Iterator[tuple[Tensor, Tensor]]:
+            return ((inputs.experts[task][key], inputs.base[key]) for key in inputs.base)
+
+        try:
+            return magnitude_threshold(tensors, self.density, self.count_frozen, inputs.device)
+        except ValueError as error:
+            for key in inputs.base:
+                inputs.delta(task, key)  # names the tensor, where it is the expert's
+            raise InputError(f"{error}: that of task {task}, whose expert is finite; look at the backbone's weights") from error
+
+    def _merge_tensor(self, inputs: MergeInputs, key: str, thresholds: Sequence[float], tie_sign: int = 1) -> TiesMerge:
+        """Merge one parameter of all tasks."""
+        experts = [expert[key] for expert in inputs.experts.values()]
+        return ties_merge(experts, inputs.base[key], thresholds, self.aggregate, tie_sign, inputs.device)

@@ -40,14 +40,14 @@ class TSVM(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
         blocks = {weight_key(linear) for linear in inputs.linears}
-        update: dict[str, Tensor] = {}
-        averaged = set()
-        for key in inputs.track(list(inputs.base), "merging"):
+        spectral = {key for key in inputs.base if inputs.base[key].dim() == 2 and (key in blocks or self.other == "tsvm")}
+
+        def merged(key: str) -> Tensor | None:
+            if not any(inputs.changed(task, key) for task in inputs.tasks):
+                return None
             deltas = inputs.deltas(key)
-            if not deltas.any():
-                continue
-            spectral = deltas.dim() == 3 and (key in blocks or self.other == "tsvm")
-            update[key] = tsvm_merge(deltas, self.rank) if spectral else deltas.mean(0)
-            if not spectral:
-                averaged.add(key)
-        return Merged(update, fixed=frozenset() if self.scale_average else frozenset(averaged))
+            return tsvm_merge(deltas, self.rank) if key in spectral else deltas.mean(0)
+
+        found = inputs.spread(merged, inputs.base, "merging")
+        update = {key: value for key, value in found.items() if value is not None}
+        return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - spectral)

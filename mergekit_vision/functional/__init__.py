@@ -3,13 +3,14 @@
 Nothing here knows a model, a file or a merger, and nothing but torch is imported.
 """
 
-from mergekit_vision.functional.esd import EssentialSubspace, RowGram, ShiftStatistic, essential_subspace
+from mergekit_vision.functional.esd import CompactSubspace, EssentialSubspace, RowGram, ShiftStatistic, essential_subspace
 from mergekit_vision.functional.esm import esm_merge, inter_layer_factors
 from mergekit_vision.functional.linalg import Polar, PolarProduct, TopSVD, polar, polar_product, top_svd
 from mergekit_vision.functional.ties import TiesMerge, magnitude_threshold, ties_merge
 from mergekit_vision.functional.tsvm import tsvm_merge
 
 __all__ = [
+    "CompactSubspace",
     "EssentialSubspace",
     "Polar",
     "PolarProduct",

@@ -5,12 +5,16 @@ the activation shift ``Y = X Δᵀ``. They follow from ``d x d`` Gram matrices, 
 Source: Essential Subspace Merging (ESM), activation-shift PCA; uncentred, as in the authors' code.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_vision.functional.linalg import GRAM_TOLERANCE, top_svd
+from mergekit_vision.functional.linalg import GRAM_TOLERANCE, gram
+
+FLOAT32_TOLERANCE = 1e-6
+"""Shifts below this share of the largest are round-off when a float32 task vector was multiplied in float32."""
 
 
 class EssentialSubspace(NamedTuple):
@@ -25,6 +29,26 @@ class EssentialSubspace(NamedTuple):
     directions: Tensor
     eigenvalues: Tensor
     total: float
+
+
+class CompactSubspace(NamedTuple):
+    """An essential subspace without its task vector, in the smaller of two forms.
+
+    Attributes:
+        basis: the directions, ``[d_out, k]``; or, of a layer with ``d_out > d_in``, the inputs that the task vector maps to them,
+            ``[d_in, k]``. In the dtype of the task vector.
+        eigenvalues: see :class:`EssentialSubspace`.
+        total: see :class:`EssentialSubspace`.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    total: float
+
+    def of(self, delta: Tensor) -> EssentialSubspace:
+        """The subspace itself, given the task vector ``[d_out, d_in]`` that it was found for."""
+        directions = delta @ self.basis if _wider_out(delta) else self.basis
+        return EssentialSubspace(directions, self.eigenvalues, self.total)
 
 
 class RowGram:
@@ -45,10 +69,7 @@ class RowGram:
         """Add a batch, ``[..., d]``."""
         rows = x.detach().flatten(0, -2).double()
         self.rows += len(rows)
-        if self.matrix is None:
-            self.matrix = rows.T @ rows
-        else:
-            self.matrix.addmm_(rows.T, rows)
+        self.matrix = gram(rows) if self.matrix is None else self.matrix.add_(gram(rows))
 
 
 class ShiftStatistic:
@@ -58,40 +79,54 @@ class ShiftStatistic:
     inputs, ``[d_in, d_in]``: whichever is smaller.
 
     Args:
-        delta: task vector of the layer's weight, ``[d_out, d_in]``.
+        delta: task vector of the layer's weight, ``[d_out, d_in]``; or a function that gives it anew whenever it is needed, so
+            that the statistics of many layers do not hold many task vectors.
     """
 
-    def __init__(self, delta: Tensor) -> None:
-        self.delta = delta
+    def __init__(self, delta: Tensor | Callable[[], Tensor]) -> None:
+        self._delta = delta
         self.gram = RowGram()
-        self._of_inputs = delta.shape[0] > delta.shape[1]
+
+    @property
+    def delta(self) -> Tensor:
+        """The task vector."""
+        return self._delta if isinstance(self._delta, Tensor) else self._delta()
 
     def __call__(self, x: Tensor) -> None:
         """Add a batch of the layer's inputs, ``[..., d_in]``."""
-        self.gram(x if self._of_inputs else x.detach().double() @ self.delta.double().T)
+        if (delta := self.delta).shape[0] > x.shape[-1]:
+            self.gram(x)
+        else:  # float32 will do for the shift itself, as it would for an SVD of it; only a Gram squares the condition number
+            self.gram(x.detach().to(delta.dtype) @ delta.T)
 
     def subspace(self, k: int) -> EssentialSubspace:
         """The ``k`` leading directions of the shift; as :func:`essential_subspace`, and empty for an all-zero task vector."""
-        if not self.delta.any():
-            return _empty(self.delta)
+        return self.compact(k).of(self.delta)
+
+    def compact(self, k: int) -> CompactSubspace:
+        """The same without the task vector."""
+        delta = self.delta
+        if not delta.any():
+            return CompactSubspace(delta.new_zeros(min(delta.shape), 0), delta.new_zeros(0).double(), 0.0)
         if self.gram.matrix is None:
             raise ValueError("no layer inputs were observed")
-        if self._of_inputs:
-            return essential_subspace(self.delta, self.gram.matrix, self.gram.rows, k)
-        return _principal(self.gram.matrix, self.gram.rows, k, self.delta.dtype)
+        if _wider_out(delta):
+            return _through_inputs(delta, self.gram.matrix, self.gram.rows, k, _tolerance(delta))
+        return _principal(self.gram.matrix, self.gram.rows, k, delta.dtype, _tolerance(delta))
 
 
-def essential_subspace(delta: Tensor, gram: Tensor, rows: int, k: int, tol: float = GRAM_TOLERANCE) -> EssentialSubspace:
+def essential_subspace(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: float | None = None) -> EssentialSubspace:
     """Essential subspace of a task vector, from the Gram matrix of the layer's inputs.
 
     The same Gram matrix serves any number of task vectors of the layer: no second forward pass.
 
     Args:
         delta: ``[d_out, d_in]``, float32 or float64.
-        gram: ``XᵀX`` over all input rows, ``[d_in, d_in]``, float64.
+        inputs: ``XᵀX`` over all input rows, ``[d_in, d_in]``, float64.
         rows: number of input rows, at least 2.
         k: how many directions.
-        tol: directions whose root-mean-square shift is up to this share of the largest count as null.
+        tol: directions whose root-mean-square shift is up to this share of the largest count as null; 1e-6 for a float32 task
+            vector and 1e-7 for a float64 one where ``None``.
 
     Returns:
         ``min(k, numerical rank of X Δᵀ)`` directions with the eigenvalues of ``Δ XᵀX Δᵀ / (rows - 1)``.
@@ -103,31 +138,58 @@ def essential_subspace(delta: Tensor, gram: Tensor, rows: int, k: int, tol: floa
     >>> essential_subspace(delta, x.T @ x, rows=3, k=2).eigenvalues
     tensor([4.5000], dtype=torch.float64)
     """
-    d_out, d_in = delta.shape
-    if gram.shape != (d_in, d_in):
-        raise ValueError(f"a Gram matrix of shape {tuple(gram.shape)} does not fit a task vector of shape {tuple(delta.shape)}")
+    d_in = delta.shape[1]
+    if inputs.shape != (d_in, d_in):
+        raise ValueError(f"a Gram matrix of shape {tuple(inputs.shape)} does not fit a task vector of shape {tuple(delta.shape)}")
+    tol = _tolerance(delta) if tol is None else tol
+    if _wider_out(delta):
+        return _through_inputs(delta, inputs.double(), rows, k, tol).of(delta)
     D = delta.double()
-    if d_out <= d_in:
-        return _principal(D @ gram.double() @ D.T, rows, k, delta.dtype, tol)
+    return _principal(D @ inputs.double() @ D.T, rows, k, delta.dtype, tol).of(delta)
+
+
+def _through_inputs(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: float) -> CompactSubspace:
+    """From the Gram matrix of the layer's inputs ``R Rᵀ``: left singular vectors of ``A = Δ R``, as ``Δ (R ω / σ)``."""
     _check_rows(rows)
-    values, vectors = torch.linalg.eigh(gram.double())
-    A = D @ (vectors * values.clamp(min=0).sqrt())  # A Aᵀ = Δ XᵀX Δᵀ
-    U, s, _ = top_svd(A, min(k, rows), tol)
-    return EssentialSubspace(U.to(delta.dtype), s.square() / (rows - 1), float(A.square().sum()) / (rows - 1))
+    R = _root(inputs)
+    A = (delta @ R.to(delta.dtype)).double()
+    values, vectors = torch.linalg.eigh(gram(A))
+    total = float(values.sum())
+    values, vectors = _leading(values, vectors, min(k, rows), tol)
+    return CompactSubspace((R @ (vectors / values.sqrt())).to(delta.dtype), values / (rows - 1), total / (rows - 1))
 
 
-def _principal(gram: Tensor, rows: int, k: int, dtype: torch.dtype, tol: float = GRAM_TOLERANCE) -> EssentialSubspace:
+def _principal(shifts: Tensor, rows: int, k: int, dtype: torch.dtype, tol: float) -> CompactSubspace:
     """Leading eigenpairs of a Gram matrix of output shifts, ``[d_out, d_out]``."""
     _check_rows(rows)
-    values, vectors = torch.linalg.eigh(gram)
-    top = values.flip(0)[: min(k, rows)]
+    values, vectors = torch.linalg.eigh(shifts)
+    values, vectors = _leading(values, vectors, min(k, rows), tol)
+    return CompactSubspace(vectors.to(dtype), values / (rows - 1), float(shifts.trace()) / (rows - 1))
+
+
+def _leading(values: Tensor, vectors: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest eigenpairs, largest first, without null directions."""
+    top = values.flip(0)[:k]
     top = top[top > tol**2 * values[-1].clamp(min=0)]
-    directions = vectors.flip(1)[:, : len(top)].to(dtype)
-    return EssentialSubspace(directions, top / (rows - 1), float(gram.trace()) / (rows - 1))
+    return top, vectors.flip(1)[:, : len(top)]
 
 
-def _empty(delta: Tensor) -> EssentialSubspace:
-    return EssentialSubspace(delta.new_zeros(len(delta), 0), delta.new_zeros(0, dtype=torch.float64), 0.0)
+def _root(G: Tensor) -> Tensor:
+    """Some ``R`` with ``R Rᵀ = G`` for a positive semi-definite ``G``."""
+    R: Tensor
+    R, failed = torch.linalg.cholesky_ex(G)
+    if failed:
+        values, vectors = torch.linalg.eigh(G)
+        R = vectors * values.clamp(min=0).sqrt()
+    return R
+
+
+def _wider_out(delta: Tensor) -> bool:
+    return delta.shape[0] > delta.shape[1]
+
+
+def _tolerance(delta: Tensor) -> float:
+    return FLOAT32_TOLERANCE if delta.dtype == torch.float32 else GRAM_TOLERANCE
 
 
 def _check_rows(rows: int) -> None:

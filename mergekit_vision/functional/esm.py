@@ -44,20 +44,20 @@ def esm_merge(
         ``[d_out, d_in]`` in the dtype of ``deltas``; zero where no task has a direction.
     """
     bases, coordinates, norms = [], [], []
-    for delta, subspace in zip(deltas.double(), subspaces, strict=True):
-        E = subspace.directions.double()
+    for delta, subspace in zip(deltas, subspaces, strict=True):
+        E = subspace.directions
         C = E.T @ delta
-        norms.append(torch.linalg.matrix_norm(delta if norm == "delta" else C))
-        weights = eigenvalue_weights(subspace.eigenvalues, eigenvalue_power)
+        norms.append(torch.linalg.vector_norm(delta if norm == "delta" else C, dtype=torch.float64))
+        weights = eigenvalue_weights(subspace.eigenvalues, eigenvalue_power).to(delta.dtype)
         bases.append(E * weights)
         coordinates.append(weights[:, None] * C)
-    factors = _relative_power(torch.stack(norms), inter_task)
+    factors = _relative_power(torch.stack(norms), inter_task).to(deltas.dtype)
     C = torch.cat([factor * C for factor, C in zip(factors, coordinates, strict=True)])
     if not C.any():
         return torch.zeros_like(deltas[0])
-    C = C * _relative_power(C.norm(dim=0), inter_dimension)
+    C *= _relative_power(C.norm(dim=0), inter_dimension)
     merged = polar_product(torch.cat(bases, 1), C)
-    return (merged.product * (gain * merged.left_mean * merged.right_mean)).to(deltas.dtype)
+    return merged.product * (gain * merged.left_mean * merged.right_mean)
 
 
 def eigenvalue_weights(eigenvalues: Tensor, power: float) -> Tensor:

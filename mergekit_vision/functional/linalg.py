@@ -9,8 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.newton import newton_polar
+
 GRAM_TOLERANCE = 1e-7
 """Singular values below this share of the largest are round-off when they come from a float64 Gram matrix."""
+GRAM_BLOCK = 256
+"""Columns of a Gram matrix that are computed at once: enough to keep a product at full speed."""
 
 
 class Polar(NamedTuple):
@@ -67,18 +71,38 @@ class _Whitener(NamedTuple):
     @classmethod
     def of(cls, M: Tensor, tol: float) -> "_Whitener":
         wide = M.shape[0] < M.shape[1]
-        values, vectors = torch.linalg.eigh(M @ M.T if wide else M.T @ M)
+        values, vectors = torch.linalg.eigh(gram(M.T if wide else M))
         s = values.clamp(min=0).sqrt()
         kept = (s > tol * s.amax()) if s.numel() else s.bool()
         return cls(vectors[:, kept], s[kept].reciprocal(), wide, float(s.sum()))
 
     def times(self, X: Tensor) -> Tensor:
-        """The inverse root times ``X``, never forming the root itself."""
+        """The inverse root times ``X``, in the cheaper order."""
+        if X.shape[1] > len(self.vectors):
+            return (self.vectors * self.gains) @ self.vectors.T @ X
         return self.vectors @ (self.gains[:, None] * (self.vectors.T @ X))
 
     def polar(self, M: Tensor) -> Tensor:
         """Polar factor of the matrix ``M`` that this was made of."""
         return self.times(M) if self.wide else self.times(M.T).T
+
+
+def gram(A: Tensor) -> Tensor:
+    """``Aᵀ A`` of ``A [n, d]`` in its own dtype, computing little more than one triangle.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[1., 2.],
+            [2., 5.]])
+    """
+    if A.is_cuda:  # one large product is faster there
+        return A.T @ A
+    d = A.shape[1]
+    G = A.new_empty(d, d)
+    for start in range(0, d, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, d)
+        torch.mm(A[:, start:stop].T, A[:, start:], out=G[start:stop, start:])
+        G[stop:, start:stop] = G[start:stop, stop:].T
+    return G
 
 
 def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
@@ -106,7 +130,8 @@ def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
 def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, tol: float = GRAM_TOLERANCE) -> PolarProduct:
     """Product of the polar factors of two matrices, with an optional diagonal between them.
 
-    The left factor is never formed: its inverse root is applied to the right one, which has fewer columns in every use here.
+    The left factor is formed only where Newton's iteration finds it faster (:mod:`~mergekit_vision.functional.newton`: large, in
+    float32); else its inverse root is applied to the right one, which has fewer columns in every use here.
 
     Args:
         left: ``[m, p]``, float32 or float64.
@@ -117,14 +142,19 @@ def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, t
     Returns:
         The product in the dtype of ``left``, and the mean thin singular values of both matrices.
     """
-    L, R = left.double(), right.double()
-    left_root, right_root = _Whitener.of(L, tol), _Whitener.of(R, tol)
+    R = right.double()
+    right_root = _Whitener.of(R, tol)
     inner = right_root.polar(R)
     if diagonal is not None:
         inner = diagonal.double()[:, None] * inner
+    right_mean = right_root.nuclear_norm / max(1, min(right.shape))
+    if (factor := newton_polar(left)) is not None:
+        nuclear = float((factor * left).sum(dtype=torch.float64))
+        return PolarProduct(factor @ inner.to(left.dtype), nuclear / min(left.shape), right_mean)
+    L = left.double()
+    left_root = _Whitener.of(L, tol)
     product = left_root.times(L @ inner) if left_root.wide else L @ left_root.times(inner)
-    means = [root.nuclear_norm / max(1, min(M.shape)) for root, M in ((left_root, L), (right_root, R))]
-    return PolarProduct(product.to(left.dtype), *means)
+    return PolarProduct(product.to(left.dtype), left_root.nuclear_norm / max(1, min(left.shape)), right_mean)
 
 
 def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:
@@ -144,7 +174,7 @@ def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:
     matrix = M.double()
     wide = M.shape[0] < M.shape[1]
     A = matrix.T if wide else matrix
-    values, vectors = torch.linalg.eigh(A.T @ A)
+    values, vectors = torch.linalg.eigh(gram(A))
     s = values.clamp(min=0).sqrt().flip(0)[:k]
     s = s[s > tol * s[:1]]
     V = vectors.flip(1)[:, : len(s)]

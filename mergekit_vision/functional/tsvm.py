@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.functional.linalg import polar_product, top_svd
+from mergekit_vision.functional.threads import in_threads
 
 
 def tsvm_merge(deltas: Tensor, rank: int | None = None) -> Tensor:
@@ -27,6 +28,6 @@ def tsvm_merge(deltas: Tensor, rank: int | None = None) -> Tensor:
             [0., 2.]])
     """
     k = min(deltas.shape[1:]) // len(deltas) if rank is None else rank
-    tops = [top_svd(delta.double(), k) for delta in deltas]
+    tops = in_threads(lambda delta: top_svd(delta.double(), k), list(deltas))
     U, S, Vh = torch.cat([top.U for top in tops], 1), torch.cat([top.S for top in tops]), torch.cat([top.Vh for top in tops])
     return polar_product(U, Vh, diagonal=S).product.to(deltas.dtype)

@@ -1,0 +1,97 @@
+"""Work shared among the processes of a run."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.progress import track
+
+Result = TypeVar("Result")
+
+
+def _same(value: Any, source: int) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run.
+
+    Attributes:
+        rank: number of this one.
+        size: how many there are.
+        broadcast: gives every process the value that process number ``source`` has.
+    """
+
+    rank: int = 0
+    size: int = 1
+    broadcast: Callable[[Any, int], Any] = _same
+
+    def spread(
+        self,
+        function: Callable[[str], Result],
+        items: Mapping[str, int],
+        description: str,
+        device: torch.device,
+    ) -> dict[str, Result]:
+        """``function`` of every item, each computed by one process and sent to all.
+
+        Args:
+            function: what is to be done; it must not talk to other processes itself.
+            items: item -> its cost, in any unit.
+            description: for the progress bar.
+            device: where the tensors in the results are put.
+
+        Raises:
+            InputError: on every process, when ``function`` fails on one of them; that one raises its own error.
+        """
+        owners = deal(items, self.size)
+        own = [item for item in items if owners[item] == self.rank]
+        if self.size == 1:
+            return {item: function(item) for item in track(own, description)}
+        done, failure = _attempt(function, track(own, description))
+        self._agree(failure)
+        received = {}
+        for item, owner in owners.items():  # tensors travel through main memory: a device's name means another one elsewhere
+            sent = move_data_to_device(done.pop(item), "cpu") if owner == self.rank else None
+            received[item] = move_data_to_device(self.broadcast(sent, owner), device)
+        return received
+
+    def _agree(self, failure: Exception | None) -> None:
+        """End all processes if one has failed, instead of letting them wait for it."""
+        messages = [self.broadcast(None if failure is None else str(failure), rank) for rank in range(self.size)]
+        if failure is not None:
+            raise failure
+        message = next((message for message in messages if message is not None), None)
+        if message is not None:
+            raise InputError(message)
+
+
+ALONE = Team()
+
+
+def deal(items: Mapping[str, int], size: int) -> dict[str, int]:
+    """Item -> process, so that every process has about the same cost; the dearest items are dealt first.
+
+    >>> deal({"a": 1, "b": 3, "c": 2}, 2)
+    {'a': 1, 'b': 0, 'c': 1}
+    """
+    load, owners = [0] * size, {}
+    for item in sorted(items, key=lambda item: -items[item]):
+        owners[item] = min(range(size), key=load.__getitem__)
+        load[owners[item]] += max(1, items[item])
+    return {item: owners[item] for item in items}
+
+
+def _attempt(function: Callable[[str], Result], items: Iterable[str]) -> tuple[dict[str, Result], Exception | None]:
+    done: dict[str, Result] = {}
+    try:
+        for item in items:
+            done[item] = function(item)
+    except Exception as error:  # whatever it is, the other processes must hear of it
+        return {}, error
+    return done, None
