@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.files import digest
 from mergekit_vision.pixels import (
     Batch,
     ExactSampler,
@@ -19,6 +20,7 @@ from mergekit_vision.pixels import (
     PixelLoader,
     Preprocess,
     Untouched,
+    decoding_processes,
     eval_transform,
 )
 from mergekit_vision.proxies import Proxies
@@ -48,13 +50,13 @@ _EVALUATED = {"validate": "val", "test": "test"}
 class VisionTasks(LightningDataModule):
     """Images of the tasks of a suite, preprocessed as its backbone asks.
 
-    A loader of a split yields ``(images, labels)``: float32 ``[N, 3, H, W]`` and int64 ``[N]``, in the order of the data. Under
-    several processes each gets its share, every image exactly once in all; a process may get none.
+    A loader of a split yields ``(images, labels)``: float32 ``[N, 3, H, W]`` and int64 ``[N]``, in the order of the data, on the
+    trainer's device. Under several processes each gets its share, every image exactly once in all; a process may get none.
 
     Args:
         suite: the suite's YAML file.
         batch_size: images a batch.
-        num_workers: processes that decode images, a loader.
+        num_workers: processes that decode images, a loader; unless given, as many as the machine has cores to spare for it.
         proxies: which images a data-dependent merger sees.
         tasks: the tasks to evaluate (all by default); merging takes all experts of the suite in any case.
         cache_mb: memory in MiB for decoded and resized pixels, so that later passes over a split do not decode it again; a split
@@ -71,14 +73,14 @@ class VisionTasks(LightningDataModule):
         self,
         suite: str,
         batch_size: int = 128,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         proxies: Proxies = _DEFAULT_PROXIES,
         tasks: list[str] | None = None,
         cache_mb: int = 2048,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("cache_mb", cache_mb, 0)):
-            if value < least:
+            if value is not None and value < least:
                 raise InputError(f"{name} must be {least} or more, not {value}")
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -174,6 +176,11 @@ class VisionTasks(LightningDataModule):
         """Hash of one split's images and labels, for caches by content."""
         return self._source(task, split).fingerprint()
 
+    def proxy_fingerprint(self, task: str) -> str:
+        """Hash of one task's proxy images; raises as :meth:`proxy_loader`."""
+        source, indices = self._draw(task)
+        return digest(source.fingerprint(), indices)
+
     def loader(self, task: str, split: str) -> "DataLoader[Batch]":
         """Loader of this process's share of one split of one task."""
         world, rank = self._place()
@@ -217,9 +224,18 @@ class VisionTasks(LightningDataModule):
     @cached_property
     def _cache(self) -> PixelCache:
         """Of this process; made at first use, when the trainer is known."""
+        return PixelCache((self._cache_mb << 20) // self._processes)
+
+    @property
+    def _processes(self) -> int:
+        """How many of this run share the machine."""
         here = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
-        processes = int(here) if self.trainer is None else self.trainer.num_devices
-        return PixelCache((self._cache_mb << 20) // max(processes, 1))
+        return max(1, int(here) if self.trainer is None else self.trainer.num_devices)
+
+    @property
+    def _device(self) -> torch.device:
+        """The device of this process, on which batches are wanted."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def _source(self, task: str, split: str) -> ImageSource:
         """One split, opened once. What had to be fetched first can only be checked now."""
@@ -297,12 +313,16 @@ class VisionTasks(LightningDataModule):
     def _loader(
         self, source: Any, key: tuple[str | int, ...] | None, world: int = 1, rank: int = 0, images_only: bool = False
     ) -> "DataLoader[Any]":
+        device, workers = self._device, self.num_workers
+        if workers is None:
+            workers = decoding_processes(len(source) // world, self.batch_size, self._processes, device.type != "cpu")
         return PixelLoader(
             source,
             self._preprocess,
             sampler=ExactSampler(source, world, rank) if world > 1 else None,
             batch_size=self.batch_size,
-            num_workers=self.num_workers,
+            num_workers=workers,
+            device=device,
             images_only=images_only,
             cache=self._cache if key else PixelCache(0),
             key=key or (),

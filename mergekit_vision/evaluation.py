@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
 from mergekit_vision.files import cache_dir, replacing
 from mergekit_vision.heads import ZeroShotHeads
@@ -20,20 +19,17 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 class TaskMetric(nn.Module):
     """Top-1 accuracy of one task, and the number of images it was counted on.
 
-    Args:
-        classes: number of classes of the task.
+    Counts stay on the device; nothing waits for it before :meth:`compute`. (torchmetrics' own sums look for NaN in every update,
+    which does.)
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        # micro averaging divides the images that are right by all images, on uneven shards too
-        self.accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
-        self.images = SumMetric()
+        self.counts = _Counts()
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch: logits ``[N, classes]``, labels ``[N]``."""
-        self.accuracy.update(logits, labels)
-        self.images.update(len(labels))
+        self.counts.update(logits, labels)
 
     def compute(self, expected: int) -> float:
         """Accuracy in [0, 1] over all processes.
@@ -41,10 +37,27 @@ class TaskMetric(nn.Module):
         Raises:
             RuntimeError: when another number of images than ``expected`` was seen.
         """
-        seen = int(self.images.compute())
+        right, seen = self.counts.compute().tolist()
         if seen != expected:
             raise RuntimeError(f"evaluated {seen} images of a data set that has {expected}")
-        return round(float(self.accuracy.compute()) * seen) / seen  # float32 holds the share, not the quotient
+        return float(right / seen)
+
+
+class _Counts(Metric):
+    """How many images were right and how many there were, ``[2]``, int64, summed over processes."""
+
+    right_and_seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right_and_seen", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        right = (logits.argmax(-1) == labels).sum()
+        self.right_and_seen += torch.stack([right, torch.full_like(right, len(labels))])
+
+    def compute(self) -> Tensor:
+        return self.right_and_seen
 
 
 @torch.inference_mode()
@@ -68,7 +81,7 @@ def measure(
         device: where the encoder is.
         precision: context of the forward pass, such as autocast.
     """
-    metric = TaskMetric(len(heads.weight(task))).to(device)
+    metric = TaskMetric().to(device)
     with precision or nullcontext():
         for images, labels in batches:
             metric.update(heads(encoder(images.to(device, non_blocking=True)), task), labels.to(device, non_blocking=True))

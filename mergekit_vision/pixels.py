@@ -1,5 +1,6 @@
 """From images to batches: preprocessing, exact sharding over processes, and a cache of decoded pixels."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.progress import say
 
 Batch = tuple[Tensor, Tensor]
 """Pixels or images ``[N, 3, H, W]`` and labels, int64 ``[N]``."""
+
+_MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,24 @@ class Preprocess:
 
     Attributes:
         geometry: one PIL image -> its resized pixels, uint8 ``[3, H, W]``.
-        normalize: values in [0, 1], float32 ``[…, 3, H, W]`` -> normalised by the model's mean and deviation.
+        mean: the model's mean of each channel, float32 ``[3, 1, 1]``.
+        std: the deviation, likewise.
+        white: what divides pixels into [0, 1]: 255. As a tensor, since CUDA multiplies by the rounded reciprocal of a number.
     """
 
     geometry: Callable[[Any], Tensor]
-    normalize: Callable[[Tensor], Tensor]
+    mean: Tensor
+    std: Tensor
+    white: Tensor = field(default_factory=lambda: torch.tensor(255.0))
+
+    def to(self, device: torch.device) -> "Preprocess":
+        """The same with :meth:`finish` on a device."""
+        return Preprocess(self.geometry, self.mean.to(device), self.std.to(device), self.white.to(device))
 
     def finish(self, pixels: Tensor) -> Tensor:
-        """Normalised float32 images of uint8 pixels."""
-        return self.normalize(pixels.to(torch.float32).div(255))
+        """Normalised float32 images of uint8 pixels ``[…, 3, H, W]``, in new memory on the same device."""
+        # torchvision's Normalize takes twice the passes over memory, and reads the deviation back from the device
+        return pixels.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)
 
 
 def eval_transform(config: Mapping[str, Any]) -> Preprocess:
@@ -39,7 +52,8 @@ def eval_transform(config: Mapping[str, Any]) -> Preprocess:
     from torchvision.transforms import Compose, PILToTensor
 
     *geometry, _, normalize = image_transform_v2(PreprocessCfg(**config), is_train=False).transforms
-    return Preprocess(Compose([*geometry, PILToTensor()]), normalize)
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (normalize.mean, normalize.std))
+    return Preprocess(Compose([*geometry, PILToTensor()]), mean, std)
 
 
 @dataclass
@@ -55,6 +69,7 @@ class PixelCache:
     limit: int
     passes: dict[tuple[str | int, ...], list[Batch]] = field(default_factory=dict)
     used: int = 0
+    _told: bool = False
 
     def keep(self, key: tuple[str | int, ...], batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on, and keep them once the pass is complete, if they fit."""
@@ -63,13 +78,34 @@ class PixelCache:
         for batch in batches:
             size += batch[0].nbytes
             if self.used + size <= self.limit:
-                kept.append(batch)
+                kept.append(_own(batch))
             else:
                 kept.clear()
             yield batch
-        if kept and key not in self.passes and self.used + size <= self.limit:
+        if key in self.passes:  # another pass was quicker
+            return
+        if self.used + size > self.limit:
+            self._tell(key, size)
+        elif kept:
             self.passes[key] = kept
             self.used += size
+
+    def _tell(self, key: tuple[str | int, ...], size: int) -> None:
+        """Say once that not everything is kept, unless nothing was to be."""
+        if self.limit and not self._told:
+            self._told = True
+            what = " ".join(map(str, key[:2]))
+            need, left = size / 2**20, (self.limit - self.used) / 2**20
+            say(
+                f"{what}: {need:.0f} MiB of pixels do not fit into the {left:.0f} MiB left of --data.cache_mb (of this process); "
+                "what does not fit is decoded again on every pass"
+            )
+
+
+def _own(batch: Batch) -> Batch:
+    """The batch outside of shared memory, of which machines have little, and every tensor of which holds a file open."""
+    pixels, labels = (part.clone() if part.is_shared() else part for part in batch)  # type: ignore[no-untyped-call]
+    return pixels, labels
 
 
 class ExactSampler(DistributedSampler[Any]):
@@ -94,14 +130,16 @@ class ExactSampler(DistributedSampler[Any]):
 class PixelLoader(DataLoader[Any]):
     """Loader of preprocessed images and labels, in order; a second pass comes from the cache.
 
-    Workers send and the cache keeps pixels as uint8; each pass normalises them anew.
+    Workers send and the cache keeps pixels as uint8; each pass normalises them anew, on the device they are for. Where that is a
+    GPU, copies come from pinned memory and nothing waits for them.
 
     Args:
         source: map-style, of (PIL image, class index).
         preprocess: of the backbone.
         sampler: which of the images; all in order by default.
         batch_size: images a batch.
-        num_workers: processes that decode.
+        num_workers: processes that decode. They end with the pass: the next one comes from the cache.
+        device: where the batches are wanted.
         images_only: yield images ``[N, 3, H, W]`` alone instead of ``(images, labels)``.
         cache: where a complete pass is kept.
         key: names this data, sampler included, in the cache.
@@ -115,29 +153,50 @@ class PixelLoader(DataLoader[Any]):
         sampler: Sampler[int] | None,
         batch_size: int,
         num_workers: int,
+        device: torch.device,
         images_only: bool,
         cache: PixelCache,
         key: tuple[str | int, ...],
     ) -> None:
         pixels = _Pixels(source, preprocess.geometry)
         super().__init__(pixels, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=_collate)
-        self.preprocess = preprocess
+        self.preprocess, self.device = preprocess.to(device), device
         self.images_only = images_only
         self.cache, self.key = cache, key
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = self.cache.passes.get(self.key) or self.cache.keep(self.key, self._decoded())
-        for pixels, labels in batches:
+        for batch in batches:
+            pixels, labels = map(self._moved, batch)
             images = self.preprocess.finish(pixels)
-            if torch.cuda.is_available():  # pinned here, not by the loader, which would pin what the cache keeps
-                images, labels = images.pin_memory(), labels.pin_memory()
             yield images if self.images_only else (images, labels.clone())
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # pinned here, not by the loader, which would pin what the cache keeps
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _decoded(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             if isinstance(batch, InputError):
                 raise batch
             yield batch
+
+
+def decoding_processes(images: int, batch_size: int, processes: int, accelerated: bool) -> int:
+    """How many worker processes pay off for one pass over some images.
+
+    Args:
+        images: how many are decoded.
+        batch_size: a worker decodes whole batches.
+        processes: that share the machine.
+        accelerated: whether the model runs elsewhere than on the cores that decode.
+
+    >>> decoding_processes(10_000, 128, processes=1, accelerated=False)
+    0
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_WORKERS, cores // processes - 1, images // (2 * batch_size)) if accelerated else 0
 
 
 @dataclass(frozen=True)

@@ -93,3 +93,38 @@ def test_a_run_that_dies_is_reported(merging, model, workdir, monkeypatch):
     textbook, ours = merging.compare(cases, repeats=2, check="float64")
     assert textbook == {"method": "TSVM", "implementation": "textbook", "failed": "nothing on standard error (exit status 1)"}
     assert ours["failed"] == textbook["failed"]
+
+
+@pytest.fixture
+def evaluation(monkeypatch, tmp_path):
+    """The module, importable wherever pytest was started, its results beside the test."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr("benchmarks.machine.RESULTS", tmp_path / "results")
+    module = importlib.import_module("benchmarks.evaluation")
+    monkeypatch.setattr(module.console, "quiet", False)  # the benchmark sets it; this puts it back
+    return module
+
+
+EVALUATION = ["--images", "12", "--batches", "8", "--workers", "0", "--seconds", "0"]
+
+
+def test_evaluation_counts_every_image_and_agrees_with_the_bare_loop(evaluation, model, tmp_path):
+    evaluation.main(["--workdir", str(tmp_path), "--model", model, *EVALUATION])
+    rows = json.loads((tmp_path / "results" / "evaluation-cpu.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["bare loop", "test", "test, decoding, 0 workers"]
+    assert all(row["images"] == 24 and row["rounds"] == 3 and row["images_per_second"] > 0 for row in rows)
+    assert (rows[0]["throughput_ratio"], rows[0]["cpu_ratio"]) == (1, 1)
+    assert all(row["throughput_ratio"] > 0 for row in rows)
+
+
+def test_evaluation_refuses_sides_that_disagree(evaluation, model, tmp_path, monkeypatch):
+    bare = evaluation.Case.bare
+
+    def wrong(case):
+        cost, accuracies = bare(case)
+        return cost, {task: value + 1 / 12 for task, value in accuracies.items()}
+
+    monkeypatch.setattr(evaluation.Case, "bare", wrong)
+    with pytest.raises(RuntimeError, match="test and the bare loop disagree"):
+        evaluation.main(["--workdir", str(tmp_path), "--model", model, *EVALUATION])
+    assert not (tmp_path / "results").exists()

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from mergekit_vision.data import Proxies, VisionTasks
 from mergekit_vision.encoder import describe
 from mergekit_vision.errors import InputError
-from mergekit_vision.pixels import ExactSampler
+from mergekit_vision.evaluation import TaskMetric
+from mergekit_vision.pixels import ExactSampler, decoding_processes, eval_transform
 from mergekit_vision.sources import FlatFolder, open_source
 from mergekit_vision.suite import Suite
 
@@ -86,6 +87,75 @@ def test_the_cache_keeps_within_its_limit(tiny_suite: Path):
         joined(data.loader(task, "test"))
     assert list(data._cache.passes) == [("colours", "test", 1, 0)]
     assert data._cache.used == 41 * 3 * 16 * 16
+
+
+def test_what_does_not_fit_is_said_once(tiny_suite: Path, capsys: pytest.CaptureFixture[str]):
+    data = VisionTasks(str(tiny_suite), batch_size=8, cache_mb=1)
+    data._cache.limit = 41 * 3 * 16 * 16 + 10
+    for _ in range(2):
+        for task in TASKS:
+            joined(data.loader(task, "test"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("greys test: 0 MiB of pixels do not fit into the 0 MiB left of --data.cache_mb")
+    joined(VisionTasks(str(tiny_suite), cache_mb=0).loader("greys", "test"))
+    assert not capsys.readouterr().out
+
+
+def test_the_cache_keeps_nothing_in_the_shared_memory_of_workers(tiny_suite: Path):
+    data = VisionTasks(str(tiny_suite), batch_size=8, num_workers=2)
+    joined(data.loader("greys", "test"))
+    (batches,) = data._cache.passes.values()
+    assert len(batches) == 6
+    assert not any(part.is_shared() for batch in batches for part in batch)
+
+
+def test_normalising_does_not_wait_for_the_device():
+    finish = eval_transform({"size": 16, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}).to(torch.device("meta")).finish
+    images = finish(torch.zeros(2, 3, 16, 16, dtype=torch.uint8, device="meta"))  # where whatever reads a value fails
+    assert (images.shape, images.dtype) == ((2, 3, 16, 16), torch.float32)
+
+
+def test_batches_come_on_the_trainers_device(tiny_suite: Path):
+    data = VisionTasks(str(tiny_suite), batch_size=8)
+    data.trainer = about_to("test", None)
+    data.trainer.strategy = SimpleNamespace(root_device=torch.device("meta"))
+    for _ in range(2):  # decoded, then from the cache, which stays on the host
+        assert all(part.is_meta for batch in data.loader("greys", "test") for part in batch)
+    assert all(images.is_meta for images in data.proxy_loader("greys"))
+    assert not any(part.is_meta for batches in data._cache.passes.values() for batch in batches for part in batch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_nothing_waits_and_the_batches_are_the_same(tiny_suite: Path):
+    data = VisionTasks(str(tiny_suite), batch_size=8)
+    expected = joined(data.loader("greys", "test"))
+    data.trainer = about_to("test", None)
+    data.trainer.strategy = SimpleNamespace(root_device=torch.device("cuda", 0))
+    loader, metric = data.loader("greys", "test"), TaskMetric().cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(loader)
+        for images, labels in batches:
+            metric.update(images[:, :, 0, 0], labels % 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(part.cpu(), whole) for part, whole in zip(joined(batches), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "accelerated", "workers"),
+    [
+        (10_000, 1, True, 7),
+        (10_000, 4, True, 1),
+        (10_000, 8, True, 0),
+        (600, 1, True, 2),
+        (100, 1, True, 0),
+        (10_000, 1, False, 0),
+    ],
+)
+def test_as_many_workers_as_pay_off(monkeypatch, images: int, processes: int, accelerated: bool, workers: int):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    assert decoding_processes(images, 128, processes, accelerated) == workers
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 0), (50, 0), (3, 2)])
@@ -315,10 +385,13 @@ def all_fetched(root: Path) -> str:
     return changed(root, change)
 
 
+CPU = SimpleNamespace(root_device=torch.device("cpu"))
+
+
 def about_to(function: str | None, model: object, devices: int = 1) -> SimpleNamespace:
     """What the data module looks at in a trainer."""
     return SimpleNamespace(
-        state=SimpleNamespace(fn=function), lightning_module=model, num_devices=devices, world_size=1, global_rank=0
+        state=SimpleNamespace(fn=function), lightning_module=model, num_devices=devices, world_size=1, global_rank=0, strategy=CPU
     )
 
 
@@ -465,7 +538,7 @@ def test_a_process_without_images_predicts_nothing_and_does_not_hang(tiny_suite:
     picture("greys", 0, np.random.RandomState(0)).save(tmp_path / "one.png")
     data = VisionTasks(str(tiny_suite), num_workers=workers)
     data.images = FlatFolder(tmp_path / "one.png")
-    data.trainer = SimpleNamespace(world_size=2, global_rank=1, num_devices=2)
+    data.trainer = SimpleNamespace(world_size=2, global_rank=1, num_devices=2, strategy=CPU)
     loader = data.predict_dataloader()
     assert (len(loader), list(loader)) == (0, [])
     data.trainer = None

@@ -16,17 +16,31 @@ def shared(value: float | None) -> float | None:
 def test_accuracy_of_uneven_batches_is_the_share_of_right_images() -> None:
     logits = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(11) % 4
-    metric = TaskMetric(4)
+    metric = TaskMetric()
     for batch in (slice(0, 7), slice(7, 10), slice(10, 11)):
         metric.update(logits[batch], labels[batch])
     assert metric.compute(11) == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 
 def test_a_missing_image_does_not_pass_unnoticed() -> None:
-    metric = TaskMetric(2)
+    metric = TaskMetric()
     metric.update(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="3 images of a data set that has 4"):
         metric.compute(4)
+
+
+def test_counting_does_not_wait_for_the_device() -> None:
+    metric = TaskMetric().to("meta")  # where whatever reads a value fails
+    metric.update(torch.zeros(3, 4, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta"))
+    with pytest.raises(NotImplementedError):
+        metric.compute(3)
+
+
+def test_counts_are_exact_beyond_what_float32_holds() -> None:
+    metric = TaskMetric()
+    metric.counts.right_and_seen += 2**24
+    metric.update(torch.eye(2), torch.tensor([0, 0]))
+    assert metric.compute(2**24 + 2) == (2**24 + 1) / (2**24 + 2)
 
 
 def test_measure_runs_the_encoder_on_every_batch() -> None:
