@@ -1,9 +1,12 @@
-# make test, make lint: each sets up .venv first when it is missing or the dependencies changed
+# make demo, make test, make lint: each sets up .venv first when it is missing or the dependencies changed
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint clean
+.PHONY: demo test lint clean
 .DELETE_ON_ERROR:
+
+demo: .venv/ready
+	$(BIN)/mergekit-vision compare --suite demo --output runs/demo
 
 test: .venv/ready
 	$(BIN)/pytest

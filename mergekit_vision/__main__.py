@@ -10,6 +10,7 @@ COMMANDS = {
     "validate": "evaluate a merged encoder on every task's val split",
     "test": "evaluate a merged encoder on every task's test split",
     "predict": "classify images with a merged encoder and one task's classes",
+    "compare": "merge with many methods, evaluate them all and write a report",
 }
 
 HELP = f"""usage: mergekit-vision COMMAND --suite SUITE.yaml [options]

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from mergekit_vision import registry
+from mergekit_vision.__main__ import COMMANDS
 from mergekit_vision.data import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.export import RECORD
@@ -53,12 +54,17 @@ class SaveConfig(SaveConfigCallback):
 
 
 class MergeCLI(LightningCLI):
-    """``mergekit-vision {merge,validate,test,predict}``."""
+    """``mergekit-vision {merge,validate,test,predict,compare}``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, each with the arguments that the command line does not show."""
-        return {name: {"model", "datamodule"} for name in ("merge", "validate", "test", "predict")}
+        return {name: {"model", "datamodule"} for name in COMMANDS}
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Build the parsers; ``compare`` searches coefficients by default, as methods' own are not chosen for one another."""
+        super().setup_parser(*args, **kwargs)
+        self._subcommand_parsers["compare"].set_defaults({"model.scale": "search"})
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the program and for each of its commands."""

@@ -1,34 +1,250 @@
 """Pictures of results."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from math import nan
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.files import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_routing(shares: Mapping[str, Mapping[str, float]], path: Path) -> None:
+INK, GREY, RULE = "#24292f", "#6b7280", "#d5d9e0"
+COLOURS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "experts": "#2d7d5f"}
+_LINES = ("#3a6ea5", "#d07a2d", "#2d7d5f", "#a5487a", "#7a6bb8", "#8a7a2d", "#4aa5a5", "#b8483a", "#6b7280")
+_WIDTH = 5.2  # inches: readable when it is shrunk to a phone's width
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": GREY,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "mergekit-vision",  # the same picture, the same file
+}
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator["Figure"]:
+    """An empty figure in inches, and its style while it is filled."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def save_png(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=150)
+
+
+def as_svg(figure: "Figure") -> bytes:
+    """A figure as an SVG document."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": _STYLE["svg.hashsalt"]}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Bars of the mean accuracy of each method, between the backbone's and the experts'.
+
+    Args:
+        rows: those of a comparison, in the order to draw from below; accuracies in [0, 1].
+    """
+    with _figure(_WIDTH, 1.1 + 0.33 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        for position, row in enumerate(rows):
+            mean, kept = 100 * row["mean"]["accuracy"], row["mean"]["normalized"]
+            axes.barh(position, mean, height=0.68, color=COLOURS[row["kind"]])
+            axes.text(mean + 1.5, position, f"{mean:.1f}", va="center", weight="bold")
+            if kept is not None and row["kind"] != "experts":
+                axes.text(mean + 14, position, f"({100 * kept:.0f})", va="center", color=GREY)
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(0, 126)
+        axes.set_xticks(range(0, 101, 20))
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.xaxis.grid(color=RULE, linewidth=0.7)
+        axes.set_xlabel("mean accuracy over tasks, %\n(in brackets: % of the experts)", loc="left")
+        _key(figure, [kind for kind in ("static", "dynamic") if any(row["kind"] == kind for row in rows)])
+    return figure
+
+
+def _key(figure: "Figure", kinds: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
+    labels = {"static": "one plain encoder", "dynamic": "with routed experts"}
+    handles = [Patch(color=COLOURS[kind], label=labels[kind]) for kind in kinds]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
+
+
+def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Heat map of accuracies, methods by tasks, in %; the shade is the share of the task's own expert, the best is bold.
+
+    Args:
+        rows: those of a comparison, from top to bottom; accuracies in [0, 1].
+    """
+    tasks = list(rows[0]["tasks"])
+    values = [[100 * row["tasks"][task]["accuracy"] for task in tasks] for row in rows]
+    shares = [[row["tasks"][task]["normalized"] for task in tasks] for row in rows]
+    shades = [[100.0 if share is None else 100 * share for share in line] for line in shares]
+    methods = [line for row, line in zip(rows, values, strict=True) if row["kind"] in ("static", "dynamic")]
+    best = [max(column) for column in zip(*methods, strict=True)]
+    bold = [[line in methods and value == best[column] for column, value in enumerate(line)] for line in values]
+    low = 10 * (min(min(line) for line in shades) // 10)
+    table = _Table([row["name"] for row in rows], tasks, values, shades, bold)
+    return _heat_map(table, "share of the task's own expert, %", low, max(100.0, *map(max, shades)))
+
+
+def draw_similarity(tasks: Sequence[str], cosine: Sequence[Sequence[float]]) -> "Figure":
+    """Matrix of the cosines ``[T, T]`` between task vectors; shaded by those between two of them."""
+    values = [[nan if i == j else round(value, 2) + 0.0 for j, value in enumerate(line)] for i, line in enumerate(cosine)]
+    known = [value for line in values for value in line if value == value]
+    low, high = min([0.0, *known]), max([0.01, *known])
+    return _heat_map(_Table(tasks, tasks, values, values, form="{:.2f}"), "cosine of two task vectors", low, high)
+
+
+def draw_routing(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
     """Heat map of how often images pick their own task's expert: tasks by routed layers, in %.
 
     Args:
         shares: layer -> task -> share in [0, 1].
-        path: PNG to write.
     """
-    from matplotlib.figure import Figure
-
     layers, tasks = list(shares), list(next(iter(shares.values())))
     values = [[100 * shares[layer][task] for layer in layers] for task in tasks]
-    figure = Figure(figsize=(2.5 + 0.5 * len(layers), 1.8 + 0.4 * len(tasks)), layout="constrained")
-    axes = figure.add_subplot(title="Images that pick their own task's expert, %")
-    picture = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_xticks(range(len(layers)), [_short(layer) for layer in layers], rotation=60, ha="right", rotation_mode="anchor")
-    for row, line in enumerate(values):
-        for column, value in enumerate(line):
-            shade = "black" if value > 60 else "white"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade, fontsize=7)
-    figure.colorbar(picture, ax=axes, fraction=0.03)
-    with replacing(path) as draft:
-        figure.savefig(draft, dpi=150)
+    table = _Table(tasks, [_short(layer) for layer in layers], values, values)
+    return _heat_map(table, "images that pick their own task's expert, %", 0.0, 100.0)
+
+
+class _Table(NamedTuple):
+    """What a heat map shows: values as numbers, shades as colours, NaN for nothing."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float]]
+    shades: Sequence[Sequence[float]]
+    bold: Sequence[Sequence[bool]] | None = None
+    form: str = "{:.0f}"
+
+
+def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
+    from matplotlib import colormaps
+
+    width, height = len(table.columns), len(table.rows)
+    cell, size = (0.46, 9) if width <= 16 else (0.32, 8)
+    names = 0.085 * max(len(name) for name in table.rows)
+    with _figure(max(0.5 + names + cell * width, 3.6), 1.4 + 0.1 * max(map(len, table.columns)) / 2 + 0.31 * height) as figure:
+        axes = figure.add_subplot()
+        shade = colormaps["YlGnBu"]
+        picture = axes.imshow(table.shades, vmin=low, vmax=high, cmap=shade, aspect="auto")
+        axes.set_yticks(range(height), table.rows)
+        axes.set_xticks(range(width), table.columns, rotation=45, ha="right", rotation_mode="anchor")
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([x - 0.5 for x in range(1, width)], minor=True)
+        axes.set_yticks([y - 0.5 for y in range(1, height)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="minor", length=0)
+        for row, line in enumerate(table.values):
+            for column, value in enumerate(line):
+                if value == value:
+                    red, green, blue, _ = shade((table.shades[row][column] - low) / (high - low))
+                    colour = INK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.55 else "white"
+                    weight = "bold" if table.bold and table.bold[row][column] else "normal"
+                    text = table.form.format(value)
+                    shown = axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size, weight=weight)
+                    shown.set_in_layout(False)  # inside its cell: measuring hundreds of them takes most of the time
+        bar = figure.colorbar(picture, ax=axes, location="top", aspect=40, anchor=(0.0, 0.0), ticks=[low, high])
+        ends = bar.ax.set_xticklabels([table.form.format(low), table.form.format(high)])
+        ends[0].set_horizontalalignment("left")
+        ends[1].set_horizontalalignment("right")
+        bar.set_label(label, loc="left")
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+    return figure
+
+
+def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Mapping[str, float]) -> "Figure":
+    """Curves of the coefficient search: normalised accuracy on ``val`` by coefficient, the chosen ones marked.
+
+    Args:
+        curves: method -> points with ``coefficient`` and ``normalized`` (in [0, 1]), ascending.
+        chosen: method -> coefficient.
+    """
+    with _figure(_WIDTH, 4.0) as figure:
+        axes = figure.add_subplot()
+        for (name, points), colour in zip(_joined(curves).items(), cycle(_LINES), strict=False):
+            x = [point["coefficient"] for point in points]
+            y = [100 * point["normalized"] for point in points]
+            axes.plot(x, y, color=colour, linewidth=1.6, marker=".", markersize=4, label=name)
+            best = x.index(chosen[name.split(", ")[0]])
+            axes.plot(x[best], y[best], marker="o", markersize=8, color=colour, markeredgecolor="white")
+        ticks = [0.125, 0.25, 0.5, 1, 2, 3]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(color=RULE, linewidth=0.7)
+        axes.set_xlabel("scaling coefficient")
+        axes.set_ylabel("share of the experts on val, %")
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _joined(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Sequence[Mapping[str, float]]]:
+    """Equal curves once: a method that builds on another one searches with it."""
+    names: dict[str, list[str]] = {}
+    for name, points in curves.items():
+        names.setdefault(repr(points), []).append(name)
+    return {", ".join(same): curves[same[0]] for same in names.values()}
+
+
+def draw_energy(energy: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """Share of shift energy by number of directions, a panel for each kind of layer: ESD solid, SVD dashed.
+
+    Args:
+        energy: layer -> ``directions``, ``esd``, ``svd`` (shares in [0, 1]) and ``per_task``.
+    """
+    from matplotlib.lines import Line2D
+
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in energy))
+    blocks = list(dict.fromkeys(name.split(".")[-3] for name in energy))
+    colours = dict(zip(blocks, ("#7fb3c8", "#3a6ea5", "#1d2f55"), strict=False))
+    with _figure(_WIDTH, 0.9 + 2.0 * ((len(kinds) + 1) // 2)) as figure:
+        panels = figure.subplots((len(kinds) + 1) // 2, 2, squeeze=False, sharey=True).flatten()
+        for panel in panels[len(kinds) :]:
+            panel.set_visible(False)
+        for axes, kind in zip(panels, kinds, strict=False):
+            for name, curve in energy.items():
+                if name.rpartition(".")[2] == kind:
+                    colour = colours[name.split(".")[-3]]
+                    axes.plot(curve["directions"], [100 * share for share in curve["esd"]], color=colour, linewidth=1.8)
+                    axes.plot(curve["directions"], [100 * share for share in curve["svd"]], color=colour, dashes=(3, 2))
+                    axes.axvline(curve["per_task"], color=GREY, linewidth=0.8, dashes=(1, 2))
+            axes.set(title=kind, xscale="log", ylim=(0, 103), xlabel="directions kept")
+            axes.grid(color=RULE, linewidth=0.7)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        figure.supylabel("shift energy kept, %", fontsize=10)
+        keys = [Line2D([], [], color=colours[block], linewidth=1.8, label=f"block {block}") for block in blocks]
+        keys += [Line2D([], [], color=GREY, label="ESD"), Line2D([], [], color=GREY, dashes=(3, 2), label="SVD")]
+        figure.legend(handles=keys, loc="outside upper left", ncols=5, frameon=False, fontsize=9)
+    return figure
 
 
 def _short(layer: str) -> str:

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,11 @@ from mergekit_vision.encoder import Backbone, VisionEncoder, describe, load_clip
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation import TaskMetric
 from mergekit_vision.export import load_experts, read_record, save_model
-from mergekit_vision.figures import draw_routing
+from mergekit_vision.figures import draw_routing, save_png
 from mergekit_vision.heads import build_heads
 from mergekit_vision.layers import LowRankExperts, Route
 from mergekit_vision.merger import Merger, Weights
+from mergekit_vision.parallel import Team
 from mergekit_vision.predictions import Predictions
 from mergekit_vision.progress import track
 from mergekit_vision.results import describe_merger, own_expert_shares, print_table, same, summarise, versions, write_json
@@ -28,6 +29,8 @@ from mergekit_vision.scaling import ScaleSearch
 from mergekit_vision.workbench import ScaleChoice, Workbench
 
 SPLITS = {"validate": "val", "test": "test"}
+
+_ONE_OF = "give one of --model.merger NAME (merge now) and --model.merged DIR (a model merged before)"
 
 
 class MergedCLIP(LightningModule):
@@ -37,7 +40,7 @@ class MergedCLIP(LightningModule):
     :class:`~mergekit_vision.data.VisionTasks`.
 
     Args:
-        merger: the merging method.
+        merger: the merging method. ``compare`` alone does without: it has methods of its own.
         merged: directory of a model merged before, instead of ``merger``.
         scale: scaling coefficient of the merged task vector: a number, ``merger`` for the method's own, or ``search`` to choose
             it by the mean normalised accuracy on the ``val`` split.
@@ -62,8 +65,8 @@ class MergedCLIP(LightningModule):
         super().__init__()
         if isinstance(scale, float) and not math.isfinite(scale):
             raise InputError(f"--model.scale {scale}: must be a finite number")
-        if (merger is None) == (merged is None):
-            raise InputError("give one of --model.merger NAME (merge now) and --model.merged DIR (a model merged before)")
+        if merger is not None and merged is not None:
+            raise InputError(_ONE_OF)
         if merged is not None and scale != "merger":
             raise InputError("--model.scale goes with --model.merger; a merged model's coefficient is in its weights")
         self.merger, self.merged = merger, None if merged is None else Path(merged)
@@ -72,6 +75,7 @@ class MergedCLIP(LightningModule):
         self.record: dict[str, Any] = {}
         self.expert_accuracy: dict[str, dict[str, float | None]] = {}
         self.predictions: Predictions | None = None
+        self.comparison: Callable[[Workbench], None] | None = None
         self._has_experts = True
         self._started = 0.0
 
@@ -90,10 +94,17 @@ class MergedCLIP(LightningModule):
         """Splits that merging reads besides the evaluated one; the data module fetches them."""
         if self.merger is None:
             return set()
-        return {self.data.proxies.split, *(["val"] if self.scale == "search" else [])}
+        compared = ["test"] if self.comparison is not None else []
+        return {self.data.proxies.split, *(["val"] if self.scale == "search" else []), *compared}
 
     def setup(self, stage: str) -> None:
         """Check the suite whole, then merge (or load), and measure the experts on the split that is evaluated."""
+        if self.merger is None and self.merged is None:
+            raise InputError(_ONE_OF)
+        if self.comparison is not None:
+            self._check("test")
+            self.comparison(self._workbench())
+            return
         split = SPLITS.get(stage)
         if split is None and self.encoder is not None:
             return
@@ -101,8 +112,7 @@ class MergedCLIP(LightningModule):
         if self.encoder is None or (split and split not in self.expert_accuracy):
             self._build(split)
         if split is not None:
-            tasks = self.data.suite.tasks
-            self.metrics = nn.ModuleList(TaskMetric(len(tasks[task].classes)) for task in self.data.task_names)
+            self.metrics = nn.ModuleList(TaskMetric() for _ in self.data.task_names)
 
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""
@@ -111,7 +121,7 @@ class MergedCLIP(LightningModule):
         self._has_experts = merging or self._everywhere(all(task.expert.is_file() for task in data.suite.tasks.values()))
         data.check({split} if split else set(), everywhere=searched, experts=self._has_experts, proxies=merging)
         if merging:
-            self._experts()
+            self.experts()
         elif self.merged is not None:
             read_record(self.merged)
             self._check_merged(describe(f"local-dir:{self.merged}"))
@@ -133,7 +143,7 @@ class MergedCLIP(LightningModule):
         """Merge or load, measure the experts that normalise, and leave the merged weights in the encoder."""
         bench = self._workbench()
         if self.encoder is None:
-            weights, routed = self._merge(bench, self.merger) if self.merger is not None else self._load(bench)
+            weights, routed = self.merge_with(bench, self.merger) if self.merger is not None else self._load(bench)
         if split is not None:
             tasks = track(self.data.task_names, f"experts' own accuracy on {split}")
             self.expert_accuracy[split] = {task: self._expert_accuracy(bench, task, split) for task in tasks}
@@ -166,12 +176,13 @@ class MergedCLIP(LightningModule):
             heads.to(device),
             self.data,
             device,
-            strategy.broadcast,
+            Team(self.trainer.global_rank, self.trainer.world_size, strategy.broadcast),
             precision.forward_context,
             str(precision.precision),
         )
 
-    def _experts(self) -> dict[str, CheckpointWeights]:
+    def experts(self) -> dict[str, CheckpointWeights]:
+        """The experts that are merged, by task; lazy."""
         tasks = self.data.suite.tasks
         names = list(tasks) if self.expert_names is None else self.expert_names
         unknown = [name for name in names if name not in tasks]
@@ -188,9 +199,9 @@ class MergedCLIP(LightningModule):
         self.record = read_record(self.merged)
         return bench.base, load_experts(self.merged)
 
-    def _merge(self, bench: Workbench, merger: Merger) -> tuple[Weights, Mapping[str, LowRankExperts]]:
-        """Merge once, choose the coefficient, and record what was done."""
-        experts = self._experts()
+    def merge_with(self, bench: Workbench, merger: Merger) -> tuple[Weights, Mapping[str, LowRankExperts]]:
+        """Merge once, choose the coefficient, and leave in ``record`` what was done; the merged weights and routed experts."""
+        experts = self.experts()
         choice = ScaleChoice(bench, experts, self.scale, self.search)
         start = time.perf_counter()
         merged = bench.merge(merger, experts, choice)
@@ -260,7 +271,7 @@ class MergedCLIP(LightningModule):
         pairs = zip(self.metrics, sizes.items(), strict=True)
         accuracy: dict[str, float] = {task: metric.compute(size) for metric, (task, size) in pairs}  # type: ignore[operator]
         self.log_dict({f"accuracy/{task}": value for task, value in accuracy.items()}, sync_dist=True)
-        counts = self._routing_counts()
+        counts = self.routing_counts(self._merged_encoder)
         if not self.trainer.is_global_zero:
             return
         seconds = {**self.record.get("seconds", {}), "eval": round(time.perf_counter() - self._started, 3)}
@@ -275,16 +286,15 @@ class MergedCLIP(LightningModule):
         path = Path(self.trainer.default_root_dir) / "results.json"
         if counts:
             results["routing"] = own_expert_shares(counts, list(self.record["experts"]))
-            draw_routing(results["routing"], path.with_name("routing.png"))
+            save_png(draw_routing(results["routing"]), path.with_name("routing.png"))
         write_json(path, results)
         merger, scale = self.record.get("merger", {}).get("name"), self.record.get("scale")
         route = f", route {self.route}" if self.route != "router" else ""
         print_table(results, f"{merger} at coefficient {scale:g}{route} on {split} → {path}")
 
-    def _routing_counts(self) -> dict[str, Tensor]:
+    def routing_counts(self, encoder: VisionEncoder) -> dict[str, Tensor]:
         """Which expert the images of each task took in each routed layer, over all processes."""
-        routing = self._merged_encoder.routing
-        counts = {} if routing is None else routing.counts
+        counts = {} if encoder.routing is None else encoder.routing.counts
         return {layer: self.trainer.strategy.reduce(count, reduce_op="sum").cpu() for layer, count in counts.items()}
 
     # ------------------------------------------------------------------------------------------- prediction

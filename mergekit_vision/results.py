@@ -66,6 +66,49 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
+def comparison_table(results: Mapping[str, Any]) -> Table:
+    """One row a method, the backbone first and the experts last, as in ``results.json`` of a comparison."""
+    table = Table(title=f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for name in ("mean %", "normalised %", "worst task %", "merge s", "extra"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results["rows"]:
+        method, worst = row["kind"] in ("static", "dynamic"), row["worst"]
+        table.add_row(
+            row["name"],
+            percent(row["mean"]["accuracy"]),
+            percent(row["mean"]["normalized"]),
+            "–" if row["kind"] == "experts" else f"{worst} {percent(row['tasks'][worst]['normalized'])}",
+            f"{row['seconds']['merge']:.1f}" if method else "–",
+            count(row["extra_parameters"]),
+            style=None if method else "dim",
+        )
+    table.caption = "normalised: relative to each task's own expert · extra: parameters besides one encoder"
+    table.caption_justify = "left"
+    return table
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] in per cents with one digit, without a sign.
+
+    >>> percent(0.9312), percent(None)
+    ('93.1', '–')
+    """
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def count(number: int) -> str:
+    """A large number with three digits.
+
+    >>> count(0), count(950), count(35_200), count(86_000_000)
+    ('0', '950', '35.2 k', '86 M')
+    """
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
 def own_expert_shares(counts: Mapping[str, torch.Tensor], experts: list[str]) -> dict[str, dict[str, float]]:
     """How often the images of a task pick their own task's expert.
 
@@ -96,7 +139,12 @@ def versions() -> dict[str, str]:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two pieces of configuration say the same; JSON knows no tuples."""
-    return json.dumps(a, sort_keys=True, default=_plain) == json.dumps(b, sort_keys=True, default=_plain)
+    return to_json(a) == to_json(b)
+
+
+def to_json(content: Any, in_order: bool = False) -> str:
+    """JSON of one line, its keys sorted unless they are to stay ``in_order``; tensors and paths become plain values."""
+    return json.dumps(content, sort_keys=not in_order, default=_plain)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

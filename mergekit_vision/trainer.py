@@ -27,7 +27,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 class Trainer(lightning.Trainer):
-    """Lightning's Trainer without what only training needs: it runs ``merge``, ``validate``, ``test`` and ``predict``.
+    """Lightning's Trainer without what only training needs: ``merge``, ``validate``, ``test``, ``predict`` and ``compare``.
 
     Args:
         accelerator: ``cpu``, ``gpu``, …; ``auto`` takes the best there is.
@@ -129,6 +129,35 @@ class Trainer(lightning.Trainer):
         model.predictions.gather()
         if self.is_global_zero:
             model.predictions.write(Path(self.default_root_dir) / "predictions.csv")
+
+    def compare(  # noqa: D417 (the CLI hides the others)
+        self, model: LightningModule, datamodule: LightningDataModule, mergers: list[str] | str = "all"
+    ) -> None:
+        """Merge with many methods, evaluate each on every task's test split, and write a report.
+
+        What was measured once is remembered: another run measures only what is new. ``results.json``, pictures and
+        ``report.html`` are written.
+
+        Args:
+            mergers: names or class paths of methods, with their default parameters; ``all`` for every installed one.
+        """
+        from mergekit_vision.compare import Comparison, chosen_mergers
+        from mergekit_vision.report import write_comparison
+
+        model = cast(MergedCLIP, model)
+        if model.merger is not None or model.merged is not None:
+            raise InputError("compare takes its methods from --mergers, not from --model.merger or --model.merged")
+        methods = chosen_mergers(mergers)
+        comparison = Comparison(model, methods, lenient=mergers == "all")
+        # any of them: what is checked and fetched before merging is the same for all
+        model.merger, model.comparison = next(iter(methods.values())), comparison
+        try:
+            # no images to predict: the model is set up on every process, which compares, and nothing else runs
+            super().predict(model, datamodule=datamodule, return_predictions=False)
+        finally:
+            model.merger = model.comparison = None
+        if self.is_global_zero:
+            write_comparison(comparison.results, Path(self.default_root_dir))
 
 
 def _check_place(directory: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -19,16 +20,13 @@ from mergekit_vision.files import fingerprint
 from mergekit_vision.heads import ZeroShotHeads
 from mergekit_vision.hooks import capture_inputs
 from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer, Weights
+from mergekit_vision.parallel import ALONE, Team
 from mergekit_vision.progress import say, track
 from mergekit_vision.scaling import ScaleSearch, search_scale
 
 
 def _moving(observer: Observer, device: torch.device) -> Observer:
     return lambda x: observer(x.to(device))
-
-
-def _own(value: float | None) -> float | None:
-    return value
 
 
 @dataclass
@@ -42,9 +40,10 @@ class Workbench:
         heads: zero-shot heads, on ``device``.
         data: images and proxies of every task.
         device: where everything runs.
-        share: gives every process the first one's value.
+        team: the processes that work on the same.
         precision: makes the context of evaluation's forward passes, such as autocast; proxies run in float32.
         precision_name: its name, for the cache of accuracies.
+        curves: what searches found, by the content of what they scaled.
     """
 
     backbone: Backbone
@@ -53,9 +52,10 @@ class Workbench:
     heads: ZeroShotHeads
     data: VisionTasks
     device: torch.device
-    share: Callable[[float | None], float | None] = _own
+    team: Team = ALONE
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     precision_name: str = "32-true"
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
     @contextmanager
     def wearing(self, weights: Weights) -> Iterator[VisionEncoder]:
@@ -66,11 +66,8 @@ class Workbench:
         finally:
             self.encoder.assign(self.base)
 
-    @torch.no_grad()
-    def merge(
-        self, merger: Merger, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None
-    ) -> Merged:
-        """Run a merger on some experts, task -> weights; ``choose_scale`` answers a merger that builds on a scaled model."""
+    def inputs(self, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None) -> MergeInputs:
+        """What a merger gets of some experts, task -> weights; see :meth:`merge`."""
         # Apple's devices have no float64, which the kernels need
         device = torch.device("cpu") if self.device.type == "mps" else self.device
 
@@ -84,8 +81,15 @@ class Workbench:
                     for images in self.data.proxy_loader(task):
                         encoder(images.to(self.device))
 
-        inputs = MergeInputs(self.base, experts, self.encoder.linears, device, run_proxies, choose_scale, track)
-        return self._check(merger.merge(inputs), type(merger).__name__)
+        share = partial(self.team.spread, device=device)
+        return MergeInputs(self.base, experts, self.encoder.linears, device, run_proxies, choose_scale, track, share)
+
+    @torch.no_grad()
+    def merge(
+        self, merger: Merger, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None
+    ) -> Merged:
+        """Run a merger on some experts, task -> weights; ``choose_scale`` answers a merger that builds on a scaled model."""
+        return self._check(merger.merge(self.inputs(experts, choose_scale)), type(merger).__name__)
 
     def _check(self, merged: Merged, name: str) -> Merged:
         """Refuse what a plugin must not return, before it is silently ignored or broadcast."""
@@ -120,7 +124,7 @@ class Workbench:
             with self.wearing(expert):
                 return self.accuracy(task, split)
 
-        return remembered(parts, compute, self.share)
+        return remembered(parts, compute, lambda value: self.team.broadcast(value, 0))
 
     def search(self, merged: Merged, search: ScaleSearch, experts: Mapping[str, float]) -> list[dict[str, float]]:
         """Try scaling coefficients on the ``val`` split of the merged tasks.
@@ -131,8 +135,15 @@ class Workbench:
             experts: task -> the expert's own accuracy on ``val``, which normalises.
 
         Returns:
-            Every coefficient tried with its mean accuracy and mean normalised accuracy; the best is first.
+            Every coefficient tried with its mean accuracy and mean normalised accuracy; the best is first. Remembered: methods
+            that build on the same merged model search once.
         """
+        key = self.team.broadcast(_content(merged, search, experts), 0)
+        if key not in self.curves:
+            self.curves[key] = self._search(merged, search, experts)
+        return self.curves[key]
+
+    def _search(self, merged: Merged, search: ScaleSearch, experts: Mapping[str, float]) -> list[dict[str, float]]:
         rows = {}
 
         def normalized(coefficient: float) -> float:
@@ -146,6 +157,15 @@ class Workbench:
 
         best, _ = search_scale(normalized, search)
         return [rows[best], *(row for coefficient, row in rows.items() if coefficient != best)]
+
+
+def _content(merged: Merged, search: ScaleSearch, experts: Mapping[str, float]) -> str:
+    """What a search depends on, hashed."""
+    digest = hashlib.blake2b(repr((search, sorted(experts.items()), sorted(merged.fixed))).encode(), digest_size=20)
+    for key, value in sorted(merged.update.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class ScaleChoice:

@@ -96,9 +96,9 @@ def test_a_proxy_batch_size_changes_nothing(tmp_path: Path, tiny_suite: Path) ->
         torch.testing.assert_close(encoders[1][key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_arguments_that_contradict_each_other() -> None:
+def test_arguments_that_contradict_each_other(trainer: Trainer, tiny_suite: Path) -> None:
     with pytest.raises(InputError, match="one of"):
-        MergedCLIP()
+        trainer.test(MergedCLIP(), VisionTasks(str(tiny_suite)))
     with pytest.raises(InputError, match="one of"):
         MergedCLIP(ESM(), merged="somewhere")
     with pytest.raises(InputError, match="in its weights"):

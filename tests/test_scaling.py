@@ -1,9 +1,13 @@
 import math
+from typing import Any
 
 import pytest
+import torch
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.merger import Merged
 from mergekit_vision.scaling import ScaleSearch, search_scale
+from mergekit_vision.workbench import Workbench
 
 
 def bump(top: float, width: float = 0.5):
@@ -46,3 +50,23 @@ def test_the_smaller_of_equal_coefficients_wins() -> None:
 def test_refuses_a_meaningless_range(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         ScaleSearch(**wrong)
+
+
+def test_what_was_searched_once_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing: Any = None
+    bench = Workbench(nothing, nothing, {}, nothing, nothing, torch.device("cpu"))
+    calls: list[float] = []
+
+    def count(self: Workbench, merged: Merged, search: ScaleSearch, experts: dict[str, float]) -> list[dict[str, float]]:
+        calls.append(float(merged.update["a"].sum()))
+        return [{"coefficient": calls[-1]}]
+
+    monkeypatch.setattr(Workbench, "_search", count)
+    one, same, other = (Merged({"a": torch.full((3,), value)}) for value in (1.0, 1.0, 2.0))
+    found = [bench.search(merged, ScaleSearch(), {"task": 0.5}) for merged in (one, same, other)]
+    assert found[0] == found[1] != found[2]
+    assert calls == [3.0, 6.0]
+    bench.search(one, ScaleSearch(halvings=1), {"task": 0.5})
+    bench.search(one, ScaleSearch(), {"task": 0.6})
+    bench.search(Merged({"a": torch.ones(3)}, fixed=frozenset("a")), ScaleSearch(), {"task": 0.5})
+    assert len(calls) == 5

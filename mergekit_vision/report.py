@@ -1,0 +1,206 @@
+"""The report of a comparison: ``results.json``, pictures, and one HTML file that needs nothing else."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_vision import figures
+from mergekit_vision.files import replacing
+from mergekit_vision.progress import console, say
+from mergekit_vision.results import comparison_table, count, percent, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Results = Mapping[str, Any]
+
+NARROW = "\u202f"  # a narrow space that does not break
+
+_PIXELS = 96  # of an inch in CSS
+_WIDEST = 560  # CSS pixels of a figure that may still be shrunk to a phone's width
+
+
+class Picture(NamedTuple):
+    """A figure in the report.
+
+    Attributes:
+        source: data URI of an SVG.
+        alt: what it shows, for those who do not see it.
+        width: in CSS pixels.
+        height: in CSS pixels.
+        long: whether it is to be scrolled, and not shrunk, where there is no room.
+    """
+
+    source: str
+    alt: str
+    width: int
+    height: int
+    long: bool
+
+
+def write_comparison(results: Results, directory: Path) -> None:
+    """Write ``results.json``, ``methods.png``, ``tasks.png`` and ``report.html``, each whole, and print the table.
+
+    Args:
+        results: what :class:`~mergekit_vision.compare.Comparison` found.
+        directory: made when missing.
+    """
+    write_json(directory / "results.json", results)
+    figures.save_png(figures.draw_methods(results["rows"]), directory / "methods.png")
+    figures.save_png(figures.draw_tasks(results["rows"]), directory / "tasks.png")
+    with replacing(directory / "report.html") as draft:
+        draft.write_text(render(results), encoding="utf-8")
+    console.print(comparison_table(results))
+    say(summary(results))
+    say(f"report: {directory / 'report.html'}")
+
+
+def render(results: Results) -> str:
+    """The report as one HTML document, without any link to another file."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mergekit_vision"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": _plain}
+    page = environment.get_template("report.html").render(
+        results=results,
+        rows=results["rows"],
+        methods=_methods(results),
+        summary=summary(results),
+        best=_best(results),
+        pictures=_pictures(results),
+        routing={row["name"]: _routing(row) for row in _methods(results) if row["routing"]},
+    )
+    return str(page)
+
+
+def summary(results: Results) -> str:
+    """What came out, in two or three sentences.
+
+    >>> row = {"name": "ESM", "kind": "static", "mean": {"accuracy": 0.7, "normalized": 0.93}, "extra_parameters": 0}
+    >>> summary({"rows": [row], "parameters": 10}).replace(NARROW, " ")
+    'ESM keeps 93 % of the experts’ accuracy in one model of the same size.'
+    """
+    best, sentences = _best(results), []
+    if "static" in best:
+        sentences.append(f"{best['static']['name']} {_reaches(best['static'])} in one model of the same size.")
+    if "dynamic" in best:
+        extra = _whole(best["dynamic"]["extra_parameters"] / results["parameters"])
+        sentences.append(f"{best['dynamic']['name']} {_reaches(best['dynamic'])} with {extra} more parameters and a router.")
+    if "backbone" in best:
+        sentences.append(f"The pre-trained model alone, zero-shot, {_reaches(best['backbone'])}.")
+    return " ".join(sentences)
+
+
+def _reaches(row: Mapping[str, Any]) -> str:
+    kept, mean = row["mean"]["normalized"], row["mean"]["accuracy"]
+    return f"has a mean accuracy of {_whole(mean)}" if kept is None else f"keeps {_whole(kept)} of the experts’ accuracy"
+
+
+def _methods(results: Results) -> list[Mapping[str, Any]]:
+    return [row for row in results["rows"] if row["kind"] in ("static", "dynamic")]
+
+
+def _best(results: Results) -> dict[str, Mapping[str, Any]]:
+    """The row with the highest mean accuracy of each kind."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in results["rows"]:
+        if row["kind"] not in found or row["mean"]["accuracy"] > found[row["kind"]]["mean"]["accuracy"]:
+            found[row["kind"]] = row
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def _pictures(results: Results) -> dict[str, Picture]:
+    """The figures, with what they show in words; those without data are left out."""
+    rows, methods = results["rows"], _methods(results)
+    means = "; ".join(f"{row['name']} {percent(row['mean']['accuracy'])}" for row in rows)
+    found = {
+        "methods": _picture(figures.draw_methods(rows), f"Bar chart of the mean accuracy in per cent: {means}."),
+        "tasks": _picture(figures.draw_tasks(rows), _tasks_in_words(rows)),
+    }
+    curves = {row["name"]: sorted(row["search"], key=lambda p: p["coefficient"]) for row in methods if row["search"]}
+    if curves:
+        chosen = {row["name"]: row["scale"] for row in methods if row["search"]}
+        tops = "; ".join(f"{name} is best at {chosen[name]:g}" for name in curves)
+        found["search"] = _picture(
+            figures.draw_search(curves, chosen), f"Line chart of normalised accuracy on val by scaling coefficient. {tops}."
+        )
+    if results["energy"]:
+        found["energy"] = _picture(figures.draw_energy(results["energy"]), _energy_in_words(results["energy"]))
+    if len(results["similarity"]["tasks"]) > 1:
+        found["similarity"] = _picture(
+            figures.draw_similarity(**results["similarity"]), _similarity_in_words(results["similarity"])
+        )
+    return found
+
+
+def _routing(row: Mapping[str, Any]) -> Picture:
+    shares = [share for layer in row["routing"].values() for share in layer.values()]
+    words = f"On average {_whole(sum(shares) / len(shares))} of the images pick their own task’s expert."
+    return _picture(figures.draw_routing(row["routing"]), f"Heat map for {row['name']}, tasks by routed layers. {words}")
+
+
+def _picture(figure: "Figure", alt: str) -> Picture:
+    svg = base64.b64encode(figures.as_svg(figure)).decode()
+    width, height = (_PIXELS * side for side in figure.get_size_inches())
+    long = bool(width > _WIDEST)
+    enlarged = 1.0 if long else 1.2  # where there is room
+    return Picture(f"data:image/svg+xml;base64,{svg}", alt, round(enlarged * width), round(enlarged * height), long)
+
+
+def _tasks_in_words(rows: list[Mapping[str, Any]]) -> str:
+    worst = "; ".join(f"{row['name']} is weakest on {row['worst']}" for row in rows if row["kind"] in ("static", "dynamic"))
+    return f"Heat map of the accuracy of each model on each task. Relative to the experts, {worst}."
+
+
+def _energy_in_words(energy: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = []
+    for layer, curve in energy.items():
+        at = max(i for i, k in enumerate(curve["directions"]) if k <= max(1, curve["per_task"]))
+        parts.append(f"{layer.split('resblocks.')[-1]}: {_whole(curve['esd'][at])} by ESD, {_whole(curve['svd'][at])} by SVD")
+    return f"Line charts of shift energy kept by number of directions. With a task’s share of directions, {'; '.join(parts)}."
+
+
+def _similarity_in_words(similarity: Mapping[str, Any]) -> str:
+    tasks, cosine = similarity["tasks"], similarity["cosine"]
+    pairs = [(cosine[i][j], tasks[i], tasks[j]) for i in range(len(tasks)) for j in range(i)]
+    high, low = max(pairs), min(pairs)
+    return (
+        f"Matrix of cosines between task vectors. The most alike are {high[1]} and {high[2]} ({high[0]:.2f}), "
+        f"the least {low[1]} and {low[2]} ({low[0]:.2f})."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- numbers
+
+
+def _whole(share: float) -> str:
+    """A share as whole per cents, never broken before the sign."""
+    return f"{100 * share:.0f}{NARROW}%"
+
+
+def _seconds(value: float | None) -> str:
+    """A time with about two digits: ``0.34 s``, ``12 s``, ``3 min 20 s``."""
+    if value is None:
+        return "–"
+    if value < 10:
+        return f"{value:.2g} s"
+    return f"{value:.0f} s" if value < 120 else f"{value // 60:.0f} min {value % 60:.0f} s"
+
+
+def _plain(value: Any) -> str:
+    """A parameter as a reader would write it.
+
+    >>> _plain({"name": "ESM", "init_args": {"gain": 2.0, "rank": None}}), _plain(["c_fc", "in_proj"])
+    ('ESM(gain=2.0, rank=none)', 'c_fc, in_proj')
+    """
+    if isinstance(value, Mapping) and "init_args" in value:
+        return f"{value['name']}({', '.join(f'{key}={_plain(item)}' for key, item in value['init_args'].items())})"
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))

@@ -1,0 +1,71 @@
+"""Hash of the source code that a class consists of, so that results can be kept until it changes."""
+
+import ast
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
+
+
+def code_fingerprint(classes: Iterable[type]) -> str | None:
+    """Hash of the modules in which some classes are defined, and of what those import; 64 hexadecimal digits.
+
+    Imports are followed, inside of functions too, into modules of the same package and into modules that are not installed, such
+    as files beside the user. Other libraries are known by their versions, which are not part of the hash.
+
+    Returns:
+        ``None`` where a class has no source file: defined in an interactive session, or compiled.
+    """
+    files: dict[str, Path] = {}
+    for module in {base.__module__ for cls in classes for base in cls.__mro__ if base.__module__ not in ("builtins", "abc")}:
+        if (file := _source(module)) is None:
+            return None
+        _follow(module, file, files)
+    content = hashlib.blake2b(digest_size=32)
+    for name, file in sorted(files.items()):
+        content.update(name.encode())
+        content.update(hashlib.blake2b(file.read_bytes()).digest())
+    return content.hexdigest()
+
+
+def _follow(module: str, file: Path, files: dict[str, Path]) -> None:
+    """Enter a module and all that it imports into ``files``, name -> path."""
+    files[module] = file
+    for name in _imported(module, file):
+        if name in files:
+            continue
+        found = _source(name)
+        if found is not None and (name.partition(".")[0] == module.partition(".")[0] or not _installed(found)):
+            _follow(name, found, files)
+
+
+def _imported(module: str, file: Path) -> Iterator[str]:
+    """Absolute names of what a module imports; ``from a import b`` may mean the module ``a.b``."""
+    package = module if file.stem == "__init__" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = resolve_name("." * node.level + (node.module or ""), package)
+            yield origin
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def _source(module: str) -> Path | None:
+    """A module's source file, if it has one."""
+    try:
+        known = sys.modules.get(module)
+        spec = find_spec(module) if known is None else known.__spec__
+    except (ImportError, ValueError, AttributeError):  # `from package import function`: no module
+        return None
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    return origin if origin is not None and origin.suffix == ".py" and origin.is_file() else None
+
+
+def _installed(file: Path) -> bool:
+    """Whether a file belongs to the standard library or to an installed package."""
+    paths = sysconfig.get_paths()
+    places = {Path(paths[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return bool(places & set(file.resolve().parents))
