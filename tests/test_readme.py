@@ -1,7 +1,9 @@
 """The README's commands and code run as written, on a tiny suite of the same shape."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from mergekit_vision.__main__ import main
 from mergekit_vision.registry import mergers
 from mergekit_vision.suite import Suite
 
+SINGLE = {**os.environ, "OMP_NUM_THREADS": "1"}
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -50,6 +53,41 @@ def test_commands(place: Path) -> None:
     assert len(commands) >= 3
     for command in commands:
         assert main(command) == 0, command
+
+
+def launched(launcher: str) -> list[str]:
+    """The README's command for many nodes, for two processes on this one instead, without its launcher's own options."""
+    (line,) = [
+        line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if line.startswith(f"{launcher} ")
+    ]
+    words = shlex.split(line)
+    words = words[next(at for at, word in enumerate(words) if word in ("mergekit_vision", "mergekit-vision")) + 1 :]
+    fewer = {"--trainer.num_nodes": "1", "--trainer.devices": "2"}
+    words = [fewer.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    return [*words, "--trainer.accelerator", "cpu", "--output", launcher]
+
+
+@pytest.mark.slow
+def test_torchrun(place: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--master-port", "29517"]
+    subprocess.run([*command, "-m", "mergekit_vision", *launched("torchrun")], env=SINGLE, check=True, timeout=300)
+    assert (place / "torchrun" / "results.json").is_file()
+
+
+@pytest.mark.slow
+def test_slurm(place: Path) -> None:
+    """Two tasks of a job, as `srun` would start them."""
+    job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "merge", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": "29518"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mergekit_vision", *launched("srun")],
+            env={**SINGLE, **job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    assert [task.wait(timeout=300) for task in tasks] == [0, 0]
+    assert (place / "srun" / "results.json").is_file()
 
 
 def test_code_of_a_plugin(place: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.functional.newton import newton_polar
+from mergekit_vision.functional.threads import in_threads
 
 GRAM_TOLERANCE = 1e-7
 """Singular values below this share of the largest are round-off when they come from a float64 Gram matrix."""
@@ -142,19 +143,20 @@ def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, t
     Returns:
         The product in the dtype of ``left``, and the mean thin singular values of both matrices.
     """
-    R = right.double()
-    right_root = _Whitener.of(R, tol)
-    inner = right_root.polar(R)
+    R, factor = right.double(), newton_polar(left)
+    L = left.double() if factor is None else left
+    roots = in_threads(lambda M: _Whitener.of(M, tol), (R, L) if factor is None else (R,))
+    inner = roots[0].polar(R)
     if diagonal is not None:
         inner = diagonal.double()[:, None] * inner
-    right_mean = right_root.nuclear_norm / max(1, min(right.shape))
-    if (factor := newton_polar(left)) is not None:
-        nuclear = float((factor * left).sum(dtype=torch.float64))
-        return PolarProduct(factor @ inner.to(left.dtype), nuclear / min(left.shape), right_mean)
-    L = left.double()
-    left_root = _Whitener.of(L, tol)
-    product = left_root.times(L @ inner) if left_root.wide else L @ left_root.times(inner)
-    return PolarProduct(product.to(left.dtype), left_root.nuclear_norm / max(1, min(left.shape)), right_mean)
+    if factor is not None:
+        nuclear_norm = float((factor * left).sum(dtype=torch.float64))
+        product = factor @ inner.to(left.dtype)
+    else:
+        nuclear_norm = roots[1].nuclear_norm
+        product = roots[1].times(L @ inner) if roots[1].wide else L @ roots[1].times(inner)
+    means = (norm / max(1, min(M.shape)) for norm, M in ((nuclear_norm, L), (roots[0].nuclear_norm, R)))
+    return PolarProduct(product.to(left.dtype), *means)
 
 
 def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:

@@ -21,8 +21,8 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
     >>> in_threads(lambda n: n * n, [1, 2, 3])
     [1, 4, 9]
     """
-    threads = torch.get_num_threads()
-    workers = min(threads, MOST)
+    items, threads = list(items), torch.get_num_threads()
+    workers = min(threads, MOST, len(items))
     if workers < 2:
         return [function(item) for item in items]
 
