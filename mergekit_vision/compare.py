@@ -17,7 +17,7 @@ from mergekit_vision import memory, registry
 from mergekit_vision.analysis import EnergyCurve, describe_experts
 from mergekit_vision.checkpoints import open_weights
 from mergekit_vision.encoder import VisionEncoder
-from mergekit_vision.errors import InputError
+from mergekit_vision.errors import EvaluationError, InputError
 from mergekit_vision.layers import LowRankExperts
 from mergekit_vision.memory import Entry, Memory
 from mergekit_vision.merger import Merger, Weights
@@ -47,7 +47,9 @@ def chosen_mergers(chosen: str | Sequence[str]) -> dict[str, Merger]:
     """
     if chosen == "all":
         return _all_mergers()
-    names = [name.strip() for name in chosen.split(",")] if isinstance(chosen, str) else list(dict.fromkeys(chosen))
+    if list(chosen) == ["all"]:
+        return _all_mergers()
+    names = [name.strip() for name in (chosen.split(",") if isinstance(chosen, str) else dict.fromkeys(chosen)) if name.strip()]
     if not names:
         raise InputError("--mergers: name at least one method, or give all")
     found = {name: registry.get(name) for name in names}
@@ -140,6 +142,8 @@ class Comparison:
                 found[name] = self._memory.recall(
                     None if code is None else [*conditions, *code], partial(self._measure, bench, merger, place)
                 )
+            except EvaluationError:
+                raise
             except InputError as error:
                 if not self.lenient:
                     raise

@@ -1,4 +1,4 @@
-"""The one error a user's mistake raises."""
+"""The error a user's mistake raises."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The message names the file or argument, the key, and the remedy; the command line prints it alone, without a traceback.
     """
+
+
+class EvaluationError(InputError):
+    """Images or labels that cannot be evaluated, whatever the model."""

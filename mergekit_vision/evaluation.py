@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from mergekit_vision.errors import EvaluationError, InputError
 from mergekit_vision.files import cache_dir, replacing
 from mergekit_vision.heads import ZeroShotHeads
 from mergekit_vision.version import __version__
@@ -69,6 +70,7 @@ def measure(
     expected: int,
     device: torch.device,
     precision: AbstractContextManager[None] | None = None,
+    agree: Callable[[Exception | None], None] | None = None,
 ) -> float:
     """Accuracy of an encoder on one task; every process takes its share of the images.
 
@@ -80,11 +82,22 @@ def measure(
         expected: number of images in the whole data set.
         device: where the encoder is.
         precision: context of the forward pass, such as autocast.
+        agree: told of this process's failure, or of none, raises on all processes if one has failed.
+
+    Raises:
+        EvaluationError: when an image or a label cannot be used.
     """
-    metric = TaskMetric().to(device)
-    with precision or nullcontext():
-        for images, labels in batches:
-            metric.update(heads(encoder(images.to(device, non_blocking=True)), task), labels.to(device, non_blocking=True))
+    metric, failure = TaskMetric().to(device), None
+    try:
+        with precision or nullcontext():
+            for images, labels in batches:
+                metric.update(heads(encoder(images.to(device, non_blocking=True)), task), labels.to(device, non_blocking=True))
+    except InputError as error:
+        failure = EvaluationError(str(error))
+    if agree is not None:  # the others would wait for this process's counts
+        agree(failure)
+    elif failure is not None:
+        raise failure
     return metric.compute(expected)
 
 
@@ -101,7 +114,7 @@ def remembered(parts: Iterable[str], compute: Callable[[], float], share: Callab
     value = share(_read(path.read_text()) if path.is_file() else None)
     if value is None:
         value = compute()
-        with replacing(path) as temporary:
+        with suppress(OSError), replacing(path) as temporary:  # what cannot be kept is computed again
             temporary.write_text(json.dumps({"accuracy": value}))
     return value
 

@@ -107,7 +107,7 @@ def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     methods = [line for row, line in zip(rows, values, strict=True) if row["kind"] in ("static", "dynamic")]
     best = [max(column) for column in zip(*methods, strict=True)]
     bold = [[line in methods and value == best[column] for column, value in enumerate(line)] for line in values]
-    low = 10 * (min(min(line) for line in shades) // 10)
+    low = min(90.0, 10 * (min(min(line) for line in shades) // 10))
     table = _Table([row["name"] for row in rows], tasks, values, shades, bold)
     return _heat_map(table, "share of the task's own expert, %", low, max(100.0, *map(max, shades)))
 

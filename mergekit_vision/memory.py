@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.checkpoints import CheckpointWeights
+from mergekit_vision.encoder import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.files import cache_dir, fingerprint, replacing
 from mergekit_vision.merger import Merger
@@ -74,7 +75,14 @@ def of_evaluation(bench: Workbench, split: str) -> list[str]:
     """The images of all tasks that are evaluated, the heads of all there are (a search needs them too), and the precision."""
     data = bench.data
     heads = {task: hashlib.blake2b(_bytes(bench.heads.weight(task)), digest_size=32).hexdigest() for task in data.suite.tasks}
-    return [bench.precision_name, to_json(heads), to_json({task: data.fingerprint(task, split) for task in data.task_names})]
+    code = code_fingerprint([Workbench, VisionEncoder]) or ""
+    return [
+        code,
+        bench.device.type,
+        bench.precision_name,
+        to_json(heads),
+        to_json({task: data.fingerprint(task, split) for task in data.task_names}),
+    ]
 
 
 def of_experts(bench: Workbench, experts: Mapping[str, CheckpointWeights]) -> list[str]:

@@ -98,7 +98,8 @@ class MergeInputs:
 
     def changed(self, task: str, key: str) -> bool:
         """Whether fine-tuning changed a parameter at all; cheaper than its task vector."""
-        return not torch.equal(self.experts[task][key].float(), self.base[key].float().cpu())
+        expert, base = (weights[key].to(self.device, torch.float32) for weights in (self.experts[task], self.base))
+        return not torch.equal(expert, base)
 
     def _expert(self, task: str, key: str) -> Tensor:
         value = self.experts[task][key].to(self.device, torch.float32)
@@ -131,7 +132,7 @@ class MergeInputs:
         """``function`` of every item, as :attr:`track` shows it; with several processes each computes a share.
 
         The result does not depend on the number of processes, and every process gets all of it. ``function`` may call
-        :meth:`observe`, and nothing else that needs the other processes (:meth:`coefficient`).
+        :meth:`observe`, and nothing that needs the other processes: not :meth:`coefficient`, not :meth:`spread` again.
 
         Args:
             function: of a task's name or a parameter's key, giving tensors, numbers, or collections of them.

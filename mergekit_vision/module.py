@@ -286,7 +286,8 @@ class MergedCLIP(LightningModule):
         path = Path(self.trainer.default_root_dir) / "results.json"
         if counts:
             results["routing"] = own_expert_shares(counts, list(self.record["experts"]))
-            save_png(draw_routing(results["routing"]), path.with_name("routing.png"))
+            if results["routing"]:
+                save_png(draw_routing(results["routing"]), path.with_name("routing.png"))
         write_json(path, results)
         merger, scale = self.record.get("merger", {}).get("name"), self.record.get("scale")
         route = f", route {self.route}" if self.route != "router" else ""

@@ -47,28 +47,33 @@ class Team:
             device: where the tensors in the results are put.
 
         Raises:
-            InputError: on every process, when ``function`` fails on one of them; that one raises its own error.
+            Exception: on every process, when ``function`` fails on one of them; see :meth:`agree`.
         """
         owners = deal(items, self.size)
         own = [item for item in items if owners[item] == self.rank]
         if self.size == 1:
             return {item: function(item) for item in track(own, description)}
         done, failure = _attempt(function, track(own, description))
-        self._agree(failure)
+        self.agree(failure)
         received = {}
         for item, owner in owners.items():  # tensors travel through main memory: a device's name means another one elsewhere
             sent = move_data_to_device(done.pop(item), "cpu") if owner == self.rank else None
             received[item] = move_data_to_device(self.broadcast(sent, owner), device)
         return received
 
-    def _agree(self, failure: Exception | None) -> None:
-        """End all processes if one has failed, instead of letting them wait for it."""
-        messages = [self.broadcast(None if failure is None else str(failure), rank) for rank in range(self.size)]
+    def agree(self, failure: Exception | None) -> None:
+        """Raise on all processes if one of them has failed, instead of letting the others wait for it.
+
+        Raises:
+            InputError: when a user's mistake was the reason on another process, of the same class.
+            RuntimeError: when something else was.
+        """
+        own = None if failure is None else (type(failure) if isinstance(failure, InputError) else RuntimeError, str(failure))
+        told = [self.broadcast(own, rank) for rank in range(self.size)] if self.size > 1 else []
         if failure is not None:
             raise failure
-        message = next((message for message in messages if message is not None), None)
-        if message is not None:
-            raise InputError(message)
+        for kind, message in filter(None, told):
+            raise kind(message if issubclass(kind, InputError) else f"another process failed: {message}")
 
 
 ALONE = Team()

@@ -196,7 +196,7 @@ def decoding_processes(images: int, batch_size: int, processes: int, accelerated
     0
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MOST_WORKERS, cores // processes - 1, images // (2 * batch_size)) if accelerated else 0
+    return max(0, min(_MOST_WORKERS, cores // processes - 1, images // (2 * batch_size))) if accelerated else 0
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _pictures(results: Results) -> dict[str, Picture]:
     }
     curves = {row["name"]: sorted(row["search"], key=lambda p: p["coefficient"]) for row in methods if row["search"]}
     if curves:
-        chosen = {row["name"]: row["scale"] for row in methods if row["search"]}
+        chosen = {name: _top(points) for name, points in curves.items()}
         tops = "; ".join(f"{name} is best at {chosen[name]:g}" for name in curves)
         found["search"] = _picture(
             figures.draw_search(curves, chosen), f"Line chart of normalised accuracy on val by scaling coefficient. {tops}."
@@ -137,6 +137,11 @@ def _pictures(results: Results) -> dict[str, Picture]:
             figures.draw_similarity(**results["similarity"]), _similarity_in_words(results["similarity"])
         )
     return found
+
+
+def _top(points: list[Any]) -> float:
+    """Coefficient with the best score."""
+    return float(max(points, key=lambda point: point["normalized"])["coefficient"])
 
 
 def _routing(row: Mapping[str, Any]) -> Picture:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from mergekit_vision.files import replacing
@@ -49,7 +50,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 def print_table(results: Mapping[str, Any], title: str) -> None:
     """One row a task, the mean last; accuracies in %."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("task")
     for name in ("images", "accuracy %", "normalised %"):
         table.add_column(name, justify="right")
@@ -68,14 +69,16 @@ def _percent(value: float | None) -> str:
 
 def comparison_table(results: Mapping[str, Any]) -> Table:
     """One row a method, the backbone first and the experts last, as in ``results.json`` of a comparison."""
-    table = Table(title=f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split", title_justify="left")
+    table = Table(
+        title=escape(f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split"), title_justify="left"
+    )
     table.add_column("method", no_wrap=True)
     for name in ("mean %", "normalised %", "worst task %", "merge s", "extra"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["rows"]:
         method, worst = row["kind"] in ("static", "dynamic"), row["worst"]
         table.add_row(
-            row["name"],
+            escape(row["name"]),
             percent(row["mean"]["accuracy"]),
             percent(row["mean"]["normalized"]),
             "–" if row["kind"] == "experts" else f"{worst} {percent(row['tasks'][worst]['normalized'])}",
@@ -126,7 +129,7 @@ def own_expert_shares(counts: Mapping[str, torch.Tensor], experts: list[str]) ->
     for layer, count in counts.items():
         rows = zip(experts, count.diagonal().tolist(), count.sum(1).tolist(), strict=True)
         shares[layer] = {task: own / total for task, own, total in rows if total}
-    return shares
+    return {layer: tasks for layer, tasks in shares.items() if tasks}
 
 
 def versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.suite_file import raise_faults, read_suite
+from mergekit_vision.suite_file import locate, raise_faults, read_suite
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -70,12 +70,14 @@ class Suite:
     def load(cls, path: str | Path) -> "Suite":
         """Read a suite file and check its layout.
 
+        The name of a built-in suite, ``demo``, stands for its file, unless the working directory has a file of that name.
+
         Data is touched only where a task leaves its ``classes`` to the data: then that source's header is read.
 
         Raises:
             InputError: when the file cannot be read, or its layout is wrong; all faults are listed, one a line.
         """
-        path = Path(path).expanduser().absolute()
+        path = locate(path)
         content = read_suite(path)
         root, tasks, faults = path.parent, {}, list[str]()
         for name, task in content["tasks"].items():

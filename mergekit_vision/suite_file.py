@@ -14,7 +14,31 @@ _LOCAL = "local-dir:"
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _TASK_NAME = re.compile(r"\w[\w-]*")
 
+BUILTIN = {"demo": Path(__file__).parent / "demo" / "suite.yaml"}
+"""Suites that the package brings along, by the name that stands for their file."""
+
 _Check = Callable[[Any, str], list[str]]
+
+
+def locate(path: str | Path) -> Path:
+    """Absolute path of a suite file; the name of a built-in suite stands for its file where there is no file of that name.
+
+    Raises:
+        InputError: for a bare word that names neither.
+
+    >>> locate("demo").parts[-3:]
+    ('mergekit_vision', 'demo', 'suite.yaml')
+    """
+    file = Path(path).expanduser().absolute()
+    if file.is_file():
+        return file
+    name = str(path)
+    if name in BUILTIN:
+        return BUILTIN[name]
+    if not file.exists() and re.fullmatch(r"\w+", name):
+        known = ", ".join(BUILTIN)
+        raise InputError(f"suite {name}: neither a file nor a built-in suite ({known}){closest(name, BUILTIN)}")
+    return file
 
 
 def read_suite(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Lightning's Trainer with the subcommands of the command line."""
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,7 +149,7 @@ class Trainer(lightning.Trainer):
         if model.merger is not None or model.merged is not None:
             raise InputError("compare takes its methods from --mergers, not from --model.merger or --model.merged")
         methods = chosen_mergers(mergers)
-        comparison = Comparison(model, methods, lenient=mergers == "all")
+        comparison = Comparison(model, methods, lenient=mergers in ("all", ["all"]))
         # any of them: what is checked and fetched before merging is the same for all
         model.merger, model.comparison = next(iter(methods.values())), comparison
         try:
@@ -164,6 +165,8 @@ def _check_place(directory: Path) -> None:
     nearest = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise InputError(f"--output {directory}: {nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"--output {directory}: {nearest} cannot be written to; name another directory")
 
 
 def _quiet() -> None:

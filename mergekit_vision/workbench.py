@@ -107,7 +107,7 @@ class Workbench:
         """Accuracy in [0, 1] of the weights that the encoder has, over all processes."""
         loader = self.data.loader(task, split)
         expected = len(loader.dataset)  # type: ignore[arg-type]
-        return measure(self.encoder, self.heads, task, loader, expected, self.device, self.precision())
+        return measure(self.encoder, self.heads, task, loader, expected, self.device, self.precision(), self.team.agree)
 
     def expert_accuracy(self, task: str, split: str, expert: CheckpointWeights) -> float:
         """Accuracy of a task's own expert, measured once for a file, a data set, a head and a precision."""

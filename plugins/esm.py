@@ -84,7 +84,10 @@ class ESM(Merger):
 
         def decompose(linear: str) -> CompactSubspace:
             k = len(inputs.base[keys[linear]]) // len(inputs.tasks) if self.rank is None else self.rank
-            return statistics.pop(linear).compact(k)
+            try:
+                return statistics.pop(linear).compact(k)
+            except ValueError as error:
+                raise InputError(f"ESM: expert of task {task}, layer {linear}: {error}") from error
 
         return dict(zip(keys.values(), in_threads(decompose, list(keys)), strict=True))
 

@@ -47,6 +47,10 @@ def work(rank: int, place: str) -> None:
         team.spread(fails, ITEMS, "failing", CPU)
     except InputError as error:
         Path(place, f"{rank}.txt").write_text(str(error))
+    try:
+        team.agree(MemoryError("full") if rank == 1 else None)
+    except Exception as error:
+        Path(place, f"{rank}.agreed.txt").write_text(f"{type(error).__name__}: {error}")
     destroy_process_group()
 
 
@@ -72,6 +76,11 @@ def test_every_process_computes_a_share_and_gets_everything(place: Path) -> None
 
 def test_an_error_of_one_process_ends_all(place: Path) -> None:
     assert [(place / f"{rank}.txt").read_text() for rank in range(2)] == ["the expert is broken"] * 2
+
+
+def test_what_is_no_mistake_of_the_user_is_no_input_error_elsewhere(place: Path) -> None:
+    told = [(place / f"{rank}.agreed.txt").read_text() for rank in range(2)]
+    assert told == ["RuntimeError: another process failed: full", "MemoryError: full"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

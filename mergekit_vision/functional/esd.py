@@ -85,6 +85,7 @@ class ShiftStatistic:
 
     def __init__(self, delta: Tensor | Callable[[], Tensor]) -> None:
         self._delta = delta
+        self._of_inputs: bool | None = None
         self.gram = RowGram()
 
     @property
@@ -94,9 +95,12 @@ class ShiftStatistic:
 
     def __call__(self, x: Tensor) -> None:
         """Add a batch of the layer's inputs, ``[..., d_in]``."""
-        if (delta := self.delta).shape[0] > x.shape[-1]:
+        if self._of_inputs is None:
+            self._of_inputs = _wider_out(self.delta)
+        if self._of_inputs:
             self.gram(x)
         else:  # float32 will do for the shift itself, as it would for an SVD of it; only a Gram squares the condition number
+            delta = self.delta
             self.gram(x.detach().to(delta.dtype) @ delta.T)
 
     def subspace(self, k: int) -> EssentialSubspace:
@@ -110,6 +114,8 @@ class ShiftStatistic:
             return CompactSubspace(delta.new_zeros(min(delta.shape), 0), delta.new_zeros(0).double(), 0.0)
         if self.gram.matrix is None:
             raise ValueError("no layer inputs were observed")
+        if not self.gram.matrix.diagonal().isfinite().all():
+            raise ValueError("the layer's inputs hold NaN or infinity")
         if _wider_out(delta):
             return _through_inputs(delta, self.gram.matrix, self.gram.rows, k, _tolerance(delta))
         return _principal(self.gram.matrix, self.gram.rows, k, delta.dtype, _tolerance(delta))

@@ -74,7 +74,10 @@ def magnitude_threshold(
     if m <= 0:
         return 0.0
     device = device or torch.device("cpu")
-    ranges, i = _ranges(_sample(tensors(), entries, device), m / entries)
+    sample = _sample(tensors(), entries, device)
+    if not sample[-1] < math.inf:  # sorted, NaN last
+        raise ValueError("the task vector holds NaN or infinity")
+    ranges, i = _ranges(sample, m / entries)
     while True:
         below, inside, kept = _search(tensors(), *ranges[i], device)
         if m <= below:

@@ -74,6 +74,14 @@ def test_threshold_refuses_what_is_not_finite(wrong, place):
         threshold([values], 0.2)
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_threshold_refuses_many_that_are_not_finite(share):
+    values = numbers(10_000)
+    values[: int(share * len(values))] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        threshold([values], 0.2)
+
+
 def test_threshold_among_equal_and_denormal_magnitudes():
     values = torch.tensor([0.0, -0.0, 1e-42, -2e-42, 3e-42, 1.0, -1.0, 1.0, 1.0, 2.0])
     for m in range(1, 10):

@@ -1,0 +1,34 @@
+import threading
+
+import pytest
+import torch
+
+from mergekit_vision.functional.threads import in_threads
+
+
+@pytest.fixture(params=[1, 4])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_shares_the_threads_out_and_gives_them_back(threads):
+    def look(_):
+        met.wait(timeout=30)  # passes only when all are at work at once
+        return threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
+
+    met = threading.Barrier(threads)
+    found = in_threads(look, range(threads))
+    assert len({ident for ident, _, _ in found}) == threads
+    assert {(count, grad) for _, count, grad in found} == {(1, False)}
+    assert torch.get_num_threads() == threads
+    assert torch.is_grad_enabled()
+
+
+def test_keeps_the_order_and_passes_errors_on(threads):
+    assert in_threads(lambda n: -n, iter(range(10))) == [-n for n in range(10)]
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda n: 1 / n, [1, 0])
+    assert torch.get_num_threads() == threads

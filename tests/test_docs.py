@@ -1,0 +1,291 @@
+"""The site says what the code does: methods and parameters, options, layouts, code and links are checked against it."""
+
+import dataclasses
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from synthetic import Zoo
+
+from mergekit_vision.__main__ import COMMANDS, main
+from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.registry import mergers
+from mergekit_vision.sources import config_faults
+from mergekit_vision.suite import Suite
+from mergekit_vision.suite_file import read_suite
+
+ROOT = Path(__file__).parent.parent
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+OWN = {name: merger for name, merger in mergers().items() if merger.__module__.startswith("mergekit_vision.")}
+FOLDERS = ("benchmarks", "configs", "examples", "mergekit_vision", "plugins", "tests")
+PACKAGES = ("pip", "mkdocs", "pytest")  # other people's commands
+
+every_page = pytest.mark.parametrize("page", PAGES)
+every_method = pytest.mark.parametrize("name", OWN)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[list[str]]:
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+ALL_COMMANDS = [pytest.param(words, id=f"{page}:{' '.join(words)[:60]}") for page in PAGES for words in commands(page)]
+
+
+# ------------------------------------------------------------------------------------------------------- pages
+
+
+def anchors(page: str) -> set[str]:
+    """Anchors of the headings, as Python-Markdown's `toc` makes them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+def test_the_navigation_has_every_page() -> None:
+    content = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    listed = [next(iter(entry.values())) if isinstance(entry, dict) else entry for entry in content["nav"]]
+    assert sorted(listed) == sorted(PAGES)
+
+
+@every_page
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        assert (file or page) in PAGES, target
+        assert not anchor or anchor in anchors(file or page), target
+
+
+@every_page
+def test_paths_in_the_repository_exist(page: str) -> None:
+    for path in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", PAGES[page]):
+        assert (ROOT / path).exists(), path
+
+
+# ----------------------------------------------------------------------------------------------------- methods
+
+
+def section(name: str) -> str:
+    (found,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", PAGES["methods.md"], flags=re.DOTALL | re.MULTILINE)
+    return found
+
+
+def rows(text: str) -> dict[str, tuple[str, ...]]:
+    """Rows of the tables in some Markdown: first cell -> the others, without headers and code marks."""
+    cells = [[cell.strip() for cell in line.strip("|").split(" |")] for line in text.splitlines() if line.startswith("|")]
+    return {first.strip("`"): tuple(others) for first, *others in cells if first and not first.startswith("-")}
+
+
+def test_the_catalogue_has_every_method() -> None:
+    assert sorted(re.findall(r"^## (\w+)$", PAGES["methods.md"], flags=re.MULTILINE)) == sorted(OWN)
+
+
+@every_method
+def test_parameters_and_defaults(name: str) -> None:
+    parameters = inspect.signature(OWN[name]).parameters
+    table = {row: cells for row, cells in rows(section(name)).items() if len(cells) == 2 and row != "parameter"}
+    assert list(table) == list(parameters)
+    for parameter, (default, meaning) in table.items():
+        value = parameters[parameter].default
+        assert yaml.safe_load(default.strip("`")) == (list(value) if isinstance(value, tuple) else value)
+        assert meaning
+
+
+@every_method
+def test_the_source_is_that_of_the_docstring(name: str) -> None:
+    (source,) = rows(section(name))["source"]
+    described = (OWN[name].__doc__ or "").partition("Args:")[0]
+    references = re.findall(r"arXiv \d{4}\.\d{5}|[A-Z]\w+ 20\d\d", described)
+    assert source == "this package" if not references else all(reference in source for reference in references)
+
+
+def merged_and_asked(merger: Merger) -> tuple[Merged, set[str]]:
+    """What a method makes of a made-up encoder, and what it asked its inputs for."""
+    asked, zoo = set(), Zoo(tasks=2)
+
+    def proxies(*args: Any) -> None:
+        asked.add("proxies")
+        zoo.run_proxies(*args)
+
+    def share(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
+        asked.add("share")
+        return {item: function(item) for item in items}
+
+    def track(items: Iterable[str], description: str) -> Iterable[str]:
+        asked.add("track")
+        return items
+
+    return merger.merge(dataclasses.replace(zoo.inputs(), run_proxies=proxies, share=share, track=track)), asked
+
+
+@every_method
+def test_facts(name: str) -> None:
+    merged, asked = merged_and_asked(OWN[name]())
+    facts = {fact: cells[0] for fact, cells in rows(section(name)).items() if len(cells) == 1}
+    assert facts["result"] == ("dynamic" if merged.routed else "static")
+    assert facts["inputs"] == ("weights, proxy images" if "proxies" in asked else "weights")
+    expected = {"shared": {"share"}, "repeated": {"track"}}.get(facts["work"], {"share", "track"})
+    assert asked & {"share", "track"} == expected
+    if facts["coefficient"] == "no effect":
+        assert not merged.scalable
+    else:
+        assert float(facts["coefficient"].split()[0]) == merged.scale
+
+
+def test_the_contract_is_described_whole() -> None:
+    table = {row.partition("(")[0] for row in rows(PAGES["plugins.md"])}
+    inner = {"run_proxies", "choose_scale", "share"}
+    members = {name for name in vars(MergeInputs) if not name.startswith("_")} | {f.name for f in dataclasses.fields(MergeInputs)}
+    assert members - inner <= table
+    assert inner <= set(re.findall(r"`(\w+)`", prose("plugins.md")))
+    assert {field.name for field in dataclasses.fields(Merged)} <= table
+    for name in ("observe", "spread", "delta", "deltas", "changed", "track", "coefficient"):
+        function = getattr(MergeInputs, name, None) or (lambda items, description: None)
+        arguments = [argument for argument in inspect.signature(function).parameters if argument != "self"]
+        assert f"`{name}({', '.join(arguments)})`" in PAGES["plugins.md"]
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def known_options() -> set[str]:
+    """Options of all commands together, by their help."""
+    found = set()
+    for command in COMMANDS:
+        with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["mergekit-vision"])
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+        found |= set(re.findall(r"--[\w.]+", printed.getvalue()))
+    return found
+
+
+@every_page
+def test_options_in_the_text_exist(page: str, known_options: set[str]) -> None:
+    benchmarks = {"--check", "--layers"} if page == "performance.md" else set()
+    for span in re.findall(r"`(--[^`]+)`", prose(page)):
+        for option in re.findall(r"--[\w.]+", span):
+            assert option in known_options | benchmarks or option.startswith("--model.merger."), option
+
+
+def check_benchmark(module: str, words: list[str]) -> None:
+    """Each option is one that the script takes."""
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    known = re.findall(r'add_argument\(\s*"(--[\w-]+)"', text)
+    assert {word for word in words if word.startswith("--")} <= set(known)
+
+
+@pytest.fixture
+def shown_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method on the page of plugins, importable by the name that stands there."""
+    module = ModuleType("my_package.median")
+    monkeypatch.setitem(sys.modules, "my_package", ModuleType("my_package"))
+    monkeypatch.setitem(sys.modules, "my_package.median", module)
+    exec(compile(blocks("plugins.md", "python")[0], "plugins.md", "exec"), vars(module))
+
+
+@pytest.mark.parametrize("words", ALL_COMMANDS)
+def test_commands_are_accepted(
+    words: list[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands of ours are parsed, with all their options, and not run."""
+    monkeypatch.chdir(ROOT)
+    if any("my_package" in word for word in words):
+        request.getfixturevalue("shown_method")
+    monkeypatch.setattr(sys, "argv", ["mergekit-vision"])
+    program, ours = words[0], [word for word in words if word in ("mergekit-vision", "mergekit_vision")]
+    if words[:2] == ["python", "-m"]:
+        check_benchmark(words[2], words[3:])
+    elif program == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif program in PACKAGES:
+        check_package_command(words)
+    else:
+        assert program in ("mergekit-vision", "torchrun", "srun")
+        arguments = words[words.index(ours[0]) + 1 :]
+        with pytest.raises(SystemExit) as ended:
+            main(arguments if "--help" in arguments or "--model.merger.help" in arguments else [*arguments, "--print_config"])
+        assert ended.value.code in (0, None), capsys.readouterr().err
+
+
+def check_package_command(words: list[str]) -> None:
+    """What `pip` and `pytest` are given is there."""
+    for word in words[1:]:
+        if word.startswith(".["):
+            assert re.search(rf"^{word[2:-1]} =$", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE), f"no extra {word}"
+        elif "/" in word:
+            assert (ROOT / word).exists()
+
+
+# -------------------------------------------------------------------------------------------- layouts and code
+
+
+@every_page
+def test_layouts_are_read(page: str, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(page, "yaml")):
+        content = yaml.safe_load(block)
+        if isinstance(content, list):
+            assert all(not config_faults(source) for source in content), block
+        else:
+            path = tmp_path / f"{number}.yaml"
+            path.write_text(block)
+            assert list(read_suite(path)["tasks"]) == list(content["tasks"])
+
+
+def test_methods_on_the_page_of_plugins() -> None:
+    """The code shown works, and does what its text says."""
+    zoo, names = Zoo(tasks=3), {"__name__": "plugins"}
+    for block in blocks("plugins.md", "python"):
+        exec(compile(block, "plugins.md", "exec"), names)
+    update = names["Median"](gain=2.0).merge(zoo.inputs()).update  # type: ignore[operator]
+    for key in zoo.base:
+        assert (update[key].double() - 2 * zoo.delta64(key).median(0).values).abs().max() < 1e-7
+    update = names["Weighted"]().merge(zoo.inputs()).update  # type: ignore[operator]
+    for linear in zoo.inputs().linears:
+        key = linear + ("_weight" if linear.endswith("in_proj") else ".weight")
+        energy = [zoo.rows(task, linear).square().sum(0) for task in zoo.experts]
+        expected = sum(e * d for e, d in zip(energy, zoo.delta64(key), strict=True)) / sum(energy)
+        assert (update[key].double() - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_code_on_the_page_of_python(
+    tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it, in order, on a small suite."""
+    content = yaml.safe_load(tiny_suite.read_text())
+    content["backbone"] = f"local-dir:{tiny_suite.parent / 'base'}"
+    for task in content["tasks"].values():
+        task["expert"] = str(tiny_suite.parent / task["expert"])
+        for source in task["data"].values():
+            source["parquet"] = str(tiny_suite.parent / source["parquet"])
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks("python.md", "python"):
+        exec(compile(block, "python.md", "exec"), names)
+    assert set(names["accuracies"]) == {f"accuracy/{task}" for task in Suite.load("suite.yaml").tasks}
+    assert names["embeddings"].shape[0] == 2
+    assert names["preprocess"](Image.new("RGB", (30, 20))).shape[-2:] == names["size"]
+    assert {path.name for path in (tmp_path / "runs" / "compare").iterdir()} >= {"results.json", "report.html"}
+    printed = capsys.readouterr().out
+    assert all(f"{name} {merger.__module__}" in printed for name, merger in OWN.items())
