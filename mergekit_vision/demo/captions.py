@@ -16,8 +16,8 @@ def captioned(seed: int, index: int) -> tuple[Image.Image, str, str]:
 
     Captions of the same meaning, a class or its colours, are worded in several ways.
 
-    >>> captioned(0, 3)[1:]
-    ('the shape of a semicircle', 'shapes: semicircle')
+    >>> captioned(0, 4)[1:]
+    ('a group of seven', 'counting: seven')
     """
     random = Random(f"captions/{seed}/{index}")
     name, concept = list(CONCEPTS.items())[int(len(CONCEPTS) * random.random())]
