@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/mergekit-vision compare --suite demo --output runs/demo
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -13,13 +13,15 @@ def code_fingerprint(classes: Iterable[type]) -> str | None:
     """Hash of the modules in which some classes are defined, and of what those import; 64 hexadecimal digits.
 
     Imports are followed, inside of functions too, into modules of the same package and into modules that are not installed, such
-    as files beside the user. Other libraries are known by their versions, which are not part of the hash.
+    as files beside the user. Other libraries, also torch where a class derives from it, are known by their versions, which are
+    not part of the hash.
 
     Returns:
         ``None`` where a class has no source file: defined in an interactive session, or compiled.
     """
     files: dict[str, Path] = {}
-    for module in {base.__module__ for cls in classes for base in cls.__mro__ if base.__module__ not in ("builtins", "abc")}:
+    modules = {base.__module__ for cls in classes for base in cls.__mro__}
+    for module in (name for name in modules if name.partition(".")[0] not in ("builtins", "abc", "typing", "torch")):
         if (file := _source(module)) is None:
             return None
         _follow(module, file, files)

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the tests run side by side, each process on one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import numpy as np
 import pyarrow as pa

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_vision import source_code
+from mergekit_vision.encoder import VisionEncoder
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.source_code import _follow, _source, code_fingerprint
@@ -54,6 +56,13 @@ def test_libraries_are_not_followed() -> None:
     assert {"mergekit_vision.functional.linalg", "mergekit_vision.plugins.esm"} <= set(files)
     assert {name.partition(".")[0] for name in files} == {"mergekit_vision"}
     assert not {"mergekit_vision.plugins.smile", "mergekit_vision.workbench"} & set(files)
+
+
+def test_a_class_of_torch_does_not_read_all_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(source_code, "_imported", lambda module, file: read.append(module) or [])
+    assert code_fingerprint([VisionEncoder])
+    assert read == ["mergekit_vision.encoder"]
 
 
 def test_methods_differ() -> None:

@@ -65,7 +65,10 @@ class Zoo:
 
     def routed(self, merger: Merger, scale: float, split: str, mode: str) -> float:
         """Mean accuracy of a dynamic model whose base is used at ``scale``."""
-        merged = self.bench.merge(merger, self.experts, lambda _: scale)
+        row = f"{merger} at {scale}"
+        if row not in self._merged:
+            self._merged[row] = self.bench.merge(merger, self.experts, lambda _: scale)
+        merged = self._merged[row]
         encoder = copy.deepcopy(self.bench.encoder)
         encoder.assign(merged_weights(self.bench.base, merged))
         encoder.route(merged.routed)

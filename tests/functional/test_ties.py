@@ -134,13 +134,14 @@ def plainly(deltas, thresholds, aggregate, tie_sign):
 @pytest.mark.parametrize("tasks", [1, 2, 5, 20, 600])
 def test_many_pieces_against_the_plain_formula(aggregate, tie_sign, tasks):
     """Among them entries that cancel exactly, or all but: there a sum in float32 has the wrong sign, or none."""
-    deltas = numbers(tasks * 1009, seed=3, decades=2).view(tasks, 1009)
+    columns = 1009 if tasks < 100 else 91
+    deltas = numbers(tasks * columns, seed=3, decades=2).view(tasks, columns)
     deltas[-1, ::3] = -deltas[:-1, ::3].double().sum(0).float()
     deltas[:, 1::3] = deltas[:, 1::3].mul(2).round()
     deltas[:2, 2::30] = torch.tensor([1e-44, -1e-44])[:tasks].unsqueeze(1)
     thresholds = [0.0, 1e-44, 0.01, 0.3, 1.0] * (tasks // 5) + [0.01] * (tasks % 5)
     expected, votes, cancelled = plainly(deltas, thresholds, aggregate, tie_sign)
-    found = ties_merge(list(deltas), torch.zeros(1009), thresholds, aggregate, tie_sign)
+    found = ties_merge(list(deltas), torch.zeros(columns), thresholds, aggregate, tie_sign)
     torch.testing.assert_close(found.merged.double(), expected, rtol=1e-5, atol=0)
     assert ((found.merged != 0) == (expected.float() != 0)).all()
     assert (found.votes, found.cancelled) == (votes, cancelled)
