@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/mergekit-vision compare --suite demo --output runs/demo
 
 test: .venv/ready
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
