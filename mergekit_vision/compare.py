@@ -1,12 +1,10 @@
 """Many methods on one suite: each is merged and evaluated once, remembered by content, and shown beside the others."""
 
-import copy
 import inspect
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,9 +16,8 @@ from mergekit_vision.analysis import EnergyCurve, describe_experts
 from mergekit_vision.checkpoints import open_weights
 from mergekit_vision.encoder import VisionEncoder
 from mergekit_vision.errors import EvaluationError, InputError
-from mergekit_vision.layers import LowRankExperts
 from mergekit_vision.memory import Entry, Memory
-from mergekit_vision.merger import Merger, Weights
+from mergekit_vision.merger import Merger
 from mergekit_vision.module import MergedCLIP
 from mergekit_vision.progress import say, track
 from mergekit_vision.results import own_expert_shares, summarise, versions
@@ -161,7 +158,7 @@ class Comparison:
         weights, routed = model.merge_with(bench, merger)
         merged = list(model.record["experts"])
         start = time.perf_counter()
-        with _using(bench, weights, routed) as using:
+        with bench.using(weights, routed) as using:
             encoder = using.encoder
             if encoder.routing is not None:
                 encoder.routing.mode = model.route
@@ -226,16 +223,6 @@ def _rows(
         *sorted(measured, key=lambda found: float(found["mean"]["accuracy"])),
         row("experts", "experts", own, extra_parameters=(len(own) - 1) * model),
     ]
-
-
-@contextmanager
-def _using(bench: Workbench, weights: Weights, routed: Mapping[str, LowRankExperts]) -> Iterator[Workbench]:
-    """A workbench whose encoder is the merged model, while the context is open."""
-    with bench.wearing(weights) as encoder:
-        if routed:
-            encoder = copy.deepcopy(encoder)
-            encoder.route(routed)
-        yield replace(bench, encoder=encoder)
 
 
 def _accuracies(bench: Workbench, merged: Sequence[str] = ()) -> dict[str, float]:

@@ -130,8 +130,9 @@ class Routing:
         mode: ``"router"``; ``"oracle"``, where each image takes the expert of its true task; ``"base"``, without experts.
         truth: index of the true task of each image of the next batch, ``[N]``; the oracle needs it, and images without it are
             not counted.
-        counts: layer name -> ``[T, T]``, float64: how many images of each true task (row) took each expert (column). Where
-            tokens are routed an image counts as the mean over its tokens. Empty unless :meth:`record` was called.
+        counts: layer name -> ``[T, T]``, float64 where the device has it: how many images of each true task (row) took each
+            expert (column). Where tokens are routed an image counts as the mean over its tokens. Empty unless :meth:`record`
+            was called.
     """
 
     def __init__(self) -> None:
@@ -145,8 +146,9 @@ class Routing:
         """Start counting choices from zero, or stop and forget."""
         self.counts = {}
         for name, layer in self.layers.items() if on else ():
-            experts = len(layer.down)
-            self.counts[name] = torch.zeros(experts, experts, dtype=torch.float64, device=layer.down.device)
+            experts, device = len(layer.down), layer.down.device
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's devices have no float64
+            self.counts[name] = torch.zeros(experts, experts, dtype=dtype, device=device)
 
     def choose(self, layer: "RoutedLinear", x: Tensor) -> Choice | None:
         """The experts of ``layer`` for its input ``x [N, L, d_in]``; ``None`` without experts."""
@@ -159,8 +161,8 @@ class Routing:
             with torch.autocast(x.device.type, enabled=False):  # a choice must not hinge on bfloat16's three digits
                 choice = layer.router.choose(self._evidence(layer, x.to(layer.down.dtype)))
         if self.counts and self.truth is not None:
-            chosen = choice.dense(len(layer.down)).mean(1).double()
-            self.counts[layer.name].index_add_(0, self._true_tasks(x), chosen)
+            counts = self.counts[layer.name]
+            counts.index_add_(0, self._true_tasks(x), choice.dense(len(layer.down)).mean(1).to(counts.dtype))
         return choice
 
     def _evidence(self, layer: "RoutedLinear", x: Tensor) -> Tensor:

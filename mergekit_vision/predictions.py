@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """Write ``path`` (CSV) and print the beginning."""
-        table = Table(title=f"{self.task} → {path}", title_justify="left")
+        table = Table(title=escape(f"{self.task} → {path}"), title_justify="left")
         for name in ("image", "class", "probability %"):
             table.add_column(name)
         with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
@@ -53,7 +54,7 @@ class Predictions:
                 row = self.rows[index]
                 writer.writerow([self.paths[index], *(item for name, value in row for item in (name, f"{value:.6f}"))])
                 if position < _SHOWN:
-                    table.add_row(self.paths[index].name, row[0][0], f"{100 * row[0][1]:.1f}")
+                    table.add_row(escape(self.paths[index].name), escape(row[0][0]), f"{100 * row[0][1]:.1f}")
         if len(self.rows) > _SHOWN:
             table.add_row("…", f"{len(self.rows) - _SHOWN} more in the file", "")
         console.print(table)

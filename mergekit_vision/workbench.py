@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from mergekit_vision.evaluation import measure, remembered
 from mergekit_vision.files import fingerprint
 from mergekit_vision.heads import ZeroShotHeads
 from mergekit_vision.hooks import capture_inputs
+from mergekit_vision.layers import LowRankExperts
 from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer, Weights
 from mergekit_vision.parallel import ALONE, Team
 from mergekit_vision.progress import say, track
@@ -66,6 +67,15 @@ class Workbench:
         finally:
             self.encoder.assign(self.base)
 
+    @contextmanager
+    def using(self, weights: Weights, routed: Mapping[str, LowRankExperts] | None = None) -> Iterator["Workbench"]:
+        """A workbench whose encoder is a merged model, static or dynamic, while the context is open."""
+        with self.wearing(weights) as encoder:
+            if routed:
+                encoder = copy.deepcopy(encoder)
+                encoder.route(routed)
+            yield replace(self, encoder=encoder)
+
     def inputs(self, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None) -> MergeInputs:
         """What a merger gets of some experts, task -> weights; see :meth:`merge`."""
         # Apple's devices have no float64, which the kernels need
@@ -73,13 +83,10 @@ class Workbench:
 
         def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
             moved = {name: _moving(observer, device) for name, observer in observers.items()}
-            with self.wearing(experts[task] if model is None else merged_weights(self.base, model)) as encoder:
-                if model is not None and model.routed:
-                    encoder = copy.deepcopy(encoder)
-                    encoder.route(model.routed)
-                with capture_inputs(encoder, moved):
-                    for images in self.data.proxy_loader(task):
-                        encoder(images.to(self.device))
+            weights, routed = (experts[task], None) if model is None else (merged_weights(self.base, model), model.routed)
+            with self.using(weights, routed) as bench, capture_inputs(bench.encoder, moved):
+                for images in self.data.proxy_loader(task):
+                    bench.encoder(images.to(self.device))
 
         share = partial(self.team.spread, device=device)
         return MergeInputs(self.base, experts, self.encoder.linears, device, run_proxies, choose_scale, track, share)
@@ -138,6 +145,8 @@ class Workbench:
             Every coefficient tried with its mean accuracy and mean normalised accuracy; the best is first. Remembered: methods
             that build on the same merged model search once.
         """
+        if merged.routed:
+            return self._search(merged, search, experts)
         key = self.team.broadcast(_content(merged, search, experts), 0)
         if key not in self.curves:
             self.curves[key] = self._search(merged, search, experts)
@@ -147,8 +156,8 @@ class Workbench:
         rows = {}
 
         def normalized(coefficient: float) -> float:
-            with self.wearing(merged_weights(self.base, merged, coefficient)):
-                accuracy = {task: self.accuracy(task, "val") for task in experts}
+            with self.using(merged_weights(self.base, merged, coefficient), merged.routed) as bench:
+                accuracy = {task: bench.accuracy(task, "val") for task in experts}
             mean = sum(accuracy.values()) / len(accuracy)
             score = sum(value / experts[task] for task, value in accuracy.items()) / len(accuracy)
             rows[coefficient] = {"coefficient": coefficient, "accuracy": mean, "normalized": score}

@@ -1,4 +1,6 @@
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +52,23 @@ def test_the_smaller_of_equal_coefficients_wins() -> None:
 def test_refuses_a_meaningless_range(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         ScaleSearch(**wrong)
+
+
+def test_a_search_runs_the_model_with_its_routed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing: Any = None
+    bench = Workbench(nothing, nothing, {"a": torch.zeros(3)}, nothing, nothing, torch.device("cpu"))
+    routed: Any = {"layer": object()}
+    ran: list[tuple[float, Any]] = []
+
+    def using(self: Workbench, weights: dict[str, torch.Tensor], experts: Any = None) -> Any:
+        ran.append((float(weights["a"][0]), experts))
+        return nullcontext(SimpleNamespace(accuracy=lambda task, split: 0.25))
+
+    monkeypatch.setattr(Workbench, "using", using)
+    found = bench.search(Merged({"a": torch.ones(3)}, routed=routed), ScaleSearch(halvings=0), {"task": 0.5})
+    assert found[0]["normalized"] == 0.5
+    assert sorted(coefficient for coefficient, _ in ran) == sorted(row["coefficient"] for row in found)
+    assert all(experts is routed for _, experts in ran)
 
 
 def test_what_was_searched_once_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
