@@ -36,7 +36,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
                 for implementation, style in STYLES.items():
                     points = _points(chosen, method, implementation, x, cost)
                     if points:
-                        axes.loglog(*zip(*points, strict=True), f"C{number}o{style}", label=f"{method}, {implementation}")
+                        axes.plot(*zip(*points, strict=True), f"C{number}o{style}", label=f"{method}, {implementation}")
             _ticks(axes, sorted({row[x] for row in chosen}))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)
@@ -49,7 +49,8 @@ def _points(rows: Iterable[dict[str, Any]], method: str, implementation: str, x:
 
 
 def _ticks(axes: Any, values: list[float]) -> None:
-    """Label the measured places, not the powers of ten."""
+    """Label the measured places; from zero on, so that what is linear looks it."""
     axes.set_xticks(values, [str(value) for value in values])
-    axes.minorticks_off()
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
