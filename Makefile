@@ -19,7 +19,8 @@ lint: .venv/ready
 .venv/ready: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,hub]'
+	@echo "installing PyTorch and what else is needed into .venv: some GB, a few minutes"
+	$(BIN)/python -m pip install --editable '.[test,hub]'
 	touch $@
 
 clean:

@@ -95,6 +95,7 @@ class Comparison:
     def __init__(self, model: MergedCLIP, mergers: Mapping[str, Merger], lenient: bool = False) -> None:
         self.model, self.mergers, self.lenient = model, mergers, lenient
         self.results: dict[str, Any] = {}
+        self._measured = 0
 
     def __call__(self, bench: Workbench) -> None:
         """Evaluate the backbone, the experts and every method, and compare the experts with each other."""
@@ -134,7 +135,7 @@ class Comparison:
         left_out: dict[str, str] = {}
         for number, (name, merger) in enumerate(self.mergers.items(), start=1):
             place = f"[{number}/{len(self.mergers)}] {name}"
-            code = memory.of_merger(merger)
+            code, before = memory.of_merger(merger), self._measured
             try:
                 found[name] = self._memory.recall(
                     None if code is None else [*conditions, *code], partial(self._measure, bench, merger, place)
@@ -148,12 +149,14 @@ class Comparison:
                 say(f"{place} is left out: {error}")
                 continue
             accuracy = found[name]["accuracy"].values()
-            say(f"{place}: {100 * sum(accuracy) / len(accuracy):.2f} % on {SPLIT}")
+            known = ", known from an earlier run" if self._measured == before else ""
+            say(f"{place}: {100 * sum(accuracy) / len(accuracy):.2f} % on {SPLIT}{known}")
         return found, left_out
 
     def _measure(self, bench: Workbench, merger: Merger, place: str) -> Entry:
         """Merge, choose the coefficient, evaluate every task."""
         say(f"{place} …")
+        self._measured += 1
         model = self.model
         weights, routed = model.merge_with(bench, merger)
         merged = list(model.record["experts"])

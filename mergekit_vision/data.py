@@ -240,14 +240,14 @@ class VisionTasks(LightningDataModule):
     def _source(self, task: str, split: str) -> ImageSource:
         """One split, opened once. What had to be fetched first can only be checked now."""
         if (task, split) not in self._sources:
-            suite, data = self.suite, self.suite.tasks[task].data
-            if split not in data:
+            path, known = self.suite.path, self.suite.tasks[task]
+            if split not in known.data:
                 raise InputError(
-                    f"{suite.path}: task {task} has no split {split}{closest(split, data)}; it has {', '.join(data)}"
+                    f"{path}: task {task} has no split {split}{closest(split, known.data)}; it has {', '.join(known.data)}"
                 )
-            source = open_source(data[split])
-            if faults := content_faults(source, len(suite.tasks[task].classes)):
-                raise InputError(f"{suite.path}: tasks.{task}.data.{split}: {'; '.join(faults)}")
+            source = open_source(known.data[split])
+            if faults := content_faults(source, known.classes, known.named_by_data):
+                raise InputError(f"{path}: tasks.{task}.data.{split}: {'; '.join(faults)}")
             self._sources[task, split] = source
         return self._sources[task, split]
 

@@ -168,8 +168,16 @@ def open_source(config: SourceConfig, labelled: bool = True) -> ImageSource:
     return FolderImages(directory)
 
 
-def check_source(config: SourceConfig, classes: int) -> list[str]:
-    """Faults of a well-formed source against the number of classes; reads headers and label columns, never an image.
+def check_source(config: SourceConfig, classes: Sequence[str], exact: bool = False) -> list[str]:
+    """Faults of a well-formed source against the classes of its task; reads headers and label columns, never an image.
+
+    The names that the data gives its classes may differ from those used in prompts, but a name that both use must stand for the
+    same class index: a split whose classes are counted otherwise would be evaluated with wrong labels.
+
+    Args:
+        config: the source.
+        classes: name of each class index.
+        exact: whether the data must name its classes so too: the names come from another split.
 
     A torchvision class is only imported and its arguments matched; of a hub data set only the description is fetched. For both
     :func:`content_faults` tells the rest once they are opened.
@@ -182,32 +190,48 @@ def check_source(config: SourceConfig, classes: int) -> list[str]:
             import_class(config["torchvision"], config.get("args", {}))
             return []
         if kind == "hub":
-            return _count_faults(class_names(config), classes)
-        return content_faults(open_source(config), classes)
+            return _name_faults(class_names(config), classes, exact)
+        return content_faults(open_source(config), classes, exact)
     except InputError as error:
         return [str(error)]
 
 
-def content_faults(source: ImageSource, classes: int) -> list[str]:
-    """Faults of an open source's class names and labels against the number of classes.
+def content_faults(source: ImageSource, classes: Sequence[str], exact: bool = False) -> list[str]:
+    """Faults of an open source's class names and labels; arguments as of :func:`check_source`.
 
     Raises:
         InputError: when the labels cannot be read.
     """
-    if faults := _count_faults(source.names, classes):
+    if faults := _name_faults(source.names, classes, exact):
         return faults
     labels = source.label_range()
     if labels is None:
         return ["holds no images"]
-    if not 0 <= labels[0] <= labels[1] < classes:
-        return [f"labels run from {labels[0]} to {labels[1]}, but with {classes} classes they must lie in 0 to {classes - 1}"]
+    if not 0 <= labels[0] <= labels[1] < len(classes):
+        known = f"with {len(classes)} classes they must lie in 0 to {len(classes) - 1}"
+        return [f"labels run from {labels[0]} to {labels[1]}, but {known}"]
     return []
 
 
-def _count_faults(names: Sequence[str] | None, classes: int) -> list[str]:
-    if names is None or len(names) == classes:
+def _name_faults(names: Sequence[str] | None, classes: Sequence[str], exact: bool) -> list[str]:
+    """What is wrong with the names that the data gives its classes.
+
+    >>> _name_faults(["circle", "ring"], ["ring", "circle"], exact=False)
+    ['class 0 is `circle` in the data, but `ring` under `classes`; list them in the order of the data']
+    """
+    theirs = "in the task's first split" if exact else "under `classes`"
+    if names is None or list(names) == list(classes):
         return []
-    return [f"the data has {len(names)} classes, `classes` names {classes}"]
+    missing = [f"`{name}`" for name in classes if name not in names] if exact or set(names) & set(classes) else []
+    lacking = f"; {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} missing here" if missing else ""
+    if len(names) != len(classes):
+        return [f"the data has {len(names)} classes, but there are {len(classes)} {theirs}{lacking}"]
+    shared = [name for name in names if list(names).count(name) == list(classes).count(name) == 1]
+    moved = [i for i, name in enumerate(names) if name != classes[i] and (exact or name in shared or classes[i] in shared)]
+    if not moved:
+        return []
+    remedy = "name them alike in all splits" if exact else "list them in the order of the data"
+    return [f"class {moved[0]} is `{names[moved[0]]}` in the data, but `{classes[moved[0]]}` {theirs}{lacking}; {remedy}"]
 
 
 def class_names(config: SourceConfig) -> tuple[str, ...] | None:

@@ -39,6 +39,7 @@ class Task:
         data: split -> data source (see :mod:`mergekit_vision.sources`), with absolute paths.
         classes: name of each class index, as used in prompts.
         templates: prompts; each ``{}`` stands for the class name, other braces for themselves.
+        named_by_data: whether the suite left ``classes`` to the data.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task:
     data: Mapping[str, Mapping[str, object]]
     classes: tuple[str, ...]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    named_by_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,16 @@ class Suite:
         content = read_suite(path)
         root, tasks, faults = path.parent, {}, list[str]()
         for name, task in content["tasks"].items():
-            classes = task["classes"]
-            if classes is None:
+            classes, unnamed = task["classes"], task["classes"] is None
+            if unnamed:
                 try:
                     classes = _names_in_data(task["data"])
                 except InputError as error:
                     faults.append(f"tasks.{name}.classes: not given, and not found in the data: {error}")
                     continue
             templates = task["templates"] or DEFAULT_TEMPLATES
-            tasks[name] = Task(name, root / Path(task["expert"]).expanduser(), task["data"], tuple(classes), tuple(templates))
+            expert = root / Path(task["expert"]).expanduser()
+            tasks[name] = Task(name, expert, task["data"], tuple(classes), tuple(templates), unnamed)
         raise_faults(path, faults)
         return cls(content["name"], content["backbone"], content["pretrained"], tasks, path)
 
@@ -155,7 +158,7 @@ def _split_faults(task: Task, split: str) -> list[str]:
 
     if split not in task.data:
         return [f"missing{closest(split, task.data)}; the task has {', '.join(task.data)}"]
-    return check_source(task.data[split], len(task.classes))
+    return check_source(task.data[split], task.classes, task.named_by_data)
 
 
 def _shortened(items: Iterable[str]) -> str:

@@ -97,6 +97,8 @@ class Trainer(lightning.Trainer):
             dynamic = model.encoder is not None and model.encoder.routing is not None
             reads = "mergekit_vision.load reads it; open_clip reads its static base only" if dynamic else "open_clip reads it too"
             say(f"merged model: {output} ({reads}, as local-dir:{output})")
+            if (output / "results.json").exists():
+                say(f"{output / 'results.json'} was there before: it is not about this model until `test` has run again")
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's val split."""

@@ -203,7 +203,7 @@ class ScaleChoice:
         """The coefficient of ``merged``; its own where nothing in it can be scaled."""
         if self._scale == "merger" or not merged.scalable:
             if self._scale != "merger" and not self._used:
-                say("this method has no scaling coefficient; --model.scale changes nothing")
+                say("this method has no scaling coefficient: there is none to set or to search")
             return merged.scale
         self._used = True
         if self._scale != "search":

@@ -146,6 +146,8 @@ def test_other_files_are_named(tmp_path: Path):
             open_weights(tmp_path / name)
     with pytest.raises(InputError, match=r"missing\.pt: cannot be read"):
         open_weights(tmp_path / "missing.pt")
+    with pytest.raises(InputError, match=r"cannot be read .*did you mean `lfs\.safetensors`"):
+        open_weights(tmp_path / "lsf.safetensors")
     with pytest.raises(InputError, match="cannot be read"):
         open_weights(tmp_path)
 

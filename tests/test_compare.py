@@ -118,7 +118,9 @@ def test_extra_parameters_are_what_the_model_holds_besides_one_encoder(compare) 
     assert found["experts"]["extra_parameters"] == 2 * results["parameters"]
 
 
-def test_a_second_run_measures_nothing(compare, merges: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_measures_nothing(
+    compare, merges: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = compare(["TSVM", "TaskArithmetic"], scale="search")
     assert merges == ["TSVM", "TaskArithmetic"]
 
@@ -128,7 +130,9 @@ def test_a_second_run_measures_nothing(compare, merges: list[str], monkeypatch: 
     for name in ("merge", "accuracy"):
         monkeypatch.setattr(Workbench, name, refuse)
     monkeypatch.setattr("mergekit_vision.compare.describe_experts", refuse)
+    assert "from an earlier run" not in capsys.readouterr().out
     assert compare(["TSVM", "TaskArithmetic"], scale="search") == first
+    assert capsys.readouterr().out.count("from an earlier run") == 2
 
 
 def test_another_method_costs_one_method(compare, merges: list[str]) -> None:

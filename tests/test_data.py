@@ -458,7 +458,7 @@ def test_what_was_downloaded_is_checked(root: Path, labels: tuple[int, ...], hin
 def test_the_number_of_downloaded_classes_is_checked(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Fetched, "classes", ["a", "b"], raising=False)
     path = changed(root, lambda tasks: tasks["colours"]["data"].update(val=fetched("colours", "val")))
-    with pytest.raises(InputError, match=r"tasks\.colours\.data\.val: the data has 2 classes, `classes` names 3"):
+    with pytest.raises(InputError, match=r"tasks\.colours\.data\.val: the data has 2 classes, but there are 3 under `classes`"):
         VisionTasks(path).size("colours", "val")
 
 

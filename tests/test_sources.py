@@ -17,6 +17,11 @@ from mergekit_vision.parquet import ParquetImages, _images
 from mergekit_vision.sources import FlatFolder, check_source, config_faults, content_faults, open_source, resolve
 
 
+def numbered(classes: int) -> list[str]:
+    """Names that no data uses."""
+    return [f"class {number}" for number in range(classes)]
+
+
 def image(value: int, mode: str = "RGB") -> Image.Image:
     return Image.new("RGB", (4, 3), (value, 2 * value, 100)).convert(mode)
 
@@ -150,14 +155,14 @@ def test_label_range_with_and_without_statistics(tmp_path: Path, statistics: boo
     pq.write_table(data, path, row_group_size=2, write_statistics=statistics)
     assert ParquetImages(path).label_range() == (-1, 4)
     config = {"parquet": str(path)}
-    assert check_source(config, 5) == ["labels run from -1 to 4, but with 5 classes they must lie in 0 to 4"]
+    assert check_source(config, numbered(5)) == ["labels run from -1 to 4, but with 5 classes they must lie in 0 to 4"]
     pq.write_table(table([encoded(image(1))] * 2, [0, 4]), path, write_statistics=statistics)
-    assert check_source(config, 5) == []
-    assert "labels run from 0 to 4" in check_source(config, 4)[0]
+    assert check_source(config, numbered(5)) == []
+    assert "labels run from 0 to 4" in check_source(config, numbered(4))[0]
     pq.write_table(table([encoded(image(1))] * 2, [0, None]), path, write_statistics=statistics)
-    assert "1 rows have no 'label'" in check_source(config, 5)[0]
+    assert "1 rows have no 'label'" in check_source(config, numbered(5))[0]
     pq.write_table(table([], []), path)
-    assert check_source(config, 5) == ["holds no images"]
+    assert check_source(config, numbered(5)) == ["holds no images"]
 
 
 @pytest.fixture
@@ -169,12 +174,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.mark.parametrize(
+    ("classes", "exact", "message"),
+    [
+        (["ant", "cat"], True, None),
+        (["ant", "feline"], False, None),  # a better name for the prompts
+        (["insect", "feline"], False, None),
+        (["ant", "feline"], True, "class 1 is `cat` in the data, but `feline` in the task's first split; `feline` missing here"),
+        (["cat", "ant"], False, "class 0 is `ant` in the data, but `cat` under `classes`; list them in the order of the data"),
+        (["bee", "ant"], False, "class 0 is `ant` in the data, but `bee` under `classes`; `bee` missing here; list them"),
+        (["ant", "bee", "cat"], True, "has 2 classes, but there are 3 in the task's first split; `bee` missing here"),
+        (["ant", "bee", "cat"], False, "has 2 classes, but there are 3 under `classes`; `bee` missing here"),
+    ],
+)
+def test_a_name_stands_for_one_class_everywhere(folder: Path, classes: list[str], exact: bool, message: str | None):
+    faults = check_source({"folder": str(folder)}, classes, exact)
+    assert not faults if message is None else message in faults[0]
+
+
 def test_image_folder(folder: Path):
     source = open_source({"folder": str(folder)})
     assert (source.names, list(source.labels()), len(source)) == (("ant", "cat"), [0, 1, 1], 3)
     assert source[2][0].mode == "RGB"
-    assert check_source({"folder": str(folder)}, 2) == []
-    assert check_source({"folder": str(folder)}, 3) == ["the data has 2 classes, `classes` names 3"]
+    assert check_source({"folder": str(folder)}, numbered(2)) == []
+    assert check_source({"folder": str(folder)}, numbered(3)) == ["the data has 2 classes, but there are 3 under `classes`"]
     (folder / "cat" / "2.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"cat/2\.png: not a readable image"):
         source[2]
@@ -265,9 +288,10 @@ def test_a_real_torchvision_data_set():
     ],
 )
 def test_torchvision_is_checked_without_being_built(config: dict[str, object], hint: str):
-    (fault,) = check_source(config, 10)
+    (fault,) = check_source(config, numbered(10))
     assert hint in fault
-    assert check_source({"torchvision": "torchvision.datasets.MNIST", "args": {"root": "/nowhere", "download": True}}, 10) == []
+    arguments = {"root": "/nowhere", "download": True}
+    assert check_source({"torchvision": "torchvision.datasets.MNIST", "args": arguments}, numbered(10)) == []
 
 
 @pytest.fixture
@@ -286,14 +310,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_hub_layout_offline(hub: Path):
     config = {"hub": str(hub), "split": "test"}
-    assert check_source(config, 2) == []
+    assert check_source(config, numbered(2)) == []
     source = open_source(config)
     assert (source.names, list(source.labels()), len(source)) == (("x", "y"), [1, 0, 1], 3)
     assert (source[0][0].mode, source[1][0].getpixel((0, 0)), source[0][1]) == ("RGB", (2, 4, 100), 1)
     with pytest.raises(InputError, match=r"toy \[test\], row 2: not a readable image"):
         source[2]
-    assert "the data has 2 classes" in check_source(config, 3)[0]
-    assert "no column 'img'" in check_source({**config, "image": "img"}, 2)[0]
+    assert "the data has 2 classes" in check_source(config, numbered(3))[0]
+    assert "no column 'img'" in check_source({**config, "image": "img"}, numbered(2))[0]
 
 
 def test_damaged_hub_data_is_one_clear_error(hub: Path):
@@ -313,14 +337,14 @@ def test_hub_labels_without_class_names_are_checked(hub: Path):
     for name in ("test", "train"):
         pq.write_table(data, hub / "data" / f"{name}-00000-of-00001.parquet")
     source = open_source({"hub": str(hub), "split": "test"})
-    assert "labels run from -1 to 0" in content_faults(source, 2)[0]
+    assert "labels run from -1 to 0" in content_faults(source, numbered(2))[0]
 
 
 def test_hub_faults_are_input_errors(hub: Path):
     for config in ({"hub": str(hub), "split": "nosplit"}, {"hub": str(hub / "none"), "split": "test"}):
         with pytest.raises(InputError):
             open_source(config)
-        assert len(check_source(config, 2)) == 1
+        assert len(check_source(config, numbered(2))) == 1
 
 
 def test_hub_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -159,7 +159,7 @@ def test_every_fault_of_experts_and_data_is_listed(root: Path):
         ("tasks.greys.data.val: ", "missing"),
         ("tasks.greys.data.test: ", "not a readable Parquet file"),
         ("tasks.stripes.expert: ", "cannot be read (No such file"),
-        ("tasks.stripes.data.val: ", "the data has 3 classes, `classes` names 2"),
+        ("tasks.stripes.data.val: ", "the data has 3 classes, but there are 2 under `classes`"),
     ]
     assert len(lines) == len(starts)
     for line, (start, part) in zip(lines, starts, strict=True):

@@ -35,13 +35,21 @@ def open_weights(path: str | Path) -> CheckpointWeights:
         with path.open("rb") as stream:
             start = stream.read(32)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}){_beside(path)}") from error
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it came from")
     kind = _sniff(start) or _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise InputError(f"{path}: neither safetensors nor a torch.save'd state dict (known suffixes: {', '.join(_FORMATS)})")
     return kind(path)
+
+
+def _beside(path: Path) -> str:
+    """Hint at a file of a similar name in the same directory."""
+    from mergekit_vision.sources import closest
+
+    others = [other.name for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
+    return closest(path.name, others)
 
 
 def _sniff(start: bytes) -> type[CheckpointWeights] | None:
