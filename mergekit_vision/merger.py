@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mergekit_vision.allocator import give_back
 from mergekit_vision.errors import InputError
 from mergekit_vision.layers import LowRankExperts
 
@@ -139,7 +140,14 @@ class MergeInputs:
             items: tasks, or keys of :attr:`base`; these are shared out by size.
             description: what the progress bar says.
         """
-        return self.share(function, {item: self.base[item].numel() if item in self.base else 1 for item in items}, description)
+
+        def tidily(item: str) -> _Result:
+            try:
+                return function(item)
+            finally:
+                give_back()
+
+        return self.share(tidily, {item: self.base[item].numel() if item in self.base else 1 for item in items}, description)
 
     def coefficient(self, merged: "Merged") -> float:
         """The scaling coefficient at which ``merged`` is to be used: the user's number, the searched one, or its own."""
