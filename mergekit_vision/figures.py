@@ -109,7 +109,7 @@ def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     bold = [[line in methods and value == best[column] for column, value in enumerate(line)] for line in values]
     low = min(90.0, 10 * (min(min(line) for line in shades) // 10))
     table = _Table([row["name"] for row in rows], tasks, values, shades, bold)
-    return _heat_map(table, "numbers: accuracy, %; shade: share of the task's own expert, %", low, max(100.0, *map(max, shades)))
+    return _heat_map(table, "accuracy, %\n(shade: % of the task's own expert)", low, max(100.0, *map(max, shades)))
 
 
 def draw_similarity(tasks: Sequence[str], cosine: Sequence[Sequence[float]]) -> "Figure":

@@ -73,7 +73,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
         title=escape(f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split"), title_justify="left"
     )
     table.add_column("method", no_wrap=True)
-    for name in ("mean %", "normalised %", "worst task, normalised %", "merge s", "extra"):
+    for name in ("mean\n%", "normalised\n%", "worst task,\nnormalised %", "merge\ns", "extra"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["rows"]:
         method, worst = row["kind"] in ("static", "dynamic"), row["worst"]

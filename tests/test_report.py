@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mergekit_vision.report import NARROW, render, summary, write_comparison
+from mergekit_vision.results import comparison_table
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 TASKS = {"glyphs": (0.5, 0.9), "<b>&'signs'": (0.4, 0.8)}
@@ -197,3 +199,16 @@ def test_files_of_a_comparison(results: dict, tmp_path: Path, capsys: pytest.Cap
 
 def test_equal_results_make_an_equal_report(page: Page, results: dict) -> None:
     assert Page(render(json.loads(json.dumps(results)))).elements == page.elements
+
+
+def test_console_table_is_whole_on_a_terminal_of_80_columns(results: dict) -> None:
+    results["tasks"] = {"counting": {"images": 50, "classes": 4}}
+    for line in results["rows"]:
+        line["tasks"], line["worst"] = {"counting": {"accuracy": 0.9999, "normalized": 1.0, "n": 50}}, "counting"
+        line["name"], line["extra_parameters"] = "TaskArithmetic", 1_940_000
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(comparison_table(results))
+    assert printed.get().count("counting 100.0") == 3
+    assert printed.get().count("1.94 M") == 4
+    assert "…" not in printed.get()
