@@ -48,8 +48,10 @@ def _beside(path: Path) -> str:
     """Hint at a file of a similar name in the same directory."""
     from mergekit_vision.sources import closest
 
-    others = [other.name for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
-    return closest(path.name, others)
+    try:
+        return closest(path.name, [other.name for other in path.parent.iterdir() if other.is_file()])
+    except OSError:  # no such directory, or not readable: no hint
+        return ""
 
 
 def _sniff(start: bytes) -> type[CheckpointWeights] | None:
