@@ -33,12 +33,12 @@ from safetensors.torch import load_file
 from benchmarks.experts import label, prepare
 from benchmarks.machine import write
 from mergekit_vision.checkpoints import save_safetensors
-from mergekit_vision.data import VisionTasks
-from mergekit_vision.encoder import describe
-from mergekit_vision.module import MergedCLIP
-from mergekit_vision.progress import console
+from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.registry import mergers
-from mergekit_vision.trainer import Precision, Trainer
+from mergekit_vision.runs.module import MergedCLIP
+from mergekit_vision.runs.trainer import Precision, Trainer
+from mergekit_vision.support.console import console
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # small: its heads are made once
 CLASSES = 10
@@ -107,7 +107,7 @@ def suite(place: Path, model: str, tasks: int, images: int) -> Path:
 
 def _save_backbone(place: Path, model: str, vision: Path) -> None:
     """The vision tower with a small text tower, in open_clip's ``local-dir:`` layout."""
-    known = describe(model)
+    known = describe_backbone(model)
     config = {**known.model, "text_cfg": TEXT}
     (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": dict(known.preprocess)}))
     clip = open_clip.create_model(f"local-dir:{place}", load_weights=False)

@@ -13,10 +13,10 @@ from benchmarks.experts import Files, tower
 from benchmarks.meter import Meter, Stopwatch
 from benchmarks.textbook import Textbook, load
 from mergekit_vision.checkpoints import open_weights, save_safetensors
-from mergekit_vision.encoder import VisionEncoder, merged_weights
+from mergekit_vision.encoders.hooks import capture_inputs
+from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.functional.linalg import polar
-from mergekit_vision.hooks import capture_inputs
-from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer
+from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer, merged_weights
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.plugins.tsvm import TSVM

@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import write
-from mergekit_vision.encoder import VisionEncoder
+from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.functional.routing import Axes, pool_tokens
-from mergekit_vision.layers import LowRankExperts, linears_of_kind
-from mergekit_vision.routers import CosineRouter, LinearRouter, ProjectionRouter, Router
+from mergekit_vision.merger import linears_of_kind
+from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
 
 ALL_KINDS = ("in_proj", "out_proj", "c_fc", "c_proj")
 TOKEN_STATISTICS = ("mean", "deviation", "first", "covariance")  # of ESMPPBayes

@@ -6,13 +6,14 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.version import __version__
 
 if TYPE_CHECKING:
-    from mergekit_vision.data import Proxies, VisionTasks
-    from mergekit_vision.encoder import VisionEncoder
-    from mergekit_vision.export import load
+    from mergekit_vision.data.datamodule import VisionTasks
+    from mergekit_vision.data.proxies import Proxies
+    from mergekit_vision.encoders.vision import VisionEncoder
+    from mergekit_vision.export.directory import load
     from mergekit_vision.merger import Merged, MergeInputs, Merger
-    from mergekit_vision.module import MergedCLIP
-    from mergekit_vision.suite import Suite
-    from mergekit_vision.trainer import Trainer
+    from mergekit_vision.runs.module import MergedCLIP
+    from mergekit_vision.runs.trainer import Trainer
+    from mergekit_vision.suites.suite import Suite
 
 __all__ = [
     "InputError",
@@ -32,14 +33,14 @@ __all__ = [
 _HOME = {
     "MergeInputs": "merger",
     "Merged": "merger",
-    "MergedCLIP": "module",
+    "MergedCLIP": "runs.module",
     "Merger": "merger",
-    "Proxies": "data",
-    "Suite": "suite",
-    "Trainer": "trainer",
-    "VisionEncoder": "encoder",
-    "VisionTasks": "data",
-    "load": "export",
+    "Proxies": "data.proxies",
+    "Suite": "suites.suite",
+    "Trainer": "runs.trainer",
+    "VisionEncoder": "encoders.vision",
+    "VisionTasks": "data.datamodule",
+    "load": "export.directory",
 }
 
 

@@ -4,19 +4,19 @@ This file is all that the author of a plugin has to read.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from mergekit_vision.allocator import give_back
 from mergekit_vision.errors import InputError
-from mergekit_vision.layers import LowRankExperts
+from mergekit_vision.routers import LowRankExperts
+from mergekit_vision.support.allocator import release_freed_memory
 
 Weights = Mapping[str, Tensor]
-"""open_clip key of the vision tower (``visual.…``) -> tensor. Lazy: a tensor is read when it is asked for."""
+"""Key of a parameter of the vision tower (``visual.…``) -> tensor. Lazy: a tensor is read when it is asked for."""
 
 Observer = Callable[[Tensor], None]
 """Receives one layer's input for one batch of images: ``[images, tokens, d_in]``, float32, on the merging device."""
@@ -27,17 +27,39 @@ Spread = Callable[[Callable[[str], Any], Mapping[str, int], str], dict[str, Any]
 _Result = TypeVar("_Result")
 
 
-def weight_key(linear: str) -> str:
-    """open_clip key of a Linear layer's weight.
+LinearKind = Literal["in_proj", "out_proj", "c_fc", "c_proj"]
+"""Role of a Linear layer in its block: attention's fused query-key-value projection and its output projection, the MLP's first
+and second layer."""
 
-    open_clip keeps query, key and value fused in one bare parameter, so its name has an underscore instead of a dot.
 
-    >>> weight_key("visual.transformer.resblocks.0.mlp.c_fc")
-    'visual.transformer.resblocks.0.mlp.c_fc.weight'
-    >>> weight_key("visual.transformer.resblocks.0.attn.in_proj")
-    'visual.transformer.resblocks.0.attn.in_proj_weight'
+class LinearInfo(NamedTuple):
+    """One Linear layer of the encoder that is merged.
+
+    Attributes:
+        name: of the layer, for :meth:`MergeInputs.observe` and :attr:`Merged.routed`.
+        weight: key of its weight, ``[d_out, d_in]``, in :data:`Weights`.
+        bias: key of its bias, ``[d_out]``; ``None`` where it has none.
+        kind: its role in its block.
+        block: index of its block, from 0 at the input.
     """
-    return f"{linear}_weight" if linear.endswith("attn.in_proj") else f"{linear}.weight"
+
+    name: str
+    weight: str
+    bias: str | None
+    kind: LinearKind
+    block: int
+
+
+def linears_of_kind(linears: Iterable[LinearInfo], kinds: Sequence[LinearKind]) -> list[LinearInfo]:
+    """Those of the ``linears`` whose kind is one of ``kinds``, in their order.
+
+    Raises:
+        InputError: when there is none, or a kind is unknown.
+    """
+    chosen = [linear for linear in linears if linear.kind in kinds]
+    if not chosen or not set(kinds) <= set(get_args(LinearKind)):
+        raise InputError(f"layers is {list(kinds)}, but must name some of {', '.join(get_args(LinearKind))}")
+    return chosen
 
 
 class RunProxies(Protocol):
@@ -62,7 +84,7 @@ class MergeInputs:
     Attributes:
         base: weights of the pre-trained vision tower.
         experts: task -> weights with the keys and shapes of ``base``, in the order of the suite.
-        linears: names of the encoder's Linear layers in forward order; :func:`weight_key` gives a layer's key.
+        linears: the encoder's Linear layers in forward order.
         device: where deltas are put and merging computes.
         run_proxies: behind :meth:`observe`; ``None`` where there are no proxy images.
         choose_scale: behind :meth:`coefficient`; ``None`` takes the merger's own.
@@ -72,7 +94,7 @@ class MergeInputs:
 
     base: Weights
     experts: Mapping[str, Weights]
-    linears: tuple[str, ...] = ()
+    linears: tuple[LinearInfo, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     run_proxies: RunProxies | None = None
     choose_scale: "Callable[[Merged], float] | None" = None
@@ -114,19 +136,18 @@ class MergeInputs:
 
         Args:
             task: whose proxy images run, through that task's expert.
-            observers: Linear name (one of :attr:`linears`) -> observer.
+            observers: name of one of :attr:`linears` -> observer.
             model: run this merged model on the images instead of the expert.
 
         Raises:
-            InputError: when there are no proxy images, or a name is not one of :attr:`linears`.
+            InputError: when there are no proxy images, or a name is not that of one of :attr:`linears`.
         """
         if self.run_proxies is None:
             raise InputError("this merging method needs proxy images, but none are configured (see `proxies` of the data module)")
-        unknown = [name for name in observers if name not in self.linears]
+        names = [linear.name for linear in self.linears]
+        unknown = [name for name in observers if name not in names]
         if unknown:
-            raise InputError(
-                f"not a Linear layer of this encoder: {', '.join(unknown)}; its layers are {', '.join(self.linears)}"
-            )
+            raise InputError(f"not a Linear layer of this encoder: {', '.join(unknown)}; its layers are {', '.join(names)}")
         self.run_proxies(task, observers, model)
 
     def spread(self, function: Callable[[str], _Result], items: Iterable[str], description: str) -> dict[str, _Result]:
@@ -141,13 +162,13 @@ class MergeInputs:
             description: what the progress bar says.
         """
 
-        def tidily(item: str) -> _Result:
+        def compute(item: str) -> _Result:
             try:
                 return function(item)
             finally:
-                give_back()
+                release_freed_memory()
 
-        return self.share(tidily, {item: self.base[item].numel() if item in self.base else 1 for item in items}, description)
+        return self.share(compute, {item: self.base[item].numel() if item in self.base else 1 for item in items}, description)
 
     def coefficient(self, merged: "Merged") -> float:
         """The scaling coefficient at which ``merged`` is to be used: the user's number, the searched one, or its own."""
@@ -159,7 +180,7 @@ class Merged:
     """A merged model as data: ``W = W_0 + scale * update``.
 
     Attributes:
-        update: the merged task vector, open_clip key -> float32 tensor. A key that is absent keeps its pre-trained value.
+        update: the merged task vector, key -> float32 tensor. A key that is absent keeps its pre-trained value.
         scale: scaling coefficient, unless the user sets or searches another.
         fixed: keys of ``update`` that are added with coefficient 1 whatever the scale.
         routed: Linear name -> low-rank experts added to that layer's output, chosen per image or token.
@@ -190,8 +211,34 @@ class Merger(ABC):
 
     A subclass takes its hyper-parameters, typed and validated, in ``__init__`` and keeps no other state. It sees no trainer,
     loader or path, changes no input, and draws no random number without a ``seed`` of its own.
+
+    Attributes:
+        title: the method's name in prose, such as ``"TIES-Merging"``; the class's name where it is empty.
+        paper: whom to cite: authors, title, venue or arXiv number; empty where there is no paper.
+        needs: what it needs besides the experts' weights: ``"none"``, unlabeled ``"proxies"``, or ``"labels"``.
+        kind: what it returns: one plain encoder (``"static"``), or one with routed experts (``"dynamic"``).
     """
+
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[Literal["none", "proxies", "labels"]] = "none"
+    kind: ClassVar[Literal["static", "dynamic"]] = "static"
 
     @abstractmethod
     def merge(self, inputs: MergeInputs) -> Merged:
         """Compute the merged model. Pull from ``inputs`` what the method needs, and nothing else."""
+
+
+def merged_weights(base: Weights, merged: Merged, scale: float | None = None) -> dict[str, Tensor]:
+    """The merged model's weights, ``W_0 + c * update`` with ``c`` the scale, or 1 for fixed keys; float32.
+
+    Args:
+        base: pre-trained weights.
+        merged: what a merger returned.
+        scale: scaling coefficient; ``None`` takes the merger's own.
+    """
+    weights = {}
+    for key, value in base.items():
+        update = merged.update.get(key)
+        weights[key] = value if update is None else update.mul(merged.coefficient(key, scale)).add_(value.to(update.device))
+    return weights

@@ -9,13 +9,15 @@ A package adds one by naming its class in the group ``mergekit_vision.mergers``;
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import NamedTuple
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
+from mergekit_vision.support.console import logger
+from mergekit_vision.support.imports import import_by_path
 
 GROUP = "mergekit_vision.mergers"
 
@@ -37,6 +39,44 @@ def mergers() -> dict[str, type[Merger]]:
     ['Average', 'ESM']
     """
     return _load()[0]
+
+
+class Method(NamedTuple):
+    """What there is to say of an installed method.
+
+    Attributes:
+        name: its short name, as ``--model.merger`` takes it.
+        title: its name in prose.
+        paper: whom to cite; empty where there is no paper.
+        needs: ``"none"``, unlabeled ``"proxies"``, or ``"labels"``.
+        kind: ``"static"`` or ``"dynamic"``.
+        summary: what it does, in one sentence without a full stop.
+    """
+
+    name: str
+    title: str
+    paper: str
+    needs: str
+    kind: str
+    summary: str
+
+
+def methods() -> list[Method]:
+    """Every installed merging method, described by its own class; sorted by name.
+
+    >>> from mergekit_vision.registry import methods
+    >>> methods()[0]._replace(paper="…")
+    Method(name='Average', title='Weight averaging', paper='…', needs='none', kind='static', summary='…')
+    """
+    return [
+        Method(name, merger.title or name, merger.paper, merger.needs, merger.kind, _summary(merger))
+        for name, merger in mergers().items()
+    ]
+
+
+def _summary(merger: type[Merger]) -> str:
+    """First line of a class's own docstring."""
+    return (inspect.cleandoc(merger.__doc__ or "").splitlines() or [""])[0].removesuffix(".")
 
 
 def broken() -> dict[str, Exception]:
@@ -98,11 +138,10 @@ def _check_names(points: Iterable[EntryPoint]) -> None:
 
 
 def _from_path(path: str) -> type[Merger]:
-    module, _, name = path.rpartition(".")
     try:
-        loaded = getattr(import_module(module), name)
-    except Exception as error:  # whatever the module raises
-        raise RegistryError(f"merger {path} cannot be imported: {type(error).__name__}: {error}") from error
+        loaded = import_by_path(path)
+    except InputError as error:
+        raise RegistryError(f"merger {error}") from error
     return _checked(loaded, f"merger {path}")
 
 
@@ -118,3 +157,59 @@ def _checked(loaded: object, described: str) -> type[Merger]:
 def _described(point: EntryPoint) -> str:
     distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
     return f"merger {point.name} = {point.value} of {distribution}"
+
+
+def default_mergers(chosen: str | Sequence[str]) -> dict[str, Merger]:
+    """The methods to compare, with their default parameters.
+
+    Args:
+        chosen: ``all`` for every registered method, or names and class paths: a list, or one text with commas.
+
+    Returns:
+        Name to show -> method, in the order given.
+
+    Raises:
+        InputError: when there is none of that name, or one cannot be made without arguments.
+
+    >>> from mergekit_vision.registry import default_mergers
+    >>> list(default_mergers("TSVM, mergekit_vision.plugins.ties.TIES"))
+    ['TSVM', 'TIES']
+    """
+    if chosen == "all" or list(chosen) == ["all"]:
+        return _all_default_mergers()
+    names = [name.strip() for name in (chosen.split(",") if isinstance(chosen, str) else dict.fromkeys(chosen)) if name.strip()]
+    if not names:
+        raise InputError("`mergers`: name at least one method, or give all", of="command")
+    found = {name: get(name) for name in names}
+    for name, merger in found.items():
+        if missing := _required(merger):
+            problem = f"has no default for {', '.join(missing)}, and is compared with its defaults only"
+            raise InputError(f"`mergers` {name}: {problem}", of="command")
+    short = [merger.__name__ for merger in found.values()]
+    return {
+        merger.__name__ if short.count(merger.__name__) == 1 else name: _with_defaults(name, merger)
+        for name, merger in found.items()
+    }
+
+
+def _all_default_mergers() -> dict[str, Merger]:
+    unfit = {name: f"it cannot be imported ({type(error).__name__}: {error})" for name, error in broken().items()}
+    found = mergers()
+    unfit |= {name: f"it has no default for {', '.join(missing)}" for name, m in found.items() if (missing := _required(m))}
+    for name, reason in unfit.items():
+        logger.info("%s is left out: %s", name, reason)
+    return {name: _with_defaults(name, merger) for name, merger in found.items() if name not in unfit}
+
+
+def _required(merger: type[Merger]) -> list[str]:
+    """Parameters without a default."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(merger).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+def _with_defaults(name: str, merger: type[Merger]) -> Merger:
+    try:
+        return merger()
+    except (ValueError, TypeError) as error:  # a plugin's own constructor
+        raise InputError(f"`mergers` {name}: {error}", of="command") from error

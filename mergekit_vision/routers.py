@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,3 +172,37 @@ class ProjectionRouter(Router):
         parts = F.linear(x, self.basis.flatten(0, 1)).view(*x.shape[:-1], *self.basis.shape[:2])
         norms: Tensor = torch.linalg.vector_norm(parts, dim=-1)
         return norms
+
+
+Evidence = Literal["own", "start", "add", "hold"]
+
+
+@dataclass(frozen=True)
+class LowRankExperts:
+    """Low-rank experts of one Linear layer: expert ``t`` adds ``up[t] @ down[t] @ x + bias[t]`` to the layer's output.
+
+    Attributes:
+        up: ``[T, d_out, r]``.
+        down: ``[T, r, d_in]``.
+        router: scores the experts.
+        bias: ``[T, d_out]``, or ``None``.
+        evidence: what the scores mean to a decision that layers take together, in forward order: ``"own"`` decides by the
+            layer's own scores and leaves the shared ones alone; ``"start"`` makes its own the shared ones; ``"add"`` adds its
+            own to the shared ones and decides by the sum; ``"hold"`` decides by the shared ones as they are.
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
+    """
+
+    up: Tensor
+    down: Tensor
+    router: Router
+    bias: Tensor | None = None
+    evidence: Evidence = "own"
+
+    def __post_init__(self) -> None:
+        shapes = {"up": tuple(self.up.shape), "down": tuple(self.down.shape)}
+        if self.up.dim() != 3 or self.down.dim() != 3 or (shapes["up"][0], shapes["up"][2]) != shapes["down"][:2]:
+            raise ValueError(f"up [T, d_out, r] and down [T, r, d_in] do not fit each other: {shapes}")
+        if self.bias is not None and tuple(self.bias.shape) != shapes["up"][:2]:
+            raise ValueError(f"bias must be [T, d_out] = {list(shapes['up'][:2])}, got {list(self.bias.shape)}")

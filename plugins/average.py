@@ -1,6 +1,7 @@
 """Model soup: the average of the experts."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mergekit_vision.merger import Merged, MergeInputs, Merger
 
@@ -11,6 +12,9 @@ class Average(Merger):
 
     Source: Wortsman et al., "Model soups" (ICML 2022). No hyper-parameter; scaling coefficient 1.
     """
+
+    title: ClassVar[str] = "Weight averaging"
+    paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv:2203.05482"
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Average every parameter."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.esm import TaskNorm, esm_merge, inter_layer_factors
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
+from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger
 
 OutProj = Literal["tsvm", "esd", "mean"]
 Other = Literal["tsvm", "mean"]
@@ -43,6 +43,10 @@ class ESM(Merger):
             (published) or "mean".
     """
 
+    title: ClassVar[str] = "Essential Subspace Merging"
+    paper: ClassVar[str] = "Essential Subspace Merging, CVPR 2026"
+    needs: ClassVar[Literal["none", "proxies", "labels"]] = "proxies"
+
     eigenvalue_power: float = 0.15
     inter_task: float = 2.0
     inter_dimension: float = 2.0
@@ -69,27 +73,27 @@ class ESM(Merger):
         found = inputs.spread(partial(self._merged, inputs, subspaces), inputs.base, "merging")
         update = {key: value for key, value in found.items() if value is not None}
         self._scale_layers(update, inputs.linears)
-        return Merged(update, fixed=frozenset(update) - {weight_key(linear) for linear in self._essential_linears(inputs)})
+        return Merged(update, fixed=frozenset(update) - {linear.weight for linear in self._essential_linears(inputs)})
 
-    def _essential_linears(self, inputs: MergeInputs) -> list[str]:
-        return [linear for linear in inputs.linears if self.out_proj == "esd" or _kind(linear) != "out_proj"]
+    def _essential_linears(self, inputs: MergeInputs) -> list[LinearInfo]:
+        return [linear for linear in inputs.linears if self.out_proj == "esd" or linear.kind != "out_proj"]
 
     def _subspaces(self, inputs: MergeInputs, task: str) -> Subspaces:
         """A task's essential subspace of every matrix, by key."""
-        keys = {linear: weight_key(linear) for linear in self._essential_linears(inputs)}
-        statistics = {linear: ShiftStatistic(partial(inputs.delta, task, key)) for linear, key in keys.items()}
-        moved = {linear: statistic for linear, statistic in statistics.items() if inputs.changed(task, keys[linear])}
+        linears = self._essential_linears(inputs)
+        statistics = {linear: ShiftStatistic(partial(inputs.delta, task, linear.weight)) for linear in linears}
+        moved = {linear.name: statistics[linear] for linear in linears if inputs.changed(task, linear.weight)}
         if moved:
             inputs.observe(task, moved)
 
-        def decompose(linear: str) -> CompactSubspace:
-            k = len(inputs.base[keys[linear]]) // len(inputs.tasks) if self.rank is None else self.rank
+        def decompose(linear: LinearInfo) -> CompactSubspace:
+            k = len(inputs.base[linear.weight]) // len(inputs.tasks) if self.rank is None else self.rank
             try:
                 return statistics.pop(linear).compact(k)
             except ValueError as error:
-                raise InputError(f"ESM: expert of task {task}, layer {linear}: {error}") from error
+                raise InputError(f"ESM: expert of task {task}, layer {linear.name}: {error}") from error
 
-        return dict(zip(keys.values(), in_threads(decompose, list(keys)), strict=True))
+        return dict(zip((linear.weight for linear in linears), in_threads(decompose, linears), strict=True))
 
     def _merged(self, inputs: MergeInputs, subspaces: Mapping[str, Subspaces], key: str) -> Tensor | None:
         """Merged task vector of one parameter; ``None`` where no expert changed it."""
@@ -98,7 +102,7 @@ class ESM(Merger):
         deltas = inputs.deltas(key)
         if key in subspaces[inputs.tasks[0]]:
             return self._essential(deltas, [subspaces[task].pop(key) for task in inputs.tasks])
-        out_proj = key in (weight_key(linear) for linear in inputs.linears if _kind(linear) == "out_proj")
+        out_proj = key in (linear.weight for linear in inputs.linears if linear.kind == "out_proj")
         spectral = deltas.dim() == 3 and (self.out_proj if out_proj else self.other) == "tsvm"
         return tsvm_merge(deltas) if spectral else deltas.mean(0)
 
@@ -113,16 +117,11 @@ class ESM(Merger):
             norm=self.norm,
         )
 
-    def _scale_layers(self, update: dict[str, Tensor], linears: tuple[str, ...]) -> None:
+    def _scale_layers(self, update: dict[str, Tensor], linears: tuple[LinearInfo, ...]) -> None:
         """Scale the merged matrices in place by their norm among the layers of their kind, unchanged layers included."""
-        for kind in {_kind(linear) for linear in linears}:
-            keys = [weight_key(linear) for linear in linears if _kind(linear) == kind]
+        for kind in {linear.kind for linear in linears}:
+            keys = [linear.weight for linear in linears if linear.kind == kind]
             norms = torch.tensor([float(update[key].double().norm()) if key in update else 0.0 for key in keys])
             for key, factor in zip(keys, inter_layer_factors(norms, self.inter_layer).tolist(), strict=True):
                 if key in update:
                     update[key] *= factor
-
-
-def _kind(linear: str) -> str:
-    """The Linear's place in its block: ``in_proj``, ``out_proj``, ``c_fc`` or ``c_proj``."""
-    return linear.rpartition(".")[2]

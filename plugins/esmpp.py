@@ -4,18 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import ShiftStatistic
+from mergekit_vision.functional.linalg import pad_rank
 from mergekit_vision.functional.routing import Axes, Pooling, calibrate, discriminant, pool_tokens, principal_axes
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.layers import Evidence, LinearKind, LowRankExperts, linears_of_kind, pad_rank
-from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
-from mergekit_vision.routers import CosineRouter, LinearRouter, Router
+from mergekit_vision.merger import LinearInfo, LinearKind, Merged, MergeInputs, Merger, linears_of_kind
+from mergekit_vision.routers import CosineRouter, Evidence, LinearRouter, LowRankExperts, Router
 
 Rule = Literal["cosine", "centered", "discriminant"]
 Statistics = Literal["experts", "base", "routed"]
@@ -60,6 +60,11 @@ class ESMPP(Merger):
             images that were left out of it, one by one and in closed form.
     """
 
+    title: ClassVar[str] = "ESM++"
+    paper: ClassVar[str] = "Essential Subspace Merging, extended version, 2026, arXiv:2606.19164"
+    needs: ClassVar[Literal["none", "proxies", "labels"]] = "proxies"
+    kind: ClassVar[Literal["static", "dynamic"]] = "dynamic"
+
     base: Merger | None = None
     rank: int = 32
     layers: tuple[LinearKind, ...] = ("in_proj", "c_fc")
@@ -96,19 +101,22 @@ class ESMPP(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, decompose the residuals, fit the routers."""
-        names = linears_of_kind(inputs.linears, self.layers)
+        linears = linears_of_kind(inputs.linears, self.layers)
+        names = [linear.name for linear in linears]
+        evidence = self._evidence(linears)
         base = self._merged_base(inputs)
         axes = self._axes(inputs, names, None if self.statistics == "experts" else base)
-        factors, features = self._decompose(inputs, names, base, axes)
+        factors, features = self._decompose(inputs, linears, base, axes)
         if self.statistics != "experts":
             features = self._observe(inputs, names, base, axes)
-        merged = replace(base, routed=self._routed(factors, features, axes))
+        merged = replace(base, routed=self._routed(factors, features, axes, evidence))
         if self.statistics == "routed":
-            merged = replace(base, routed=self._routed(factors, self._observe(inputs, names, merged, axes), axes))
+            features = self._observe(inputs, names, merged, axes)
+            merged = replace(base, routed=self._routed(factors, features, axes, evidence))
         return merged
 
     def _merged_base(self, inputs: MergeInputs) -> Merged:
-        """The base at its final coefficient, which nothing changes any more."""
+        """The base at its final coefficient, which nothing changes anymore."""
         from .esm import ESM  # here, as only the default depends on another plugin
 
         merged = (ESM() if self.base is None else self.base).merge(inputs)
@@ -130,17 +138,18 @@ class ESMPP(Merger):
         return {name: moment.axes() for name, moment in moments.items()}
 
     def _decompose(
-        self, inputs: MergeInputs, names: list[str], base: Merged, axes: AxesOf
+        self, inputs: MergeInputs, linears: list[LinearInfo], base: Merged, axes: AxesOf
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], Features]:
         """Each layer's factors ``up [T, d_out, r]`` and ``down [T, r, d_in]``, and the experts' pooled inputs."""
 
         def expert(task: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-            shifts = {name: ShiftStatistic(partial(_residual, inputs, task, weight_key(name), base)) for name in names}
+            shifts = {linear.name: ShiftStatistic(partial(_residual, inputs, task, linear.weight, base)) for linear in linears}
             pools = {name: _Pool(self.pooling, axes.get(name), shifts[name]) for name in names}
             inputs.observe(task, pools)
             factors = in_threads(lambda name: self._factors(shifts.pop(name)), names)
             return {name: (*factor, pools[name].features) for name, factor in zip(names, factors, strict=True)}
 
+        names = [linear.name for linear in linears]
         found = list(inputs.spread(expert, inputs.tasks, "experts").values())
         ups, downs, features = ({name: [parts[name][at] for parts in found] for name in names} for at in range(3))
         return {name: (torch.stack(ups[name]), torch.stack(downs[name])) for name in names}, features
@@ -163,30 +172,28 @@ class ESMPP(Merger):
         return {name: [features[name] for features in found] for name in names}
 
     def _routed(
-        self, factors: Mapping[str, tuple[Tensor, Tensor]], features: Features, axes: AxesOf
+        self, factors: Mapping[str, tuple[Tensor, Tensor]], features: Features, axes: AxesOf, evidence: list[Evidence]
     ) -> dict[str, LowRankExperts]:
-        if self.decision == "hold" and self.held_layer >= len(factors):
-            raise InputError(
-                f"{type(self).__name__}: held_layer is {self.held_layer}, but there are {len(factors)} routed layers"
-            )
         routed: dict[str, LowRankExperts] = {}
-        for name, evidence in zip(factors, self._evidence(list(factors)), strict=True):
-            if evidence != "hold":  # who holds a decision holds its temperature too
+        for name, use in zip(factors, evidence, strict=True):
+            if use != "hold":  # who holds a decision holds its temperature too
                 router = self._router(features[name], axes.get(name))
-            routed[name] = LowRankExperts(*factors[name], router, evidence=evidence)
+            routed[name] = LowRankExperts(*factors[name], router, evidence=use)
         return routed
 
-    def _evidence(self, names: list[str]) -> list[Evidence]:
+    def _evidence(self, linears: list[LinearInfo]) -> list[Evidence]:
         """How each layer comes to its decision."""
         if self.decision == "layer":
-            return ["own"] * len(names)
+            return ["own"] * len(linears)
         if self.decision == "sum":
-            return ["add" if position else "start" for position in range(len(names))]
+            return ["add" if position else "start" for position in range(len(linears))]
         if self.decision == "branch":
-            branches = ["", *(name.rpartition(".")[0] for name in names)]
+            branches = [None, *((linear.block, linear.kind in ("in_proj", "out_proj")) for linear in linears)]
             return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
         first = self.held_layer
-        return ["own" if at < first else "start" if at == first else "hold" for at in range(len(names))]
+        if first >= len(linears):
+            raise InputError(f"{type(self).__name__}: held_layer is {first}, but there are {len(linears)} routed layers")
+        return ["own" if at < first else "start" if at == first else "hold" for at in range(len(linears))]
 
     def _router(self, features: list[Tensor], axes: Axes | None) -> Router:
         if self.rule == "discriminant":
@@ -223,6 +230,9 @@ class ESMPPBayes(ESMPP):
         temperature: as for :class:`ESMPP`. Proxy images are few, so that log-posteriors are too sure of themselves, and the more
             so the fewer they are: a constant would not do.
     """
+
+    title: ClassVar[str] = "ESM++ with a Bayes router"
+    paper: ClassVar[str] = ""
 
     rule: Rule = "discriminant"
     statistics: Statistics = "base"

@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.functional.linalg import top_svd
+from mergekit_vision.functional.linalg import pad_rank, top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.layers import LinearKind, LowRankExperts, linears_of_kind, pad_rank
-from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
-from mergekit_vision.routers import ProjectionRouter
+from mergekit_vision.merger import LinearInfo, LinearKind, Merged, MergeInputs, Merger, linears_of_kind
+from mergekit_vision.routers import LowRankExperts, ProjectionRouter
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,13 @@ class SMILE(Merger):
         rest: parameters outside of the routed layers: the backbone's ("base"), or averaged over the experts ("mean").
     """
 
+    title: ClassVar[str] = "SMILE"
+    paper: ClassVar[str] = (
+        "Tang et al., SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Construction From Pre-Trained Foundation Models, "
+        "2024, arXiv:2408.10174"
+    )
+    kind: ClassVar[Literal["static", "dynamic"]] = "dynamic"
+
     rank: int = 32
     gate_rank: int = 16
     top_k: int = 1
@@ -47,13 +53,12 @@ class SMILE(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Decompose the task vectors of the routed layers."""
-        names = linears_of_kind(inputs.linears, self.layers)
-        keys = {weight_key(name): name for name in names}
-        factors = inputs.spread(partial(self._factors, inputs), keys, "experts")
-        routed = {name: self._experts(inputs, name, *factors[key]) for key, name in keys.items()}
+        linears = linears_of_kind(inputs.linears, self.layers)
+        factors = inputs.spread(partial(self._factors, inputs), [linear.weight for linear in linears], "experts")
+        routed = {linear.name: self._experts(inputs, linear, *factors[linear.weight]) for linear in linears}
         update = {}
         if self.rest == "mean":
-            own = keys.keys() | {bias_key(name) for name in names}
+            own = {key for linear in linears for key in (linear.weight, linear.bias)}
             update = {key: inputs.deltas(key).mean(0) for key in inputs.base if key not in own}
         return Merged(update, fixed=frozenset(update), routed=routed)
 
@@ -69,12 +74,6 @@ class SMILE(Merger):
         up, down, basis = zip(*in_threads(expert, inputs.tasks), strict=True)
         return torch.stack(up), torch.stack(down), torch.stack(basis)
 
-    def _experts(self, inputs: MergeInputs, name: str, up: Tensor, down: Tensor, basis: Tensor) -> LowRankExperts:
-        bias = bias_key(name)
-        shift = inputs.deltas(bias) if bias in inputs.base else None
+    def _experts(self, inputs: MergeInputs, linear: LinearInfo, up: Tensor, down: Tensor, basis: Tensor) -> LowRankExperts:
+        shift = None if linear.bias is None else inputs.deltas(linear.bias)
         return LowRankExperts(up, down, ProjectionRouter(basis, self.top_k), shift)
-
-
-def bias_key(name: str) -> str:
-    """open_clip key of a Linear layer's bias."""
-    return weight_key(name).removesuffix("weight") + "bias"

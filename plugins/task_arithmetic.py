@@ -1,6 +1,7 @@
 """Task arithmetic: the sum of the task vectors."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mergekit_vision.merger import Merged, MergeInputs, Merger
 
@@ -12,6 +13,9 @@ class TaskArithmetic(Merger):
     Source: Ilharco et al., "Editing models with task arithmetic" (ICLR 2023). Scaling coefficient 0.3, the usual one without
     validation data; on such data it is chosen up to 1.
     """
+
+    title: ClassVar[str] = "Task Arithmetic"
+    paper: ClassVar[str] = "Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv:2212.04089"
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Add up the task vectors of every parameter."""

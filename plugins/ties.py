@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
@@ -25,6 +25,11 @@ class TIES(Merger):
         count_frozen: entries of frozen tensors, such as the text tower's, that count towards P. Codes that store them keep more
             than ``density`` of the vision tower.
     """
+
+    title: ClassVar[str] = "TIES-Merging"
+    paper: ClassVar[str] = (
+        "Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023, arXiv:2306.01708"
+    )
 
     density: float = 0.2
     aggregate: Aggregate = "mean"

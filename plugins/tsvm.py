@@ -1,13 +1,13 @@
 """TSV-M merging."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.tsvm import tsvm_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
+from mergekit_vision.merger import Merged, MergeInputs, Merger
 
 Other = Literal["tsvm", "mean"]
 
@@ -24,8 +24,13 @@ class TSVM(Merger):
         other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged: "tsvm"
             like the rest (published) or "mean".
         scale_average: whether the scaling coefficient multiplies the averaged parameters too (published), or they are added as
-            they are: a coefficient above 1 over-drives normalisations and biases.
+            they are: a coefficient above 1 over-drives normalizations and biases.
     """
+
+    title: ClassVar[str] = "TSV-Merge"
+    paper: ClassVar[str] = (
+        "Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025, arXiv:2412.00081"
+    )
 
     rank: int | None = None
     other: Other = "tsvm"
@@ -39,7 +44,7 @@ class TSVM(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
-        blocks = {weight_key(linear) for linear in inputs.linears}
+        blocks = {linear.weight for linear in inputs.linears}
         spectral = {key for key in inputs.base if inputs.base[key].dim() == 2 and (key in blocks or self.other == "tsvm")}
 
         def merged(key: str) -> Tensor | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergekit_vision.merger import MergeInputs, weight_key
+from mergekit_vision.merger import LinearInfo, MergeInputs
 
 WIDTH, BLOCKS, TOKENS, PATCH, EMBED = 24, 2, 5, 4, 16
 KINDS = {
@@ -15,6 +15,22 @@ KINDS = {
     "mlp.c_proj": (WIDTH, 4 * WIDTH),
 }
 LINEARS = tuple(f"visual.transformer.resblocks.{block}.{kind}" for block in range(BLOCKS) for kind in KINDS)
+
+
+def weight_key(name: str) -> str:
+    """Key of the weight of a Linear layer of this encoder."""
+    return f"{name}_weight" if name.endswith("in_proj") else f"{name}.weight"
+
+
+def bias_key(name: str) -> str:
+    """Key of its bias."""
+    return weight_key(name).replace("weight", "bias")
+
+
+INFOS = tuple(
+    LinearInfo(name, weight_key(name), bias_key(name), name.rpartition(".")[2], position // len(KINDS))
+    for position, name in enumerate(LINEARS)
+)
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -28,7 +44,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     for linear in LINEARS:
         shape = KINDS[linear.split(".", 4)[-1]]
         found[weight_key(linear)] = shape
-        found[weight_key(linear).replace("weight", "bias")] = shape[:1]
+        found[bias_key(linear)] = shape[:1]
     return found
 
 
@@ -88,7 +104,7 @@ class Zoo:
 
     def inputs(self, order: list[int] | None = None) -> MergeInputs:
         names = list(self.experts) if order is None else [list(self.experts)[i] for i in order]
-        return MergeInputs(self.base, {name: self.experts[name] for name in names}, LINEARS, run_proxies=self.run_proxies)
+        return MergeInputs(self.base, {name: self.experts[name] for name in names}, INFOS, run_proxies=self.run_proxies)
 
     def delta64(self, key: str) -> Tensor:
         """Task vectors ``[T, ...]`` in float64, of the float32 differences."""

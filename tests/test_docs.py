@@ -20,9 +20,9 @@ from synthetic import Zoo
 from mergekit_vision.__main__ import COMMANDS, main
 from mergekit_vision.merger import Merged, MergeInputs, Merger
 from mergekit_vision.registry import mergers
-from mergekit_vision.sources import config_faults
-from mergekit_vision.suite import Suite
-from mergekit_vision.suite_file import read_suite
+from mergekit_vision.sources.config import config_faults
+from mergekit_vision.suites.layout import read_suite
+from mergekit_vision.suites.suite import Suite
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mergekit_vision.__main__ import main
 from mergekit_vision.registry import mergers
-from mergekit_vision.suite import Suite
+from mergekit_vision.suites.suite import Suite
 
 SINGLE = {**os.environ, "OMP_NUM_THREADS": "1"}
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_vision.checkpoints import open_weights
-from mergekit_vision.data import VisionTasks
-from mergekit_vision.encoder import VisionEncoder, describe, load_clip, merged_weights
-from mergekit_vision.evaluation import measure
-from mergekit_vision.heads import build_heads
-from mergekit_vision.merger import Merged, Merger
+from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.encoders.backbone import describe_backbone, load_clip
+from mergekit_vision.encoders.heads import build_heads
+from mergekit_vision.encoders.vision import VisionEncoder
+from mergekit_vision.evaluation.metric import measure
+from mergekit_vision.merger import Merged, Merger, merged_weights
+from mergekit_vision.merging.scaling import ScaleSearch
+from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.registry import mergers
-from mergekit_vision.scaling import ScaleSearch
-from mergekit_vision.workbench import Workbench
 
 CPU = torch.device("cpu")
 METHODS = {
@@ -41,9 +42,9 @@ class Zoo:
         suite = data.suite
         clip = load_clip(suite.backbone)
         prompts = {task.name: (task.classes, task.templates) for task in suite.tasks.values()}
-        heads = build_heads(clip, open_clip.get_tokenizer(suite.backbone), prompts, describe(suite.backbone).model, CPU)
+        heads = build_heads(clip, open_clip.get_tokenizer(suite.backbone), prompts, describe_backbone(suite.backbone).model, CPU)
         encoder = VisionEncoder(clip.visual)
-        self.bench = Workbench(describe(suite.backbone), encoder, encoder.weights(), heads, data, CPU)
+        self.bench = Workbench(describe_backbone(suite.backbone), encoder, encoder.weights(), heads, data, CPU)
         self.experts = {task.name: open_weights(task.expert) for task in suite.tasks.values()}
         self.expected = json.loads((path / "expected.json").read_text())
         self._merged: dict[str, Merged] = {}

@@ -6,16 +6,18 @@ from mergekit_vision.checkpoints.base import CheckpointWeights
 from mergekit_vision.checkpoints.safetensors_file import SafetensorsWeights, save_safetensors
 from mergekit_vision.checkpoints.torch_file import TorchWeights
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import closest_file
 
-__all__ = ["CheckpointWeights", "SafetensorsWeights", "TorchWeights", "open_weights", "save_safetensors"]
+__all__ = ["SUFFIXES", "CheckpointWeights", "SafetensorsWeights", "TorchWeights", "open_weights", "save_safetensors"]
 
-_FORMATS: dict[str, type[CheckpointWeights]] = {
+SUFFIXES: dict[str, type[CheckpointWeights]] = {
     ".safetensors": SafetensorsWeights,
     ".pt": TorchWeights,
     ".pth": TorchWeights,
     ".bin": TorchWeights,
     ".ckpt": TorchWeights,
 }
+"""Suffix of a weights file -> its usual format; the content decides."""
 
 
 def open_weights(path: str | Path) -> CheckpointWeights:
@@ -35,23 +37,13 @@ def open_weights(path: str | Path) -> CheckpointWeights:
         with path.open("rb") as stream:
             start = stream.read(32)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}){_beside(path)}") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}){closest_file(path)}") from error
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it came from")
-    kind = _sniff(start) or _FORMATS.get(path.suffix.lower())
+    kind = _sniff(start) or SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        raise InputError(f"{path}: neither safetensors nor a torch.save'd state dict (known suffixes: {', '.join(_FORMATS)})")
+        raise InputError(f"{path}: neither safetensors nor a torch.save'd state dict (known suffixes: {', '.join(SUFFIXES)})")
     return kind(path)
-
-
-def _beside(path: Path) -> str:
-    """Hint at a file of a similar name in the same directory."""
-    from mergekit_vision.sources import closest
-
-    try:
-        return closest(path.name, [other.name for other in path.parent.iterdir() if other.is_file()])
-    except OSError:  # no such directory, or not readable: no hint
-        return ""
 
 
 def _sniff(start: bytes) -> type[CheckpointWeights] | None:

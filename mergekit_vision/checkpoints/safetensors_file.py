@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_vision.checkpoints.base import CheckpointWeights
 from mergekit_vision.errors import InputError
-from mergekit_vision.files import replacing
+from mergekit_vision.support.files import replacing
 
 
 class SafetensorsWeights(CheckpointWeights):

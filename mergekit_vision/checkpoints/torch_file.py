@@ -1,10 +1,8 @@
 """State dicts saved by ``torch.save``, loaded without running any code from the file."""
 
-import ctypes
 import pickle
 import tempfile
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ from torch import Tensor
 
 from mergekit_vision.checkpoints.base import CheckpointWeights
 from mergekit_vision.errors import InputError
-from mergekit_vision.files import cache_dir
+from mergekit_vision.support.allocator import release_freed_memory
+from mergekit_vision.support.files import cache_dir
 
 
 class TorchWeights(CheckpointWeights):
@@ -32,7 +31,7 @@ class TorchWeights(CheckpointWeights):
             with tempfile.TemporaryDirectory(dir=cache_dir(), ignore_cleanup_errors=True) as place:
                 copy = Path(place) / "weights.pt"
                 torch.save(self._state_dict(self._load()), copy)
-                _return_memory()
+                release_freed_memory()
                 mapped: dict[str, Tensor] = torch.load(copy, map_location="cpu", weights_only=True, mmap=True)
                 return mapped
         except (OSError, RuntimeError) as error:
@@ -86,15 +85,9 @@ class TorchWeights(CheckpointWeights):
         if self._mappable:
             return {name: tuple(tensor.shape) for name, tensor in self._opened().items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in self._state_dict(self._load()).items()}
-        _return_memory()
+        release_freed_memory()
         return shapes
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._opened()[name]
         return tensor
-
-
-def _return_memory() -> None:
-    """Give freed memory back to the system: glibc keeps most of what tensors of less than 32 MiB took, file after file."""
-    with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such function
-        ctypes.CDLL(None).malloc_trim(0)

@@ -1,9 +1,10 @@
 """The command line: a LightningCLI over :class:`MergedCLIP`, :class:`VisionTasks` and :class:`Trainer`."""
 
-import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
@@ -12,25 +13,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from mergekit_vision import registry
-from mergekit_vision.__main__ import COMMANDS
-from mergekit_vision.data import VisionTasks
+from mergekit_vision.cli.commands import COMMANDS
+from mergekit_vision.cli.messages import Parser, _check_merger, explain
+from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
-from mergekit_vision.export import RECORD
-from mergekit_vision.files import replacing
-from mergekit_vision.module import MergedCLIP
-from mergekit_vision.trainer import Trainer
-
-
-class Parser(LightningArgumentParser):
-    """An argument parser whose errors are one message and not the whole usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Refuse what cannot be parsed.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(explain(message))
+from mergekit_vision.export.directory import RECORD
+from mergekit_vision.runs.module import MergedCLIP
+from mergekit_vision.runs.trainer import Trainer
+from mergekit_vision.support.console import console_output, quiet_lightning
+from mergekit_vision.support.files import replacing
 
 
 class SaveConfig(SaveConfigCallback):
@@ -99,47 +90,36 @@ def run(arguments: list[str]) -> None:
         InputError: for anything the user can mend.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    sys.argv[1:] = arguments  # Lightning starts the other processes of a node with them
-    sys.path.append(str(Path.cwd()))  # a class path may name a file beside the user, as with `python -m`
-    registry.mergers()  # their names become values of --model.merger
-    _check_merger(arguments)
-    try:
-        MergeCLI(
-            MergedCLIP,
-            VisionTasks,
-            trainer_class=Trainer,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-        )
-    except MisconfigurationException as error:
-        raise InputError(str(error)) from error
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run like a failed one
-            raise KeyboardInterrupt from error
-        raise
+    with _process_arguments(arguments), console_output(), quiet_lightning():
+        registry.mergers()  # their names become values of --model.merger
+        _check_merger(arguments)
+        try:
+            MergeCLI(
+                MergedCLIP,
+                VisionTasks,
+                trainer_class=Trainer,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+            )
+        except MisconfigurationException as error:
+            raise InputError(str(error)) from error
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run like a failed one
+                raise KeyboardInterrupt from error
+            raise
 
 
-def explain(message: str) -> str:
-    r"""The part of a jsonargparse message that helps.
+@contextmanager
+def _process_arguments(arguments: list[str]) -> Iterator[None]:
+    """The process's own arguments, with which Lightning starts the other processes of a node, and its import path.
 
-    >>> explain("Parser key \"suite\":\n  Expected a <class 'str'>. Got value: None")
-    '--suite is missing'
+    The working directory comes last on the path: a class path may name a file beside the user, as with ``python -m``.
     """
-    key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
-    option = f"--{key[1]}" if key else ""
-    if key and re.search(r"Got value: None|is required", message):
-        return f"{option} is missing"
-    reasons = re.findall(r"^ +- (.*)$", message.partition("Given value")[0], flags=re.MULTILINE)
-    reasons = [reason for reason in reasons if "NoneType" not in reason and "Expected a path" not in reason]
-    text = "; ".join(reasons) or message.partition(":\n")[2].strip() or message
-    return f"{option}: {text}" if option else text
-
-
-def _check_merger(arguments: list[str]) -> None:
-    """Name the methods there are before the parser says less about a misspelt one."""
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        name = value if argument == "--model.merger" else argument.removeprefix("--model.merger=")
-        if name != argument and re.fullmatch(r"\w+(\.\w+)*", name) and not name.endswith((".yaml", ".yml", ".json")):
-            registry.get(name)
+    argv, path = sys.argv, sys.path
+    sys.argv, sys.path = [argv[0], *arguments], [*path, str(Path.cwd())]
+    try:
+        yield
+    finally:
+        sys.argv, sys.path = argv, path

@@ -1,50 +1,31 @@
-"""The data module: one exact loader a task, and the unlabelled proxy images."""
+"""The data module: one exact loader a task, and the unlabeled proxy images."""
 
 import os
-from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from mergekit_vision.data.checks import Needs, SuiteChecks
+from mergekit_vision.data.images import SuiteImages
+from mergekit_vision.data.loader import ExactSampler, OpaqueLoader, PixelLoader, decoding_processes
+from mergekit_vision.data.pixel_cache import Batch, PixelCache
+from mergekit_vision.data.preprocess import Preprocess, eval_transform
+from mergekit_vision.data.proxies import Proxies
+from mergekit_vision.encoders.backbone import Backbone, describe_backbone
 from mergekit_vision.errors import InputError
-from mergekit_vision.files import digest
-from mergekit_vision.pixels import (
-    Batch,
-    ExactSampler,
-    PixelCache,
-    PixelLoader,
-    Preprocess,
-    Untouched,
-    decoding_processes,
-    eval_transform,
-)
-from mergekit_vision.proxies import Proxies
-from mergekit_vision.sources import (
-    FlatFolder,
-    ImageSource,
-    closest,
-    content_faults,
-    is_fetched,
-    open_source,
-    resolve,
-)
-from mergekit_vision.suite import Suite
-from mergekit_vision.suite_file import raise_faults
-
-if TYPE_CHECKING:
-    from mergekit_vision.encoder import Backbone
-
-
-__all__ = ["Proxies", "VisionTasks"]
+from mergekit_vision.sources.config import is_fetched
+from mergekit_vision.sources.folder import FlatFolder
+from mergekit_vision.suites.splits import TEST, VAL
+from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.faults import closest
+from mergekit_vision.support.fingerprints import digest
 
 _DEFAULT_PROXIES = Proxies()
-
-_EVALUATED = {"validate": "val", "test": "test"}
 
 
 class VisionTasks(LightningDataModule):
@@ -62,9 +43,6 @@ class VisionTasks(LightningDataModule):
         cache_mb: memory in MiB for decoded and resized pixels, so that later passes over a split do not decode it again; a split
             that no longer fits is decoded anew each time. 0 for none. It is of a whole machine: its processes share it equally.
 
-    Attributes:
-        images: the unlabelled images that :meth:`predict_dataloader` yields.
-
     Raises:
         InputError: for a value out of range. The suite is read at first use.
     """
@@ -81,18 +59,15 @@ class VisionTasks(LightningDataModule):
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("cache_mb", cache_mb, 0)):
             if value is not None and value < least:
-                raise InputError(f"{name} must be {least} or more, not {value}")
+                raise InputError(f"`{name}` must be {least} or more, not {value}", of="data")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.proxies = proxies
-        self.images: FlatFolder | None = None
+        self._folder: FlatFolder | None = None
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._suite_path = suite
         self._chosen = tasks
         self._cache_mb = cache_mb
-        self._sources: dict[tuple[str, str], ImageSource] = {}
-        self._checked: set[tuple[str, str]] = set()
-        self._experts_checked = False
 
     @cached_property
     def suite(self) -> Suite:
@@ -107,84 +82,57 @@ class VisionTasks(LightningDataModule):
         unknown = [name for name in self._chosen if name not in self.suite.tasks]
         if unknown or not self._chosen:
             wrong = ", ".join(f"{name}{closest(name, self.suite.tasks)}" for name in unknown) or "an empty list"
-            raise InputError(f"tasks: not in the suite: {wrong}; it has {', '.join(self.suite.tasks)}")
+            raise InputError(f"`tasks`: not in the suite: {wrong}; it has {', '.join(self.suite.tasks)}", of="data")
         return tuple(name for name in self.suite.tasks if name in self._chosen)
 
-    def check(
-        self, splits: Collection[str] = (), experts: bool = True, proxies: bool = False, everywhere: Collection[str] = ()
-    ) -> None:
-        """Check the suite whole, before anything heavy; what was checked before is not checked again.
-
-        The model calls it, since only the model knows what it is going to read.
-
-        Args:
-            splits: splits that every task of :attr:`task_names` must have.
-            experts: whether the experts will be read.
-            proxies: whether proxy images may be asked for; their split or source is then checked too. Tasks without the default
-                split ``val`` are let pass, since many methods need no images; :meth:`proxy_loader` refuses them.
-            everywhere: splits that every task of the suite must have.
+    def check(self, needs: Needs) -> None:
+        """Check that the suite has what a run needs, before anything heavy; the model says what that is.
 
         Raises:
             InputError: with every fault that headers show, one a line; then with those of the proxy images themselves.
         """
-        chosen, suite = self.task_names, self.suite
-        wanted = {task: {*everywhere, *(splits if task in chosen else ())} for task in suite.tasks}
-        for task in self._proxy_tasks() if proxies and self.proxies.source is None else ():
-            wanted[task].add(self.proxies.split)
-        unchecked = {task: sorted(split for split in wanted[task] if (task, split) not in self._checked) for task in wanted}
-        experts = experts and not self._experts_checked
-        faults = self._header_faults(unchecked, experts)
-        raise_faults(suite.path, faults + (self._proxy_faults() if proxies else []))
-        self._checked |= {(task, split) for task, names in unchecked.items() for split in names}
-        self._experts_checked |= experts
-        if proxies:
-            raise_faults(suite.path, self._draw_faults())
+        self._checks(self.task_names, needs)
 
-    def splits_needed(self, fn: str | None) -> set[str]:
-        """Splits that one of Lightning's functions (``validate``, ``test``, …) evaluates."""
-        return {_EVALUATED[fn]} if fn in _EVALUATED else set()
+    def fetch(self, needs: Needs) -> None:
+        """Download what a run reads from elsewhere; the model asks for it in one process of each machine.
 
-    def prepare_data(self) -> None:
-        """Download what will be read from elsewhere, in one process of each machine before the others look for it.
-
-        That is the evaluated split of the tasks to evaluate, and of all tasks what the model names as its ``extra_splits``.
         Nothing is downloaded for a suite that is at fault.
+
+        Raises:
+            InputError: as :meth:`check`, or when something cannot be fetched.
         """
-        if self.trainer is None:
-            return
-        model, splits = self.trainer.lightning_module, self.splits_needed(self.trainer.state.fn)
-        extra, merging = getattr(model, "extra_splits", set[str]()), getattr(model, "merger", None) is not None
+        everywhere = {*needs.everywhere, *((self.proxies.split,) if needs.proxies else ())}
         fetched = [
             (task.name, split)
             for task in self.suite.tasks.values()
             for split, config in task.data.items()
-            if is_fetched(config) and (split in extra or (split in splits and task.name in self.task_names))
+            if is_fetched(config) and (split in everywhere or (split in needs.evaluated and task.name in self.task_names))
         ]
-        elsewhere = merging and self.proxies.source is not None and is_fetched(self.proxies.source)
-        if fetched or elsewhere:
-            self.check(splits, experts=merging)
+        elsewhere = needs.proxies and self.proxies.source is not None and is_fetched(self.proxies.source)
+        if fetched or elsewhere:  # the splits that are searched on are checked once they are there
+            self.check(Needs(needs.evaluated, experts=needs.experts))
         for task, split in fetched:
-            self._source(task, split)
+            self._images.split(task, split)
         if elsewhere:
-            self._elsewhere()
+            self._images.elsewhere()
 
     def size(self, task: str, split: str) -> int:
         """Number of images of one split of one task."""
-        return len(self._source(task, split))
+        return len(self._images.split(task, split))
 
     def fingerprint(self, task: str, split: str) -> str:
         """Hash of one split's images and labels, for caches by content."""
-        return self._source(task, split).fingerprint()
+        return self._images.split(task, split).fingerprint()
 
     def proxy_fingerprint(self, task: str) -> str:
         """Hash of one task's proxy images; raises as :meth:`proxy_loader`."""
-        source, indices = self._draw(task)
+        source, indices = self._images.proxy_images(task)
         return digest(source.fingerprint(), indices)
 
     def loader(self, task: str, split: str) -> "DataLoader[Batch]":
         """Loader of this process's share of one split of one task."""
         world, rank = self._place()
-        return self._loader(self._source(task, split), (task, split, world, rank), world, rank)
+        return self._loader(self._images.split(task, split), (task, split, world, rank), world, rank)
 
     def proxy_loader(self, task: str) -> "DataLoader[Tensor]":
         """Loader of one task's proxy images, without labels: float32 ``[N, 3, H, W]``, the whole set in every process.
@@ -192,30 +140,40 @@ class VisionTasks(LightningDataModule):
         Raises:
             InputError: when there are none.
         """
-        return self._loader(Subset(*self._draw(task)), ("proxies", task), images_only=True)
+        return self._loader(Subset(*self._images.proxy_images(task)), ("proxies", task), images_only=True)
 
     def val_dataloader(self) -> "list[DataLoader[Batch]]":
         """Loaders of the split ``val``, one a task in the order of :attr:`task_names`."""
-        return [self.loader(task, "val") for task in self.task_names]
+        return [self.loader(task, VAL) for task in self.task_names]
 
     def test_dataloader(self) -> "list[DataLoader[Batch]]":
         """Loaders of the split ``test``, one a task in the order of :attr:`task_names`."""
-        return [self.loader(task, "test") for task in self.task_names]
+        return [self.loader(task, TEST) for task in self.task_names]
 
-    def predict_dataloader(self) -> Untouched | list[Untouched]:
-        """Loader of :attr:`images`: preprocessed float32 ``[N, 3, H, W]`` and the index of each among the folder's paths.
+    def predict_on(self, folder: FlatFolder | None) -> None:
+        """Say which images :meth:`predict_dataloader` yields; ``None`` for none."""
+        self._folder = folder
+
+    def predict_dataloader(self) -> OpaqueLoader | list[OpaqueLoader]:
+        """Loader of a folder's images: preprocessed float32 ``[N, 3, H, W]`` and the index of each among its paths.
 
         No loader where there are no images: then Lightning's ``predict`` only sets the model up, which merges.
         """
-        if self.images is None:
+        if self._folder is None:
             return []
-        return Untouched(self._loader(self.images, None, *self._place()))
+        return OpaqueLoader(self._loader(self._folder, None, *self._place()))
 
     @cached_property
-    def _backbone(self) -> "Backbone":
-        from mergekit_vision.encoder import describe
+    def _images(self) -> SuiteImages:
+        return SuiteImages(self.suite, self.proxies)
 
-        return describe(self.suite.backbone, self.suite.pretrained)
+    @cached_property
+    def _checks(self) -> SuiteChecks:
+        return SuiteChecks(self._images, lambda: self._backbone.shapes)
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        return describe_backbone(self.suite.backbone, self.suite.pretrained)
 
     @cached_property
     def _preprocess(self) -> Preprocess:
@@ -236,73 +194,6 @@ class VisionTasks(LightningDataModule):
     def _device(self) -> torch.device:
         """The device of this process, on which batches are wanted."""
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-
-    def _source(self, task: str, split: str) -> ImageSource:
-        """One split, opened once. What had to be fetched first can only be checked now."""
-        if (task, split) not in self._sources:
-            path, known = self.suite.path, self.suite.tasks[task]
-            if split not in known.data:
-                raise InputError(
-                    f"{path}: task {task} has no split {split}{closest(split, known.data)}; it has {', '.join(known.data)}"
-                )
-            source = open_source(known.data[split])
-            if faults := content_faults(source, known.classes, known.named_by_data):
-                raise InputError(f"{path}: tasks.{task}.data.{split}: {'; '.join(faults)}")
-            self._sources[task, split] = source
-        return self._sources[task, split]
-
-    def _elsewhere(self) -> ImageSource:
-        """The one out-of-domain source that all tasks' proxies are drawn from."""
-        key = ("", "proxies")
-        if key not in self._sources:
-            assert self.proxies.source is not None
-            config = resolve(self.proxies.source, self.suite.path.parent)
-            self._sources[key] = open_source(config, labelled=self.proxies.label is not None)
-        return self._sources[key]
-
-    def _draw(self, task: str) -> tuple[ImageSource, list[int]]:
-        own = self.proxies.source is None
-        try:
-            source = self._source(task, self.proxies.split) if own else self._elsewhere()
-            return source, self.proxies.draw(source)
-        except InputError as error:
-            where = f"proxy images of task {task}" if own else "proxies.source"
-            raise InputError(f"{where}: {error}") from error
-
-    def _proxy_tasks(self) -> list[str]:
-        """Tasks whose own split the proxies are drawn from and checked; without the default split they may need none."""
-        split, tasks = self.proxies.split, self.suite.tasks
-        having = [task for task in tasks if split in tasks[task].data]
-        return having if split == _DEFAULT_PROXIES.split or not having else list(tasks)
-
-    def _header_faults(self, splits: Mapping[str, Collection[str]], experts: bool) -> list[str]:
-        return self.suite.faults(self._backbone.shapes, splits, experts) if experts or any(splits.values()) else []
-
-    def _proxy_faults(self) -> list[str]:
-        """Faults of where the proxies come from that concern no single task."""
-        split, tasks = self.proxies.split, self.suite.tasks.values()
-        if self.proxies.source is None:
-            known = sorted({name for task in tasks for name in task.data})
-            if split in known or split == _DEFAULT_PROXIES.split:
-                return []
-            return [f"proxies.split: no task has a split {split}{closest(split, known)}; they have {', '.join(known)}"]
-        if is_fetched(self.proxies.source):
-            return []  # not before everything else is known to be sound
-        try:
-            self._elsewhere()
-        except InputError as error:
-            return [f"proxies.source: {error}"]
-        return []
-
-    def _draw_faults(self) -> list[str]:
-        """Faults of the proxy images themselves, which are drawn to see whether there are any."""
-        faults = []
-        for task in self._proxy_tasks() if self.proxies.source is None else list(self.suite.tasks)[:1]:
-            try:
-                self._draw(task)
-            except InputError as error:
-                faults.append(str(error))
-        return faults
 
     def _place(self) -> tuple[int, int]:
         """Number of processes and this one's rank."""

@@ -1,111 +1,19 @@
-"""From images to batches: preprocessing, exact sharding over processes, and a cache of decoded pixels."""
+"""Loaders of preprocessed images, and their exact sharding over processes."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
+from mergekit_vision.data.pixel_cache import Batch, PixelCache
+from mergekit_vision.data.preprocess import Preprocess
 from mergekit_vision.errors import InputError
-from mergekit_vision.progress import say
-
-Batch = tuple[Tensor, Tensor]
-"""Pixels or images ``[N, 3, H, W]`` and labels, int64 ``[N]``."""
 
 _MOST_WORKERS = 16
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """open_clip's evaluation transform, cut in two where the data is smallest.
-
-    One after the other, the two parts give bit by bit what the whole transform gives.
-
-    Attributes:
-        geometry: one PIL image -> its resized pixels, uint8 ``[3, H, W]``.
-        mean: the model's mean of each channel, float32 ``[3, 1, 1]``.
-        std: the deviation, likewise.
-        white: what divides pixels into [0, 1]: 255. As a tensor, since CUDA multiplies by the rounded reciprocal of a number.
-    """
-
-    geometry: Callable[[Any], Tensor]
-    mean: Tensor
-    std: Tensor
-    white: Tensor = field(default_factory=lambda: torch.tensor(255.0))
-
-    def to(self, device: torch.device) -> "Preprocess":
-        """The same with :meth:`finish` on a device."""
-        return Preprocess(self.geometry, self.mean.to(device), self.std.to(device), self.white.to(device))
-
-    def finish(self, pixels: Tensor) -> Tensor:
-        """Normalised float32 images of uint8 pixels ``[…, 3, H, W]``, in new memory on the same device."""
-        # torchvision's Normalize takes twice the passes over memory, and reads the deviation back from the device
-        return pixels.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)
-
-
-def eval_transform(config: Mapping[str, Any]) -> Preprocess:
-    """The evaluation transform of open_clip's ``preprocess_cfg``."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-    from torchvision.transforms import Compose, PILToTensor
-
-    *geometry, _, normalize = image_transform_v2(PreprocessCfg(**config), is_train=False).transforms
-    mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (normalize.mean, normalize.std))
-    return Preprocess(Compose([*geometry, PILToTensor()]), mean, std)
-
-
-@dataclass
-class PixelCache:
-    """Batches of whole passes over data, up to a total size.
-
-    Attributes:
-        limit: bytes of all passes together.
-        passes: what a pass was over -> its batches, in order.
-        used: bytes kept.
-    """
-
-    limit: int
-    passes: dict[tuple[str | int, ...], list[Batch]] = field(default_factory=dict)
-    used: int = 0
-    _told: bool = False
-
-    def keep(self, key: tuple[str | int, ...], batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass batches on, and keep them once the pass is complete, if they fit."""
-        kept: list[Batch] = []
-        size = 0
-        for batch in batches:
-            size += batch[0].nbytes
-            if self.used + size <= self.limit:
-                kept.append(_own(batch))
-            else:
-                kept.clear()
-            yield batch
-        if key in self.passes:  # another pass was quicker
-            return
-        if self.used + size > self.limit:
-            self._tell(key, size)
-        elif kept:
-            self.passes[key] = kept
-            self.used += size
-
-    def _tell(self, key: tuple[str | int, ...], size: int) -> None:
-        """Say once that not everything is kept, unless nothing was to be."""
-        if self.limit and not self._told:
-            self._told = True
-            what = " ".join(map(str, key[:2]))
-            need, left = size / 2**20, (self.limit - self.used) / 2**20
-            say(
-                f"{what}: {need:.0f} MiB of pixels do not fit into the {left:.0f} MiB left of --data.cache_mb (of this process); "
-                "what does not fit is decoded again on every pass"
-            )
-
-
-def _own(batch: Batch) -> Batch:
-    """The batch outside of shared memory, of which machines have little, and every tensor of which holds a file open."""
-    pixels, labels = (part.clone() if part.is_shared() else part for part in batch)  # type: ignore[no-untyped-call]
-    return pixels, labels
 
 
 class ExactSampler(DistributedSampler[Any]):
@@ -114,6 +22,7 @@ class ExactSampler(DistributedSampler[Any]):
     Lightning leaves a ``DistributedSampler`` in place. Its own ``UnrepeatedDistributedSampler`` does the same, but refuses data
     sets shorter than the number of processes.
 
+    >>> from mergekit_vision.data.loader import ExactSampler
     >>> [list(ExactSampler(range(5), 3, rank)) for rank in range(3)]
     [[0, 3], [1, 4], [2]]
     """
@@ -130,7 +39,7 @@ class ExactSampler(DistributedSampler[Any]):
 class PixelLoader(DataLoader[Any]):
     """Loader of preprocessed images and labels, in order; a second pass comes from the cache.
 
-    Workers send and the cache keeps pixels as uint8; each pass normalises them anew, on the device they are for. Where that is a
+    Workers send and the cache keeps pixels as uint8; each pass normalizes them anew, on the device they are for. Where that is a
     GPU, copies come from pinned memory and nothing waits for them.
 
     Args:
@@ -192,6 +101,7 @@ def decoding_processes(images: int, batch_size: int, processes: int, accelerated
         processes: that share the machine.
         accelerated: whether the model runs elsewhere than on the cores that decode.
 
+    >>> from mergekit_vision.data.loader import decoding_processes
     >>> decoding_processes(10_000, 128, processes=1, accelerated=False)
     0
     """
@@ -200,7 +110,7 @@ def decoding_processes(images: int, batch_size: int, processes: int, accelerated
 
 
 @dataclass(frozen=True)
-class Untouched:
+class OpaqueLoader:
     """A loader that Lightning takes as it is: in prediction it builds every ``DataLoader`` again, with a sampler of its own."""
 
     loader: DataLoader[Any]

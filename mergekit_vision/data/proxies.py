@@ -1,4 +1,4 @@
-"""Which unlabelled images a data-dependent merger sees."""
+"""Which unlabeled images a data-dependent merger sees."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources import ImageSource, config_faults
+from mergekit_vision.sources.base import ImageSource
+from mergekit_vision.sources.config import config_faults
+from mergekit_vision.suites.splits import VAL
 
 
 @dataclass(frozen=True)
 class Proxies:
-    """Which unlabelled images a data-dependent merger sees of each task.
+    """Which unlabeled images a data-dependent merger sees of each task.
 
     Attributes:
         n: number of images a task; all of them where the split has fewer.
@@ -23,18 +25,18 @@ class Proxies:
     """
 
     n: int = 32
-    split: str = "val"
+    split: str = VAL
     seed: int = 0
     label: int | None = None
     source: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise InputError(f"proxies.n must be 1 or more, not {self.n}")
+            raise InputError(f"`proxies.n` must be 1 or more, not {self.n}", of="data")
         if not 0 <= self.seed < 2**32:
-            raise InputError(f"proxies.seed must lie in 0 to 2**32 - 1, not {self.seed}")
+            raise InputError(f"`proxies.seed` must lie in 0 to 2**32 - 1, not {self.seed}", of="data")
         if self.label is not None and self.label < 0:
-            raise InputError(f"proxies.label must be a class index, 0 or more, not {self.label}")
+            raise InputError(f"`proxies.label` must be a class index, 0 or more, not {self.label}", of="data")
         if self.source is not None and (faults := config_faults(self.source)):
             raise InputError(f"proxies.source: {'; '.join(faults)}")
 

@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergekit_vision.data.preprocess import eval_transform
 from mergekit_vision.demo.captions import captioned
-from mergekit_vision.encoder import describe, load_clip
-from mergekit_vision.files import replacing
-from mergekit_vision.heads import zero_shot_head
-from mergekit_vision.pixels import eval_transform
-from mergekit_vision.progress import say, track
-from mergekit_vision.sources import open_source
-from mergekit_vision.suite import Suite
+from mergekit_vision.encoders.backbone import describe_backbone, load_clip
+from mergekit_vision.encoders.heads import zero_shot_head
+from mergekit_vision.sources.opening import open_source
+from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.console import logger, track
+from mergekit_vision.support.files import replacing
 
 CONFIG: dict[str, Any] = {
     "model_cfg": {
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and their order")
     arguments = parser.parse_args()
     build(arguments.output, arguments.seed)
-    say(f"try it: mergekit-vision test --suite {arguments.output / 'suite.yaml'} --model.merger ESM")
+    logger.info(f"try it: mergekit-vision test --suite {arguments.output / 'suite.yaml'} --model.merger ESM")
 
 
 def build(output: Path, seed: int = 0, pretraining: Recipe = PRETRAINING, fine_tuning: Recipe = FINE_TUNING) -> None:
@@ -117,7 +117,7 @@ def fine_tune(suite: Suite, task_name: str, recipe: Recipe) -> dict[str, Tensor]
     head = zero_shot_head(clip, tokenizer, task.classes, task.templates)  # frozen
     tower = clip.get_submodule("visual").requires_grad_(True).train()
 
-    preprocess = eval_transform(describe(suite.backbone, suite.pretrained).preprocess)
+    preprocess = eval_transform(describe_backbone(suite.backbone, suite.pretrained).preprocess)
     source = open_source(task.data["train"])
     count = min(recipe.images, len(source))
     items = [source[index] for index in track(range(count), f"{task_name}: drawing")]
@@ -169,7 +169,7 @@ def pretrain(place: Path, seed: int, recipe: Recipe) -> nn.Module:
         draft.write_text(json.dumps(CONFIG, indent=2) + "\n")
     name = f"local-dir:{place.absolute()}"
     clip: nn.Module = open_clip.CLIP(**CONFIG["model_cfg"]).train()
-    preprocess = eval_transform(describe(name).preprocess)
+    preprocess = eval_transform(describe_backbone(name).preprocess)
     items = [captioned(seed, index) for index in track(range(recipe.images), "captioned pictures: drawing")]
     pixels = torch.stack([preprocess.geometry(image) for image, *_ in items])
     tokens = open_clip.get_tokenizer(name)([caption for _, caption, _ in items])

@@ -1,19 +1,17 @@
 """Zero-shot classification heads from class names and prompts."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergekit_vision.files import cache_dir, replacing
-from mergekit_vision.progress import track
+from mergekit_vision.support.cache import TENSOR, Cache
+from mergekit_vision.support.console import track
+from mergekit_vision.support.fingerprints import of_tensors
+from mergekit_vision.support.json_files import to_json
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -68,44 +66,55 @@ def build_heads(
     config: Mapping[str, Any],
     device: torch.device,
 ) -> ZeroShotHeads:
-    """Heads of all tasks, each computed once and kept on disk under a hash of the text tower, its configuration and the prompts.
+    """Heads of all tasks, each computed once and remembered by the text tower, its configuration and the prompts.
 
     Args:
-        clip: an open_clip model with its text tower; moved to ``device`` when a head has to be computed.
+        clip: an open_clip model with its text tower, on the CPU; it is on ``device`` while heads are computed.
         tokenizer: its tokenizer.
         prompts: task -> class names and templates.
         config: open_clip's ``model_cfg``: activation, pooling and tokenizer are not in the weights.
-        device: where prompts are embedded.
+        device: where prompts are embedded, and of the heads.
     """
-    tower = _text_digest(clip) + json.dumps(dict(config), sort_keys=True, default=str)
-    paths = {task: _head_path(tower, classes, templates) for task, (classes, templates) in prompts.items()}
-    heads = {task: head for task, path in paths.items() if (head := _read_head(path)) is not None}
-    missing = [task for task in prompts if task not in heads]
-    for task in track(missing, "zero-shot heads") if missing else ():
-        heads[task] = zero_shot_head(clip.to(device), tokenizer, *prompts[task]).cpu().contiguous()
-        with replacing(paths[task]) as draft:
-            save_file({"head": heads[task]}, draft)
-    return ZeroShotHeads({task: heads[task] for task in prompts})
+    tower = [of_tensors(text_weights(clip)), to_json(dict(config))]
+    cache = Cache("heads", TENSOR)
+
+    def head(task: str) -> Tensor:
+        classes, templates = prompts[task]
+        compute = partial(zero_shot_head, clip, tokenizer, classes, templates)
+        return cache.recall([*tower, repr(list(classes)), repr(list(templates))], lambda: _on(clip, device, compute))
+
+    return ZeroShotHeads({task: head(task) for task in track(list(prompts), "zero-shot heads")}).to(device)
 
 
-def _head_path(tower: str, classes: Sequence[str], templates: Sequence[str]) -> Path:
-    key = hashlib.blake2b(f"{tower}\n{list(classes)}\n{list(templates)}".encode(), digest_size=20).hexdigest()
-    return cache_dir() / "heads" / f"{key}.safetensors"
+class LazyHeads:
+    """The heads of all tasks, built when they are first asked for.
+
+    Merging alone needs none, and they cost thousands of passes through the text tower where prompts are many.
+
+    Args:
+        build: builds them; forgotten afterwards, with the text tower it holds.
+    """
+
+    def __init__(self, build: Callable[[], ZeroShotHeads]) -> None:
+        self._build: Callable[[], ZeroShotHeads] | None = build
+        self._heads: ZeroShotHeads | None = None
+
+    def __call__(self) -> ZeroShotHeads:
+        """The heads."""
+        if self._build is not None:
+            self._heads, self._build = self._build(), None
+        return cast(ZeroShotHeads, self._heads)
 
 
-def _read_head(path: Path) -> Tensor | None:
-    """A cached head; ``None`` where there is none, or something has spoilt it."""
+def text_weights(clip: nn.Module) -> dict[str, Tensor]:
+    """What an open_clip model holds besides its vision tower."""
+    return {key: value for key, value in clip.state_dict().items() if not key.startswith("visual.")}
+
+
+def _on(clip: nn.Module, device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
+    """What ``compute`` finds with a model on a device, where it does not stay."""
+    clip.to(device)
     try:
-        return load_file(path)["head"] if path.is_file() else None
-    except (SafetensorError, KeyError, OSError):
-        return None
-
-
-def _text_digest(clip: nn.Module) -> str:
-    """Hash of the weights that text embeddings depend on."""
-    digest = hashlib.blake2b(digest_size=20)
-    for key, value in sorted(clip.state_dict().items()):
-        if not key.startswith("visual."):
-            digest.update(f"{key}{tuple(value.shape)}".encode())
-            digest.update(memoryview(value.detach().cpu().float().contiguous().reshape(-1).numpy()))
-    return digest.hexdigest()
+        return compute().cpu()
+    finally:
+        clip.to("cpu")

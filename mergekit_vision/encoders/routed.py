@@ -1,126 +1,17 @@
 """Layers of the merged encoder: attention made of plain Linears, and Linears with routed low-rank experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.routers import Choice, Router
+from mergekit_vision.routers import Choice, LowRankExperts
 
-
-class LinearAttention(nn.Module):
-    """Multi-head self-attention whose projections are plain ``nn.Linear`` modules.
-
-    ``nn.MultiheadAttention`` keeps query, key and value in one bare parameter and never calls ``out_proj`` as a module, so that
-    neither can be hooked or replaced. This module computes the same thing with two Linears, over the tokens of each image.
-
-    Args:
-        dim: width of the tokens.
-        heads: number of attention heads; divides ``dim``.
-        bias: whether both projections have a bias.
-    """
-
-    def __init__(self, dim: int, heads: int, bias: bool = True) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj = nn.Linear(dim, 3 * dim, bias=bias)
-        self.out_proj = nn.Linear(dim, dim, bias=bias)
-
-    @classmethod
-    def from_multihead(cls, attention: nn.MultiheadAttention) -> "LinearAttention":
-        """The same attention, sharing the parameters of ``attention``.
-
-        Raises:
-            ValueError: for what CLIP's vision blocks never use: separate widths, added key-value biases, dropout.
-        """
-        if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn or attention.dropout:
-            raise ValueError("only plain self-attention of one width, without dropout, can be made of Linears")
-        with torch.device("meta"):
-            new = cls(attention.embed_dim, attention.num_heads, bias=attention.in_proj_bias is not None)
-        new.in_proj.weight, new.in_proj.bias = attention.in_proj_weight, attention.in_proj_bias
-        new.out_proj.weight, new.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
-        return new
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """Attend over the tokens of each image.
-
-        Takes what open_clip's blocks pass to ``nn.MultiheadAttention``; ``query`` is the only input, ``[N, L, dim]``.
-
-        Returns:
-            The output, ``[N, L, dim]``, and ``None`` in the place of the attention weights.
-        """
-        n, tokens, dim = query.shape
-        q, k, v = self.in_proj(query).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return self.out_proj(out.transpose(1, 2).reshape(n, tokens, dim)), None
-
-
-Evidence = Literal["own", "start", "add", "hold"]
 Route = Literal["router", "oracle", "base"]
-LinearKind = Literal["in_proj", "out_proj", "c_fc", "c_proj"]
-
-
-def linears_of_kind(linears: Sequence[str], kinds: Sequence[LinearKind]) -> list[str]:
-    """Those of the ``linears`` whose last name is one of ``kinds``, in their order.
-
-    Raises:
-        InputError: when there is none, or a kind is unknown.
-    """
-    chosen = [name for name in linears if name.rpartition(".")[2] in kinds]
-    if not chosen or not set(kinds) <= set(get_args(LinearKind)):
-        raise InputError(f"layers is {list(kinds)}, but must name some of {', '.join(get_args(LinearKind))}")
-    return chosen
-
-
-def pad_rank(factors: Tensor, rank: int, dim: int) -> Tensor:
-    """``factors`` cut to, or filled up with zeros to, ``rank`` along ``dim``; zero factors add nothing."""
-    kept = factors.narrow(dim, 0, min(rank, factors.shape[dim]))
-    shape = list(kept.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat([kept, kept.new_zeros(shape)], dim)
-
-
-@dataclass(frozen=True)
-class LowRankExperts:
-    """Low-rank experts of one Linear layer: expert ``t`` adds ``up[t] @ down[t] @ x + bias[t]`` to the layer's output.
-
-    Attributes:
-        up: ``[T, d_out, r]``.
-        down: ``[T, r, d_in]``.
-        router: scores the experts.
-        bias: ``[T, d_out]``, or ``None``.
-        evidence: what the scores mean to a decision that layers take together, in forward order: ``"own"`` decides by the
-            layer's own scores and leaves the shared ones alone; ``"start"`` makes its own the shared ones; ``"add"`` adds its
-            own to the shared ones and decides by the sum; ``"hold"`` decides by the shared ones as they are.
-
-    Raises:
-        ValueError: when the shapes do not fit each other.
-    """
-
-    up: Tensor
-    down: Tensor
-    router: Router
-    bias: Tensor | None = None
-    evidence: Evidence = "own"
-
-    def __post_init__(self) -> None:
-        shapes = {"up": tuple(self.up.shape), "down": tuple(self.down.shape)}
-        if self.up.dim() != 3 or self.down.dim() != 3 or (shapes["up"][0], shapes["up"][2]) != shapes["down"][:2]:
-            raise ValueError(f"up [T, d_out, r] and down [T, r, d_in] do not fit each other: {shapes}")
-        if self.bias is not None and tuple(self.bias.shape) != shapes["up"][:2]:
-            raise ValueError(f"bias must be [T, d_out] = {list(shapes['up'][:2])}, got {list(self.bias.shape)}")
 
 
 class Routing:

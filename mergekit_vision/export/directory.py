@@ -10,12 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mergekit_vision.checkpoints import save_safetensors
-from mergekit_vision.checkpoints.experts import pack_experts, unpack_experts
-from mergekit_vision.encoder import PREPROCESS_KEYS, Backbone, VisionEncoder, load_clip
+from mergekit_vision.encoders.backbone import PREPROCESS_KEYS, Backbone, load_clip
+from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
-from mergekit_vision.files import replacing
-from mergekit_vision.layers import LowRankExperts
-from mergekit_vision.results import model_card, write_json
+from mergekit_vision.export.card import model_card
+from mergekit_vision.export.experts import pack_experts, unpack_experts
+from mergekit_vision.merger import Weights
+from mergekit_vision.routers import LowRankExperts
+from mergekit_vision.support.files import replacing
+from mergekit_vision.support.json_files import write_json
 
 CONFIG, MODEL, RECORD = "open_clip_config.json", "open_clip_model.safetensors", "merge.json"
 EXPERTS, ROUTERS = "experts.safetensors", "experts.json"
@@ -28,43 +31,43 @@ def check_output(directory: Path) -> None:
         InputError: when ``directory`` is a file, or holds a model that was not merged by this package.
     """
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"--output {directory}: is a file; name a directory")
+        raise InputError(f"`default_root_dir` {directory}: is a file; name a directory", of="trainer")
     if (directory / MODEL).exists() and not (directory / RECORD).exists():
-        raise InputError(f"--output {directory}: holds a model that was not merged here ({MODEL} without {RECORD}); name another")
+        problem = f"holds a model that was not merged here ({MODEL} without {RECORD}); name another"
+        raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
 
 
-def save_model(directory: Path, backbone: Backbone, encoder: VisionEncoder, record: Mapping[str, Any]) -> None:
+def save_model(
+    directory: Path, backbone: Backbone, weights: Weights, routed: Mapping[str, LowRankExperts], record: Mapping[str, Any]
+) -> None:
     """Write a merged model that ``open_clip.create_model_and_transforms("local-dir:…")`` loads.
 
     Of a dynamic model open_clip sees the base; its routed experts are files of their own, which :func:`load` reads too.
 
     Args:
         directory: made when missing; files of an earlier merge are replaced one by one, each whole.
-        backbone: whose text tower and configuration go with the merged vision tower.
-        encoder: the merged vision tower.
+        backbone: whose configuration goes with the weights.
+        weights: of the whole CLIP model, the merged vision tower with the backbone's text tower.
+        routed: Linear name -> its routed experts; empty for a static model.
         record: what was merged and how; becomes ``merge.json`` and the model card.
     """
     check_output(directory)
-    weights = encoder.weights()
-    clip = load_clip(backbone.name, backbone.pretrained)
-    state = {key: weights.get(key, value).cpu() for key, value in clip.state_dict().items()}
     preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
-    routing = encoder.routing
     with ExitStack() as drafts:  # all are written, then all renamed
 
         def draft(name: str) -> Path:
             return drafts.enter_context(replacing(directory / name))
 
-        if routing is not None:
-            tensors, routers = pack_experts({name: layer.experts for name, layer in routing.layers.items()})
+        if routed:
+            tensors, routers = pack_experts(routed)
             save_safetensors(draft(EXPERTS), tensors)
             write_json(draft(ROUTERS), routers)
-        save_safetensors(draft(MODEL), state)
+        save_safetensors(draft(MODEL), weights)
         write_json(draft(CONFIG), {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess})
-        draft("README.md").write_text(model_card(record, routing is not None), encoding="utf-8")
+        draft("README.md").write_text(model_card(record, bool(routed)), encoding="utf-8")
         write_json(draft(RECORD), record)
         _save_tokenizer(directory, backbone)
-    if routing is None:  # experts of an earlier merge do not belong to this one
+    if not routed:  # experts of an earlier merge do not belong to this one
         for name in (ROUTERS, EXPERTS):
             (directory / name).unlink(missing_ok=True)
 

@@ -1,14 +1,13 @@
 """Routed experts as named tensors and plain data, and back: what ``experts.safetensors`` and its JSON hold."""
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.layers import LowRankExperts
-from mergekit_vision.routers import Router
+from mergekit_vision.routers import LowRankExperts, Router
+from mergekit_vision.support.imports import import_by_path
 
 
 def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -55,11 +54,10 @@ def unpack_experts(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 
 def _router_class(path: str) -> Callable[..., Router]:
-    module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot import the router {path!r}: {error}; install the package that defines it") from error
+        found = import_by_path(path)
+    except InputError as error:
+        raise InputError(f"router {error}; install the package that defines it") from error
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise InputError(f"{path!r} is not a Router")
     return found

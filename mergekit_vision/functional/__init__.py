@@ -5,7 +5,7 @@ Nothing here knows a model, a file or a merger, and nothing but torch is importe
 
 from mergekit_vision.functional.esd import CompactSubspace, EssentialSubspace, RowGram, ShiftStatistic, essential_subspace
 from mergekit_vision.functional.esm import esm_merge, inter_layer_factors
-from mergekit_vision.functional.linalg import Polar, PolarProduct, TopSVD, polar, polar_product, top_svd
+from mergekit_vision.functional.linalg import Polar, PolarProduct, TopSVD, pad_rank, polar, polar_product, top_svd
 from mergekit_vision.functional.ties import TiesMerge, magnitude_threshold, ties_merge
 from mergekit_vision.functional.tsvm import tsvm_merge
 
@@ -22,6 +22,7 @@ __all__ = [
     "essential_subspace",
     "inter_layer_factors",
     "magnitude_threshold",
+    "pad_rank",
     "polar",
     "polar_product",
     "ties_merge",

@@ -184,3 +184,11 @@ def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:
     if wide:
         U, V = V, U
     return TopSVD(U.to(M.dtype), s.to(M.dtype), V.T.to(M.dtype))
+
+
+def pad_rank(factors: Tensor, rank: int, dim: int) -> Tensor:
+    """``factors`` cut to, or filled up with zeros to, ``rank`` along ``dim``; zero factors add nothing."""
+    kept = factors.narrow(dim, 0, min(rank, factors.shape[dim]))
+    shape = list(kept.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([kept, kept.new_zeros(shape)], dim)

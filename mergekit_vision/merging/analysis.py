@@ -12,8 +12,8 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import RowGram
 from mergekit_vision.functional.linalg import top_svd
-from mergekit_vision.merger import MergeInputs, weight_key
-from mergekit_vision.progress import say
+from mergekit_vision.merger import LinearInfo, MergeInputs
+from mergekit_vision.support.console import logger
 
 
 class EnergyCurve(NamedTuple):
@@ -58,7 +58,7 @@ class _ShiftEnergy:
         return EnergyCurve(*(torch.cat([share, share.new_ones(missing)]) for share in shares))
 
 
-def describe_experts(inputs: MergeInputs) -> dict[str, Any]:
+def expert_analysis(inputs: MergeInputs) -> dict[str, Any]:
     """What there is to say of some experts, as plain values.
 
     Returns:
@@ -68,36 +68,36 @@ def describe_experts(inputs: MergeInputs) -> dict[str, Any]:
     """
     similarity = {"tasks": list(inputs.tasks), "cosine": task_similarity(inputs).tolist()}
     try:
-        curves = energy_curves(inputs, representative(inputs.linears))
+        curves = energy_curves(inputs, representative_linears(inputs.linears))
     except InputError as error:
-        say(f"no energy curves: {error}")
+        logger.info("no energy curves: %s", error)
         curves = {}
-    energy = {}
+    energy, weights = {}, {linear.name: linear.weight for linear in inputs.linears}
     for name, curve in curves.items():
         steps = torch.tensor(sampled(len(curve.esd)))
         shares = {side: values[steps - 1].tolist() for side, values in curve._asdict().items()}
-        share_of_task = len(inputs.base[weight_key(name)]) // len(inputs.tasks)
+        share_of_task = len(inputs.base[weights[name]]) // len(inputs.tasks)
         energy[name] = {"directions": steps.tolist(), **shares, "per_task": share_of_task}
     return {"similarity": similarity, "energy": energy}
 
 
 @torch.no_grad()
-def energy_curves(inputs: MergeInputs, linears: Sequence[str]) -> dict[str, EnergyCurve]:
+def energy_curves(inputs: MergeInputs, linears: Sequence[LinearInfo]) -> dict[str, EnergyCurve]:
     """Energy curves of some layers, averaged over the tasks whose expert changed them; each expert runs once on its proxies.
 
     Args:
         inputs: backbone, experts and proxy images.
-        linears: names of the layers.
+        linears: the layers.
 
     Returns:
-        Layer -> curves; layers that no expert changed are left out.
+        Layer's name -> curves; layers that no expert changed are left out.
 
     Raises:
         InputError: when a task has no proxy images.
     """
-    curves: dict[str, list[EnergyCurve]] = {name: [] for name in linears}
+    curves: dict[str, list[EnergyCurve]] = {linear.name: [] for linear in linears}
     for task in inputs.track(inputs.tasks, "energy curves"):
-        deltas = {name: inputs.delta(task, weight_key(name)) for name in linears}
+        deltas = {linear.name: inputs.delta(task, linear.weight) for linear in linears}
         shifts = {name: _ShiftEnergy(delta) for name, delta in deltas.items() if delta.any()}
         if shifts:
             inputs.observe(task, shifts)
@@ -125,30 +125,24 @@ def task_similarity(inputs: MergeInputs) -> Tensor:
     return gram / norms / norms[:, None]
 
 
-def representative(linears: Sequence[str]) -> list[str]:
+def representative_linears(linears: Sequence[LinearInfo]) -> list[LinearInfo]:
     """The Linear layers of the first, the middle and the last block, in forward order.
 
-    >>> layers = [f"visual.transformer.resblocks.{n}.mlp.{kind}" for n in range(6) for kind in ("c_fc", "c_proj")]
-    >>> [name.split("resblocks.")[1] for name in representative(layers)]
-    ['0.mlp.c_fc', '0.mlp.c_proj', '3.mlp.c_fc', '3.mlp.c_proj', '5.mlp.c_fc', '5.mlp.c_proj']
+    >>> from mergekit_vision.merger import LinearInfo
+    >>> from mergekit_vision.merging.analysis import representative_linears
+    >>> layers = [LinearInfo(f"{n}.fc", f"{n}.fc.weight", None, "c_fc", n) for n in range(6)]
+    >>> [linear.block for linear in representative_linears(layers)]
+    [0, 3, 5]
     """
-    blocks = list(dict.fromkeys(block_of(name) for name in linears))
+    blocks = list(dict.fromkeys(linear.block for linear in linears))
     chosen = {blocks[0], blocks[len(blocks) // 2], blocks[-1]} if blocks else set()
-    return [name for name in linears if block_of(name) in chosen]
-
-
-def block_of(linear: str) -> str:
-    """The block a layer stands in: its name without the last two parts.
-
-    >>> block_of("visual.transformer.resblocks.3.mlp.c_fc")
-    'visual.transformer.resblocks.3'
-    """
-    return linear.rsplit(".", 2)[0]
+    return [linear for linear in linears if linear.block in chosen]
 
 
 def sampled(size: int, points: int = 48) -> list[int]:
     """Numbers of directions at which a curve is written down: from 1 to ``size``, by nearly equal factors.
 
+    >>> from mergekit_vision.merging.analysis import sampled
     >>> sampled(32, 6)
     [1, 2, 4, 8, 16, 32]
     """

@@ -8,13 +8,13 @@ from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_vision.files import replacing
+from mergekit_vision.support.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GREY, RULE = "#24292f", "#6b7280", "#d5d9e0"
-COLOURS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "experts": "#2d7d5f"}
+COLORS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "experts": "#2d7d5f"}
 _LINES = ("#3a6ea5", "#d07a2d", "#2d7d5f", "#a5487a", "#7a6bb8", "#8a7a2d", "#4aa5a5", "#b8483a", "#6b7280")
 _WIDTH = 5.2  # inches: readable when it is shrunk to a phone's width
 _STYLE = {
@@ -69,7 +69,7 @@ def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axes = figure.add_subplot()
         for position, row in enumerate(rows):
             mean, kept = 100 * row["mean"]["accuracy"], row["mean"]["normalized"]
-            axes.barh(position, mean, height=0.68, color=COLOURS[row["kind"]])
+            axes.barh(position, mean, height=0.68, color=COLORS[row["kind"]])
             axes.text(mean + 1.5, position, f"{mean:.1f}", va="center", weight="bold")
             if kept is not None and row["kind"] != "experts":
                 axes.text(mean + 14, position, f"({100 * kept:.0f})", va="center", color=GREY)
@@ -89,7 +89,7 @@ def _key(figure: "Figure", kinds: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
     labels = {"static": "one plain encoder", "dynamic": "with routed experts"}
-    handles = [Patch(color=COLOURS[kind], label=labels[kind]) for kind in kinds]
+    handles = [Patch(color=COLORS[kind], label=labels[kind]) for kind in kinds]
     if handles:
         figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
@@ -120,20 +120,21 @@ def draw_similarity(tasks: Sequence[str], cosine: Sequence[Sequence[float]]) -> 
     return _heat_map(_Table(tasks, tasks, values, values, form="{:.2f}"), "cosine of two task vectors", low, high)
 
 
-def draw_routing(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
+def draw_routing(shares: Mapping[str, Mapping[str, float]], labels: Mapping[str, str]) -> "Figure":
     """Heat map of how often images pick their own task's expert: tasks by routed layers, in %.
 
     Args:
         shares: layer -> task -> share in [0, 1].
+        labels: layer -> how it is named in the picture.
     """
     layers, tasks = list(shares), list(next(iter(shares.values())))
     values = [[100 * shares[layer][task] for layer in layers] for task in tasks]
-    table = _Table(tasks, [_short(layer) for layer in layers], values, values)
+    table = _Table(tasks, [labels[layer] for layer in layers], values, values)
     return _heat_map(table, "images that pick their own task's expert, %", 0.0, 100.0)
 
 
 class _Table(NamedTuple):
-    """What a heat map shows: values as numbers, shades as colours, NaN for nothing."""
+    """What a heat map shows: values as numbers, shades as colors, NaN for nothing."""
 
     rows: Sequence[str]
     columns: Sequence[str]
@@ -165,10 +166,10 @@ def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
             for column, value in enumerate(line):
                 if value == value:
                     red, green, blue, _ = shade((table.shades[row][column] - low) / (high - low))
-                    colour = INK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.55 else "white"
+                    color = INK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.55 else "white"
                     weight = "bold" if table.bold and table.bold[row][column] else "normal"
                     text = table.form.format(value)
-                    shown = axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size, weight=weight)
+                    shown = axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size, weight=weight)
                     shown.set_in_layout(False)  # inside its cell: measuring hundreds of them takes most of the time
         bar = figure.colorbar(picture, ax=axes, location="top", aspect=40, anchor=(0.0, 0.0), ticks=[low, high])
         ends = bar.ax.set_xticklabels([table.form.format(low), table.form.format(high)])
@@ -181,7 +182,7 @@ def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
 
 
 def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Mapping[str, float]) -> "Figure":
-    """Curves of the coefficient search: normalised accuracy on ``val`` by coefficient, the chosen ones marked.
+    """Curves of the coefficient search: normalized accuracy on ``val`` by coefficient, the chosen ones marked.
 
     Args:
         curves: method -> points with ``coefficient`` and ``normalized`` (in [0, 1]), ascending.
@@ -189,12 +190,12 @@ def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Map
     """
     with _figure(_WIDTH, 4.0) as figure:
         axes = figure.add_subplot()
-        for (name, points), colour in zip(_joined(curves).items(), cycle(_LINES), strict=False):
+        for (name, points), color in zip(_joined(curves).items(), cycle(_LINES), strict=False):
             x = [point["coefficient"] for point in points]
             y = [100 * point["normalized"] for point in points]
-            axes.plot(x, y, color=colour, linewidth=1.6, marker=".", markersize=4, label=name)
+            axes.plot(x, y, color=color, linewidth=1.6, marker=".", markersize=4, label=name)
             best = x.index(chosen[name.split(", ")[0]])
-            axes.plot(x[best], y[best], marker="o", markersize=8, color=colour, markeredgecolor="white")
+            axes.plot(x[best], y[best], marker="o", markersize=8, color=color, markeredgecolor="white")
         ticks = [0.125, 0.25, 0.5, 1, 2, 3]
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -214,44 +215,35 @@ def _joined(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Se
     return {", ".join(same): curves[same[0]] for same in names.values()}
 
 
-def draw_energy(energy: Mapping[str, Mapping[str, Any]]) -> "Figure":
+def draw_energy(energy: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Share of shift energy by number of directions, a panel for each kind of layer: ESD solid, SVD dashed.
 
     Args:
         energy: layer -> ``directions``, ``esd``, ``svd`` (shares in [0, 1]) and ``per_task``.
+        layers: layer -> its ``kind`` and ``block``.
     """
     from matplotlib.lines import Line2D
 
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in energy))
-    blocks = list(dict.fromkeys(name.split(".")[-3] for name in energy))
-    colours = dict(zip(blocks, ("#7fb3c8", "#3a6ea5", "#1d2f55"), strict=False))
+    kinds = list(dict.fromkeys(layers[name]["kind"] for name in energy))
+    blocks = list(dict.fromkeys(layers[name]["block"] for name in energy))
+    colors = dict(zip(blocks, ("#7fb3c8", "#3a6ea5", "#1d2f55"), strict=False))
     with _figure(_WIDTH, 0.9 + 2.0 * ((len(kinds) + 1) // 2)) as figure:
         panels = figure.subplots((len(kinds) + 1) // 2, 2, squeeze=False, sharey=True).flatten()
         for panel in panels[len(kinds) :]:
             panel.set_visible(False)
         for axes, kind in zip(panels, kinds, strict=False):
             for name, curve in energy.items():
-                if name.rpartition(".")[2] == kind:
-                    colour = colours[name.split(".")[-3]]
-                    axes.plot(curve["directions"], [100 * share for share in curve["esd"]], color=colour, linewidth=1.8)
-                    axes.plot(curve["directions"], [100 * share for share in curve["svd"]], color=colour, dashes=(3, 2))
+                if layers[name]["kind"] == kind:
+                    color = colors[layers[name]["block"]]
+                    axes.plot(curve["directions"], [100 * share for share in curve["esd"]], color=color, linewidth=1.8)
+                    axes.plot(curve["directions"], [100 * share for share in curve["svd"]], color=color, dashes=(3, 2))
                     axes.axvline(curve["per_task"], color=GREY, linewidth=0.8, dashes=(1, 2))
             axes.set(title=kind, xscale="log", ylim=(0, 103), xlabel="directions kept")
             axes.grid(color=RULE, linewidth=0.7)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
         figure.supylabel("shift energy kept, %", fontsize=10)
-        keys = [Line2D([], [], color=colours[block], linewidth=1.8, label=f"block {block}") for block in blocks]
+        keys = [Line2D([], [], color=colors[block], linewidth=1.8, label=f"block {block}") for block in blocks]
         keys += [Line2D([], [], color=GREY, label="ESD"), Line2D([], [], color=GREY, dashes=(3, 2), label="SVD")]
         figure.legend(handles=keys, loc="outside upper left", ncols=5, frameon=False, fontsize=9)
     return figure
-
-
-def _short(layer: str) -> str:
-    """A layer's block and kind.
-
-    >>> _short("visual.transformer.resblocks.3.mlp.c_fc")
-    '3 c_fc'
-    """
-    parts = layer.split(".")
-    return f"{parts[3]} {parts[-1]}" if len(parts) > 4 else layer

@@ -5,15 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_vision import figures
-from mergekit_vision.files import replacing
-from mergekit_vision.progress import console, say
-from mergekit_vision.results import comparison_table, count, percent, write_json
+from mergekit_vision.reports import figures
+from mergekit_vision.reports.tables import comparison_table, count, percent
+from mergekit_vision.support.console import logger, show
+from mergekit_vision.support.files import replacing
+from mergekit_vision.support.json_files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Results = Mapping[str, Any]
+Layers = Mapping[str, Mapping[str, Any]]
+"""Linear name -> its ``block`` and ``kind``."""
 
 NARROW = "\u202f"  # a narrow space that does not break
 
@@ -40,10 +43,10 @@ class Picture(NamedTuple):
 
 
 def write_comparison(results: Results, directory: Path) -> None:
-    """Write ``results.json``, ``methods.png``, ``tasks.png`` and ``report.html``, each whole, and print the table.
+    """Write ``results.json``, ``methods.png``, ``tasks.png`` and ``report.html``, each whole, and show the table.
 
     Args:
-        results: what :class:`~mergekit_vision.compare.Comparison` found.
+        results: what :class:`~mergekit_vision.runs.comparison.Comparison` found.
         directory: made when missing.
     """
     write_json(directory / "results.json", results)
@@ -51,9 +54,9 @@ def write_comparison(results: Results, directory: Path) -> None:
     figures.save_png(figures.draw_tasks(results["rows"]), directory / "tasks.png")
     with replacing(directory / "report.html") as draft:
         draft.write_text(render(results), encoding="utf-8")
-    console.print(comparison_table(results))
-    say(summary(results))
-    say(f"report: {directory / 'report.html'}")
+    show(comparison_table(results))
+    logger.info("%s", summary(results))
+    logger.info("report: %s", directory / "report.html")
 
 
 def render(results: Results) -> str:
@@ -61,9 +64,13 @@ def render(results: Results) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("mergekit_vision"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("mergekit_vision.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": _plain}
+    environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": _shown}
     page = environment.get_template("report.html").render(
         results=results,
         rows=results["rows"],
@@ -71,7 +78,7 @@ def render(results: Results) -> str:
         summary=summary(results),
         best=_best(results),
         pictures=_pictures(results),
-        routing={row["name"]: _routing(row) for row in _methods(results) if row["routing"]},
+        routing={row["name"]: _routing(row, results["layers"]) for row in _methods(results) if row["routing"]},
     )
     return str(page)
 
@@ -79,6 +86,7 @@ def render(results: Results) -> str:
 def summary(results: Results) -> str:
     """What came out, in two or three sentences.
 
+    >>> from mergekit_vision.reports.html import NARROW, summary
     >>> row = {"name": "ESM", "kind": "static", "mean": {"accuracy": 0.7, "normalized": 0.93}, "extra_parameters": 0}
     >>> summary({"rows": [row], "parameters": 10}).replace(NARROW, " ")
     'ESM keeps 93 % of the experts’ accuracy in one model of the same size.'
@@ -128,10 +136,11 @@ def _pictures(results: Results) -> dict[str, Picture]:
         chosen = {name: _top(points) for name, points in curves.items()}
         tops = "; ".join(f"{name} is best at {chosen[name]:g}" for name in curves)
         found["search"] = _picture(
-            figures.draw_search(curves, chosen), f"Line chart of normalised accuracy on val by scaling coefficient. {tops}."
+            figures.draw_search(curves, chosen), f"Line chart of normalized accuracy on val by scaling coefficient. {tops}."
         )
     if results["energy"]:
-        found["energy"] = _picture(figures.draw_energy(results["energy"]), _energy_in_words(results["energy"]))
+        layers = results["layers"]
+        found["energy"] = _picture(figures.draw_energy(results["energy"], layers), _energy_in_words(results["energy"], layers))
     if len(results["similarity"]["tasks"]) > 1:
         found["similarity"] = _picture(
             figures.draw_similarity(**results["similarity"]), _similarity_in_words(results["similarity"])
@@ -144,10 +153,11 @@ def _top(points: list[Any]) -> float:
     return float(max(points, key=lambda point: point["normalized"])["coefficient"])
 
 
-def _routing(row: Mapping[str, Any]) -> Picture:
+def _routing(row: Mapping[str, Any], layers: Layers) -> Picture:
     shares = [share for layer in row["routing"].values() for share in layer.values()]
     words = f"On average {_whole(sum(shares) / len(shares))} of the images pick their own task’s expert."
-    return _picture(figures.draw_routing(row["routing"]), f"Heat map for {row['name']}, tasks by routed layers. {words}")
+    labels = {name: _label(layers[name]) for name in row["routing"]}
+    return _picture(figures.draw_routing(row["routing"], labels), f"Heat map for {row['name']}, tasks by routed layers. {words}")
 
 
 def _picture(figure: "Figure", alt: str) -> Picture:
@@ -163,11 +173,16 @@ def _tasks_in_words(rows: list[Mapping[str, Any]]) -> str:
     return f"Heat map of the accuracy of each model on each task. Relative to the experts, {worst}."
 
 
-def _energy_in_words(energy: Mapping[str, Mapping[str, Any]]) -> str:
+def _label(layer: Mapping[str, Any]) -> str:
+    """A layer's block and kind."""
+    return f"{layer['block']} {layer['kind']}"
+
+
+def _energy_in_words(energy: Mapping[str, Mapping[str, Any]], layers: Layers) -> str:
     parts = []
     for layer, curve in energy.items():
         at = max(i for i, k in enumerate(curve["directions"]) if k <= max(1, curve["per_task"]))
-        parts.append(f"{layer.split('resblocks.')[-1]}: {_whole(curve['esd'][at])} by ESD, {_whole(curve['svd'][at])} by SVD")
+        parts.append(f"{_label(layers[layer])}: {_whole(curve['esd'][at])} by ESD, {_whole(curve['svd'][at])} by SVD")
     return f"Line charts of shift energy kept by number of directions. With a task’s share of directions, {'; '.join(parts)}."
 
 
@@ -198,14 +213,15 @@ def _seconds(value: float | None) -> str:
     return f"{value:.0f} s" if value < 120 else f"{value // 60:.0f} min {value % 60:.0f} s"
 
 
-def _plain(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A parameter as a reader would write it.
 
-    >>> _plain({"name": "ESM", "init_args": {"gain": 2.0, "rank": None}}), _plain(["c_fc", "in_proj"])
+    >>> from mergekit_vision.reports.html import _shown
+    >>> _shown({"name": "ESM", "init_args": {"gain": 2.0, "rank": None}}), _shown(["c_fc", "in_proj"])
     ('ESM(gain=2.0, rank=none)', 'c_fc, in_proj')
     """
     if isinstance(value, Mapping) and "init_args" in value:
-        return f"{value['name']}({', '.join(f'{key}={_plain(item)}' for key, item in value['init_args'].items())})"
+        return f"{value['name']}({', '.join(f'{key}={_shown(item)}' for key, item in value['init_args'].items())})"
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
+        return ", ".join(_shown(item) for item in value)
     return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))

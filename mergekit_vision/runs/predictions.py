@@ -3,13 +3,13 @@
 import csv
 from pathlib import Path
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from mergekit_vision.files import replacing
-from mergekit_vision.progress import console
+from mergekit_vision.support.files import replacing
+from mergekit_vision.support.team import Team
+from mergekit_vision.support.console import show
 
 _SHOWN = 20
 
@@ -35,15 +35,12 @@ class Predictions:
         for index, classes, values in zip(indices.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
             self.rows[index] = [(self.classes[label], value) for label, value in zip(classes, values, strict=True)]
 
-    def gather(self) -> None:
+    def gather(self, team: Team) -> None:
         """Collect the rows of all processes; each must call it, also one that had no image."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts: list[dict[int, list[tuple[str, float]]]] = [{}] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, self.rows)
-            self.rows = {index: row for part in parts for index, row in part.items()}
+        self.rows = {index: row for part in team.gather(self.rows) for index, row in part.items()}
 
     def write(self, path: Path) -> None:
-        """Write ``path`` (CSV) and print the beginning."""
+        """Write ``path`` (CSV) and show the beginning."""
         table = Table(title=escape(f"{self.task} → {path}"), title_justify="left")
         for name in ("image", "class", "probability %"):
             table.add_column(name)
@@ -57,4 +54,4 @@ class Predictions:
                     table.add_row(escape(self.paths[index].name), escape(row[0][0]), f"{100 * row[0][1]:.1f}")
         if len(self.rows) > _SHOWN:
             table.add_row("…", f"{len(self.rows) - _SHOWN} more in the file", "")
-        console.print(table)
+        show(table)

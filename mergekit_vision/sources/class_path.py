@@ -1,6 +1,5 @@
 """Image data sets by class path, as torchvision's are."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -10,8 +9,9 @@ from typing import Any
 from PIL import Image
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.files import digest, stamps
-from mergekit_vision.sources import ImageSource
+from mergekit_vision.sources.base import ImageSource
+from mergekit_vision.support.fingerprints import digest, stamps
+from mergekit_vision.support.imports import import_by_path
 
 
 class TorchvisionImages(ImageSource):
@@ -68,13 +68,10 @@ def import_class(class_path: str, args: Mapping[str, Any]) -> Callable[..., Any]
     Raises:
         InputError: when there is no such class, or it does not take these arguments.
     """
-    module, _, name = class_path.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{class_path}: cannot be imported ({error}); give a class path like torchvision.datasets.MNIST"
-        ) from error
+        found = import_by_path(class_path)
+    except InputError as error:
+        raise InputError(f"{error}; give a class path like torchvision.datasets.MNIST") from error
     try:
         inspect.signature(found).bind(**args)
     except TypeError as error:

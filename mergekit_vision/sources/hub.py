@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources import ImageSource, closest, decode
+from mergekit_vision.sources.base import ImageSource, decode
+from mergekit_vision.support.faults import closest
 
 _Result = TypeVar("_Result")
 
@@ -25,7 +26,7 @@ class HubImages(ImageSource):
         label: name of the label column.
 
     Raises:
-        InputError: when ``datasets`` is not installed, the data set cannot be had, or its columns do not fit.
+        InputError: when ``datasets`` is not installed, the data set cannot be loaded, or its columns do not fit.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class HubImages(ImageSource):
         return label
 
 
-def describe_hub(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+def hub_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Class names by a data set's description, without fetching its images.
 
     Raises:

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.files import digest, fingerprint
-from mergekit_vision.sources import ImageSource, decode
+from mergekit_vision.sources.base import ImageSource, decode
+from mergekit_vision.support.fingerprints import digest, fingerprint
 
 
 class _Group(NamedTuple):

@@ -2,19 +2,21 @@
 
 import re
 from collections.abc import Callable, Hashable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mergekit_vision.checkpoints import SUFFIXES
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources import closest, config_faults, resolve
+from mergekit_vision.sources.config import config_faults, resolve
+from mergekit_vision.support.faults import closest, raise_faults
 
 _LOCAL = "local-dir:"
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _TASK_NAME = re.compile(r"\w[\w-]*")
 
-BUILTIN = {"demo": Path(__file__).parent / "demo" / "suite.yaml"}
+BUILTIN = {"demo": Path(str(files("mergekit_vision.demo"))) / "suite.yaml"}
 """Suites that the package brings along, by the name that stands for their file."""
 
 _Check = Callable[[Any, str], list[str]]
@@ -26,6 +28,7 @@ def locate(path: str | Path) -> Path:
     Raises:
         InputError: for a bare word that names neither.
 
+    >>> from mergekit_vision.suites.layout import locate
     >>> locate("demo").parts[-3:]
     ('mergekit_vision', 'demo', 'suite.yaml')
     """
@@ -61,17 +64,11 @@ def read_suite(path: Path) -> dict[str, Any]:
     return _completed(content, path)
 
 
-def raise_faults(path: Path, faults: list[str]) -> None:
-    """Raise one :class:`InputError` that lists all faults found in a suite, if there are any."""
-    if faults:
-        raise InputError("\n  ".join([f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}", *faults]))
-
-
 def _completed(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     root, backbone, pretrained = path.parent, content["backbone"], content.get("pretrained")
     if backbone.startswith(_LOCAL):
         backbone = f"{_LOCAL}{root / Path(backbone[len(_LOCAL) :]).expanduser()}"
-    if pretrained and pretrained.endswith(_WEIGHT_SUFFIXES):
+    if pretrained and pretrained.endswith(tuple(SUFFIXES)):
         pretrained = str(root / Path(pretrained).expanduser())
     tasks = {
         name: {

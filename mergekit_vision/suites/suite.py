@@ -8,7 +8,7 @@
     tasks:
       mnist:
         expert: experts/mnist.safetensors
-        data:                           # split -> source, see mergekit_vision.sources
+        data:                           # split -> source, see mergekit_vision.sources.config
           val: {parquet: data/mnist/val.parquet}
           test: {parquet: data/mnist/test.parquet}
         classes: [zero, one, two]       # optional where the data names its classes
@@ -17,16 +17,18 @@
 Paths are relative to the file.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from mergekit_vision.checkpoints import CheckpointWeights, open_weights
 from mergekit_vision.errors import InputError
-from mergekit_vision.suite_file import locate, raise_faults, read_suite
+from mergekit_vision.sources.checks import class_names
+from mergekit_vision.suites.layout import locate, read_suite
+from mergekit_vision.support.faults import raise_faults
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-
-_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Task:
     Attributes:
         name: key of the task in its suite.
         expert: checkpoint of the fine-tuned vision tower.
-        data: split -> data source (see :mod:`mergekit_vision.sources`), with absolute paths.
+        data: split -> data source (see :mod:`mergekit_vision.sources.config`), with absolute paths.
         classes: name of each class index, as used in prompts.
         templates: prompts; each ``{}`` stands for the class name, other braces for themselves.
         named_by_data: whether the suite left ``classes`` to the data.
@@ -96,77 +98,34 @@ class Suite:
         raise_faults(path, faults)
         return cls(content["name"], content["backbone"], content["pretrained"], tasks, path)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], splits: Collection[str] = (), experts: bool = True) -> None:
-        """Check that experts and data fit the backbone, from headers alone: no weight and no image is read.
+    @cached_property
+    def experts(self) -> Mapping[str, CheckpointWeights]:
+        """Task -> its expert's checkpoint, each opened once, when it is first asked for; opening raises an ``InputError``."""
+        return _Experts({name: task.expert for name, task in self.tasks.items()})
 
-        Args:
-            shapes: open_clip key -> shape of the backbone's vision tower.
-            splits: splits that every task must have, each with as many classes as the task names.
-            experts: whether the experts are needed; a model merged before is evaluated without them.
 
-        Raises:
-            InputError: with every fault found, one a line.
-        """
-        raise_faults(self.path, self.faults(shapes, dict.fromkeys(self.tasks, splits), experts))
+class _Experts(Mapping[str, CheckpointWeights]):
+    """Checkpoints by task, opened on demand and kept open."""
 
-    def faults(
-        self, shapes: Mapping[str, tuple[int, ...]], splits: Mapping[str, Collection[str]], experts: bool = True
-    ) -> list[str]:
-        """What :meth:`check` raises, one text a fault, with other ``splits`` (task -> those it must have) for each task."""
-        faults = []
-        for task in self.tasks.values():
-            if experts:
-                faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(task.expert, shapes)]
-            for split in dict.fromkeys(splits.get(task.name, ())):
-                faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(task, split)]
-        return faults
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._paths = paths
+        self._opened: dict[str, CheckpointWeights] = {}
+
+    def __getitem__(self, task: str) -> CheckpointWeights:
+        if task not in self._opened:
+            self._opened[task] = open_weights(self._paths[task])
+        return self._opened[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def _names_in_data(data: Mapping[str, Mapping[str, object]]) -> tuple[str, ...]:
     """Class names by the first source; its kind tells where they stand."""
-    from mergekit_vision.sources import class_names
-
     names = class_names(next(iter(data.values())))
     if names is None:
         raise InputError("it names no classes; list them under `classes`")
     return names
-
-
-def _expert_faults(expert: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    from mergekit_vision.checkpoints import open_weights
-
-    try:
-        found = open_weights(expert).shapes
-    except InputError as error:
-        return [str(error)]
-    faults = []
-    missing = [key for key in shapes if key not in found]
-    extra = [key for key in found if key not in shapes]
-    misshapen = [
-        f"{key} is {found[key]}, not {shapes[key]}" for key in shapes if key in found and found[key] != tuple(shapes[key])
-    ]
-    for what, keys in (("lacks", missing), ("has unknown", extra), ("has other shapes than the backbone:", misshapen)):
-        if keys:
-            faults.append(f"{expert} {what} {_shortened(keys)}")
-    if faults:
-        faults[-1] += "; an expert must be the backbone's vision tower, fine-tuned"
-    return faults
-
-
-def _split_faults(task: Task, split: str) -> list[str]:
-    from mergekit_vision.sources import check_source, closest
-
-    if split not in task.data:
-        return [f"missing{closest(split, task.data)}; the task has {', '.join(task.data)}"]
-    return check_source(task.data[split], task.classes, task.named_by_data)
-
-
-def _shortened(items: Iterable[str]) -> str:
-    """The first few of a list, and how many more there are.
-
-    >>> _shortened("abcdefghij")
-    'a, b, c, d, e, f, g, h … and 2 more (10 in all)'
-    """
-    items = list(items)
-    more = len(items) - _LISTED
-    return ", ".join(items[:_LISTED]) + (f" … and {more} more ({len(items)} in all)" if more > 0 else "")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import cache
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Hand freed memory back to the system, where the C library is one that can be told to (glibc).
 
-    It keeps freed blocks of up to 32 MiB in a pool of every thread. Merging frees many of these, of ever other sizes: without
-    this a third of its peak would be memory that nobody uses.
+    It keeps freed blocks of up to 32 MiB in a pool of every thread. Merging and reading old checkpoints free many of these, in
+    ever other sizes: without this a third of the peak would be memory that nobody uses.
     """
     if (trim := _trim()) is not None:
         trim(0)

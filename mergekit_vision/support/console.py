@@ -1,35 +1,84 @@
-"""Progress of long loops: a rich bar on a terminal, plain lines elsewhere; only the first process speaks."""
+"""Messages and progress, through the logger ``mergekit_vision``: silent until logging is configured, as in any library.
 
+The command line shows them on the terminal (:func:`console_output`); from Python,
+``logging.basicConfig(level=logging.INFO)`` does.
+Under several processes only the first one speaks.
+"""
+
+import logging
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 Item = TypeVar("Item")
 
 console = Console(soft_wrap=True)
 
+logger = logging.getLogger("mergekit_vision")
+logger.addHandler(logging.NullHandler())  # a library says nothing unless asked to
+logger.addFilter(lambda _: _first_process())
 
-def say(message: str) -> None:
-    """Print one line, from the first process only."""
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        console.print(message, highlight=False, markup=False)
+_IRRELEVANT = (  # what Lightning says of training and of its other products, to runs that do not train
+    ".*does not have many workers.*",
+    ".*GPU available but not used.*",
+    ".*across ranks is zero.*",
+    ".*LeafSpec.*",
+)
+
+
+def _first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints each message as one line, and tables as tables."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        shown = getattr(record, "table", None)
+        console.print(record.getMessage() if shown is None else shown, highlight=False, markup=False)
+
+
+@contextmanager
+def console_output() -> Iterator[None]:
+    """Show messages, tables and progress on the terminal while the context is open."""
+    handler, level = _ConsoleHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def show(table: Table) -> None:
+    """Log a table: drawn on the command line's terminal, plain text for other handlers."""
+    if logger.isEnabledFor(logging.INFO):
+        with console.capture() as text:
+            console.print(table)
+        logger.info("%s", text.get(), extra={"table": table})
 
 
 def track(items: Iterable[Item], description: str) -> Iterator[Item]:
-    """Go through ``items``, showing how far it is.
+    """Go through ``items``, showing how far it is: a bar on the command line's terminal, else one line at the end.
 
-    >>> [key for key in track(["a", "b"], "merging")]  # doctest: +ELLIPSIS
+    >>> from mergekit_vision.support.console import console_output, track
+    >>> with console_output():
+    ...     keys = [key for key in track(["a", "b"], "merging")]  # doctest: +ELLIPSIS
     merging: 2 in ... s
-    ['a', 'b']
     """
     todo = items if isinstance(items, Sequence) else list(items)
-    if getattr(rank_zero_only, "rank", 0) != 0:
+    if not (_first_process() and logger.isEnabledFor(logging.INFO)):
         yield from todo
-    elif console.is_terminal:
+    elif console.is_terminal and any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,4 +90,21 @@ def track(items: Iterable[Item], description: str) -> Iterator[Item]:
     else:
         start = time.perf_counter()
         yield from todo
-        say(f"{description}: {len(todo)} in {time.perf_counter() - start:.1f} s")
+        logger.info("%s: %d in %.1f s", description, len(todo), time.perf_counter() - start)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's remarks on training, devices and its other products out, while the context is open."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _IRRELEVANT:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

@@ -8,9 +8,13 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
 
 def code_fingerprint(classes: Iterable[type]) -> str | None:
     """Hash of the modules in which some classes are defined, and of what those import; 64 hexadecimal digits.
+
+    What a module does is hashed, not how it is written: comments, docstrings and layout do not count.
 
     Imports are followed, inside of functions too, into modules of the same package and into modules that are not installed, such
     as files beside the user. Other libraries, also torch where a class derives from it, are known by their versions, which are
@@ -27,9 +31,17 @@ def code_fingerprint(classes: Iterable[type]) -> str | None:
         _follow(module, file, files)
     content = hashlib.blake2b(digest_size=32)
     for name, file in sorted(files.items()):
-        content.update(name.encode())
-        content.update(hashlib.blake2b(file.read_bytes()).digest())
+        content.update(f"{name}\n{_behavior(file)}\n".encode())
     return content.hexdigest()
+
+
+def _behavior(file: Path) -> str:
+    """The syntax tree of a module as text, without docstrings (and comments, which it has none of)."""
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def _follow(module: str, file: Path, files: dict[str, Path]) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.progress import track
+from mergekit_vision.support.console import track
 
 Result = TypeVar("Result")
 
@@ -47,42 +47,54 @@ class Team:
             device: where the tensors in the results are put.
 
         Raises:
-            Exception: on every process, when ``function`` fails on one of them; see :meth:`agree`.
+            Exception: on every process, when ``function`` fails on one of them; see :meth:`raise_together`.
         """
-        owners = deal(items, self.size)
+        owners = assign_by_cost(items, self.size)
         own = [item for item in items if owners[item] == self.rank]
         if self.size == 1:
             return {item: function(item) for item in track(own, description)}
         done, failure = _attempt(function, track(own, description))
-        self.agree(failure)
+        self.raise_together(failure)
         received = {}
         for item, owner in owners.items():  # tensors travel through main memory: a device's name means another one elsewhere
             sent = move_data_to_device(done.pop(item), "cpu") if owner == self.rank else None
             received[item] = move_data_to_device(self.broadcast(sent, owner), device)
         return received
 
-    def agree(self, failure: Exception | None) -> None:
+    def raise_together(self, failure: Exception | None) -> None:
         """Raise on all processes if one of them has failed, instead of letting the others wait for it.
 
         Raises:
             InputError: when a user's mistake was the reason on another process, of the same class.
             RuntimeError: when something else was.
         """
-        own = None if failure is None else (type(failure) if isinstance(failure, InputError) else RuntimeError, str(failure))
-        told = [self.broadcast(own, rank) for rank in range(self.size)] if self.size > 1 else []
+        if self.size > 1:
+            failures = [self.broadcast(_described(failure), rank) for rank in range(self.size)]
         if failure is not None:
             raise failure
-        for kind, message in filter(None, told):
-            raise kind(message if issubclass(kind, InputError) else f"another process failed: {message}")
+        for kind, message, of in filter(None, failures if self.size > 1 else []):
+            raise kind(message, of) if issubclass(kind, InputError) else kind(f"another process failed: {message}")
+
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all processes, by rank, on every process."""
+        return [self.broadcast(value if rank == self.rank else None, rank) for rank in range(self.size)]
 
 
 ALONE = Team()
 
 
-def deal(items: Mapping[str, int], size: int) -> dict[str, int]:
-    """Item -> process, so that every process has about the same cost; the dearest items are dealt first.
+def _described(failure: Exception | None) -> tuple[type[Exception], str, str | None] | None:
+    """A failure as other processes raise it, which may not know its class."""
+    if isinstance(failure, InputError):
+        return type(failure), str(failure), failure.of
+    return None if failure is None else (RuntimeError, str(failure), None)
 
-    >>> deal({"a": 1, "b": 3, "c": 2}, 2)
+
+def assign_by_cost(items: Mapping[str, int], size: int) -> dict[str, int]:
+    """Item -> process, so that every process has about the same cost; the most expensive items go first.
+
+    >>> from mergekit_vision.support.team import assign_by_cost
+    >>> assign_by_cost({"a": 1, "b": 3, "c": 2}, 2)
     {'a': 1, 'b': 0, 'c': 1}
     """
     load, owners = [0] * size, {}

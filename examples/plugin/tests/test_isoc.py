@@ -9,7 +9,7 @@ from mergekit_vision_isoc import IsoC, isoc, isotropic
 from torch import Tensor
 
 from mergekit_vision import InputError, registry
-from mergekit_vision.merger import MergeInputs
+from mergekit_vision.merger import LinearInfo, MergeInputs
 
 SHAPES = {
     "visual.conv1.weight": (6, 3, 2, 2),
@@ -18,7 +18,11 @@ SHAPES = {
     "visual.transformer.resblocks.0.attn.in_proj_weight": (18, 6),
     "visual.transformer.resblocks.0.mlp.c_proj.weight": (6, 24),
 }
-LINEARS = ("visual.transformer.resblocks.0.attn.in_proj", "visual.transformer.resblocks.0.mlp.c_proj")
+BLOCK = "visual.transformer.resblocks.0"
+LINEARS = (
+    LinearInfo(f"{BLOCK}.attn.in_proj", f"{BLOCK}.attn.in_proj_weight", None, "in_proj", 0),
+    LinearInfo(f"{BLOCK}.mlp.c_proj", f"{BLOCK}.mlp.c_proj.weight", None, "c_proj", 0),
+)
 
 
 def made_up(tasks: int) -> MergeInputs:

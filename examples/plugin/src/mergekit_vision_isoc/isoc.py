@@ -1,13 +1,13 @@
 """Iso-C merging."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional import polar
-from mergekit_vision.merger import Merged, MergeInputs, Merger, weight_key
+from mergekit_vision.merger import Merged, MergeInputs, Merger
 
 Other = Literal["isotropic", "mean"]
 
@@ -49,6 +49,12 @@ class IsoC(Merger):
             "isotropic" like the rest (published) or "mean".
     """
 
+    title: ClassVar[str] = "Iso-C"
+    paper: ClassVar[str] = (
+        "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, ICML 2025, "
+        "arXiv:2502.04959"
+    )
+
     other: Other = "isotropic"
 
     def __post_init__(self) -> None:
@@ -57,7 +63,7 @@ class IsoC(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
-        blocks = {weight_key(linear) for linear in inputs.linears}
+        blocks = {linear.weight for linear in inputs.linears}
 
         def merged(key: str) -> Tensor | None:
             if not any(inputs.changed(task, key) for task in inputs.tasks):

@@ -1,0 +1,60 @@
+"""``mergekit-vision methods``: what is installed."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from typing import NoReturn
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.registry import Method, broken, methods
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"methods: {message}")
+
+
+def list_methods(arguments: list[str]) -> None:
+    """Print the installed merging methods.
+
+    Args:
+        arguments: of the command.
+
+    Raises:
+        InputError: for an unknown option.
+        SystemExit: after ``--help``.
+    """
+    parser = _Parser("mergekit-vision methods", description="List the installed merging methods.", allow_abbrev=False)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a JSON list of objects: name, title, paper, needs, kind")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table, as in README")
+    chosen = parser.parse_args(arguments)
+    if chosen.json:
+        keys = ("name", "title", "paper", "needs", "kind")
+        print(json.dumps([{key: getattr(method, key) for key in keys} for method in methods()], indent=2, ensure_ascii=False))
+    elif chosen.markdown:
+        print(markdown_table(methods()))
+    else:
+        _show(methods())
+
+
+def markdown_table(listed: Iterable[Method]) -> str:
+    """The methods as a Markdown table, one line a method."""
+    rows = [
+        f"| `{method.name}` | {method.kind} | {method.needs.replace('none', '–')} | {method.summary} | {method.paper or '–'} |"
+        for method in listed
+    ]
+    return "\n".join(["| name | model | needs | what it does | paper |", "|---|---|---|---|---|", *rows])
+
+
+def _show(listed: Iterable[Method]) -> None:
+    from rich.table import Table
+
+    from mergekit_vision.support.console import console
+
+    table = Table("name", "title", "model", "needs", "paper")
+    for method in listed:
+        table.add_row(method.name, method.title, method.kind, method.needs, method.paper or "–")
+    console.print(table)
+    for name, error in broken().items():
+        console.print(f"{name} cannot be imported: {type(error).__name__}: {error}", markup=False)

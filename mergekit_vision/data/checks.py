@@ -1,0 +1,101 @@
+"""Checks of a suite and its images before anything heavy starts."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from mergekit_vision.data.images import SuiteImages
+from mergekit_vision.errors import InputError
+from mergekit_vision.sources.config import is_fetched
+from mergekit_vision.suites.checks import Shapes, suite_faults
+from mergekit_vision.suites.splits import VAL
+from mergekit_vision.support.faults import closest, raise_faults
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run reads of a suite.
+
+    Attributes:
+        evaluated: splits of the tasks to evaluate.
+        everywhere: splits of all tasks, such as the one that a coefficient is searched on.
+        experts: whether the experts are read.
+        proxies: whether proxy images may be asked for. Tasks without the default split ``val`` are let pass, since many methods
+            need no images.
+    """
+
+    evaluated: Collection[str] = ()
+    everywhere: Collection[str] = ()
+    experts: bool = True
+    proxies: bool = False
+
+
+class SuiteChecks:
+    """Finds what is wrong with a suite; what was checked before is not checked again.
+
+    Args:
+        images: of the suite.
+        shapes: gives the shapes of the backbone's vision tower.
+    """
+
+    def __init__(self, images: SuiteImages, shapes: Callable[[], Shapes]) -> None:
+        self._images, self._shapes = images, shapes
+        self._suite, self._proxies = images.suite, images.proxies
+        self._splits: set[tuple[str, str]] = set()
+        self._experts = False
+
+    def __call__(self, chosen: Sequence[str], needs: Needs) -> None:
+        """Check what a run needs.
+
+        Args:
+            chosen: the tasks to evaluate.
+            needs: what is read.
+
+        Raises:
+            InputError: with every fault that headers show, one a line; then with those of the proxy images themselves.
+        """
+        wanted = {task: {*needs.everywhere, *(needs.evaluated if task in chosen else ())} for task in self._suite.tasks}
+        for task in self._proxy_tasks() if needs.proxies and self._proxies.source is None else ():
+            wanted[task].add(self._proxies.split)
+        unchecked = {task: sorted(split for split in wanted[task] if (task, split) not in self._splits) for task in wanted}
+        experts = needs.experts and not self._experts
+        faults = self._header_faults(unchecked, experts)
+        raise_faults(self._suite.path, faults + (self._proxy_faults() if needs.proxies else []))
+        self._splits |= {(task, split) for task, names in unchecked.items() for split in names}
+        self._experts |= experts
+        if needs.proxies:
+            raise_faults(self._suite.path, self._draw_faults())
+
+    def _proxy_tasks(self) -> list[str]:
+        """Tasks whose own split the proxies are drawn from and checked; without the default split they may need none."""
+        split, tasks = self._proxies.split, self._suite.tasks
+        having = [task for task in tasks if split in tasks[task].data]
+        return having if split == VAL or not having else list(tasks)
+
+    def _header_faults(self, splits: Mapping[str, Collection[str]], experts: bool) -> list[str]:
+        return suite_faults(self._suite, self._shapes(), splits, experts) if experts or any(splits.values()) else []
+
+    def _proxy_faults(self) -> list[str]:
+        """Faults of where the proxies come from that concern no single task."""
+        split, tasks = self._proxies.split, self._suite.tasks.values()
+        if self._proxies.source is None:
+            known = sorted({name for task in tasks for name in task.data})
+            if split in known or split == VAL:
+                return []
+            return [f"proxies.split: no task has a split {split}{closest(split, known)}; they have {', '.join(known)}"]
+        if is_fetched(self._proxies.source):
+            return []  # not before everything else is known to be sound
+        try:
+            self._images.elsewhere()
+        except InputError as error:
+            return [f"proxies.source: {error}"]
+        return []
+
+    def _draw_faults(self) -> list[str]:
+        """Faults of the proxy images themselves, which are drawn to see whether there are any."""
+        faults = []
+        for task in self._proxy_tasks() if self._proxies.source is None else list(self._suite.tasks)[:1]:
+            try:
+                self._images.proxy_images(task)
+            except InputError as error:
+                faults.append(str(error))
+        return faults

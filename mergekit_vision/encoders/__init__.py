@@ -1,0 +1,1 @@
+"""CLIP encoders: loading them, running them with other weights and routed experts, and their zero-shot heads."""

@@ -1,0 +1,174 @@
+"""Pre-trained CLIP models: what is known of one before its weights are read, and reading it."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from pickle import PickleError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from mergekit_vision.errors import InputError
+
+PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
+"""What open_clip stores of a model's preprocessing; the image size comes from the model."""
+
+_UNLOADABLE = (  # what open_clip and its readers raise for names, configurations and weights that they cannot use
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    ImportError,
+    RuntimeError,
+    PickleError,
+    SafetensorError,
+)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What is known of a backbone before its weights are read.
+
+    Attributes:
+        name: open_clip model name: built in, ``hf-hub:org/name`` or ``local-dir:path``.
+        pretrained: open_clip tag or checkpoint file, for a built-in name.
+        model: open_clip's ``model_cfg``.
+        preprocess: open_clip's ``preprocess_cfg``, complete.
+        shapes: open_clip key of the vision tower -> shape.
+    """
+
+    name: str
+    pretrained: str | None
+    model: Mapping[str, Any]
+    preprocess: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@lru_cache(maxsize=8)
+def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:
+    """Configuration and vision-tower shapes of a backbone, without reading a weight.
+
+    Raises:
+        InputError: for an unknown or incomplete model, a tower that is no open_clip ViT, or an activation function that is
+            not the one the pre-trained weights need.
+    """
+    import open_clip
+
+    _refuse_wrong_activation(name, pretrained)
+    with _loading(name), torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+        preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+        config = _model_config(name)
+    if pretrained is not None and (tag := open_clip.get_pretrained_cfg(name, pretrained)):
+        preprocess.update({key: tag[key] for key in PREPROCESS_KEYS if key in tag})
+    _require_vit(name, model)
+    shapes = {f"visual.{key}": tuple(value.shape) for key, value in model.visual.state_dict().items()}
+    return Backbone(name, pretrained, config, preprocess, shapes)
+
+
+def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
+    """A pre-trained open_clip model in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: as :func:`describe_backbone`, or when its weights cannot be obtained.
+    """
+    import open_clip
+
+    describe_backbone(name, pretrained)
+    builtin = not name.startswith(("local-dir:", "hf-hub:"))
+    if builtin and pretrained is None:
+        raise InputError(f"backbone {name}: add `pretrained:` to the suite (a tag such as `openai`, or a checkpoint file)")
+    with _loading(name):
+        model: nn.Module = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of an open_clip model: texts -> token indices ``[N, context_length]``, int64.
+
+    Raises:
+        InputError: when it cannot be obtained.
+    """
+    import open_clip
+
+    with _loading(name):
+        return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
+
+
+def _refuse_wrong_activation(name: str, pretrained: str | None) -> None:
+    import open_clip
+
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise InputError(f"backbone {name}: open_clip does not know this model; `open_clip.list_models()` names those it does")
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    if not tag and pretrained and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise InputError(f"backbone {name}: pretrained {pretrained!r} is neither a file nor one of its tags ({tags})")
+    if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
+        raise InputError(f"backbone {name}: the weights {pretrained!r} were trained with the other GELU; use {other}")
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    import open_clip
+
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        return dict(json.loads(path.read_text())["model_cfg"])
+    if name.startswith("hf-hub:"):
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json"))
+        return dict(json.loads(path.read_text())["model_cfg"])
+    return dict(open_clip.get_model_config(name))
+
+
+def _require_vit(name: str, model: nn.Module) -> None:
+    blocks = getattr(getattr(model.visual, "transformer", None), "resblocks", None)
+    if blocks is None or not all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks):
+        raise InputError(
+            f"backbone {name}: its vision tower ({type(model.visual).__name__}) is not one of open_clip's own ViTs; "
+            "towers from timm, ResNets and custom attention blocks cannot be merged here"
+        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what open_clip raises for a model that it cannot make into one line, and keep its log messages out of the way."""
+    with _without_root_messages():
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except _UNLOADABLE as error:
+            raise InputError(f"backbone {name}: {error}") from error
+
+
+@contextmanager
+def _without_root_messages() -> Iterator[None]:
+    """Hold back the root logger's remarks and warnings, which is where open_clip's go, while the context is open."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+
+    def severe(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    root.addFilter(severe)
+    root.addHandler(handler)  # the functions of `logging` configure a root logger that has none
+    try:
+        yield
+    finally:
+        root.removeFilter(severe)
+        root.removeHandler(handler)

@@ -1,0 +1,1 @@
+"""Accuracy of an encoder, exact over any number of processes."""

@@ -1,0 +1,154 @@
+"""Accuracy of an encoder on a task, exact over any number of processes."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.encoders.backbone import Backbone
+from mergekit_vision.encoders.heads import ZeroShotHeads
+from mergekit_vision.encoders.routed import Route
+from mergekit_vision.encoders.vision import VisionEncoder
+from mergekit_vision.errors import EvaluationError, InputError
+from mergekit_vision.evaluation.metric import TaskMetric
+from mergekit_vision.merger import Weights
+from mergekit_vision.routers import LowRankExperts
+from mergekit_vision.support.cache import Cache, json_form
+from mergekit_vision.support.fingerprints import fingerprint, of_tensors
+from mergekit_vision.support.json_files import to_json
+from mergekit_vision.support.team import ALONE, Team
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs, and with whom.
+
+    Attributes:
+        device: of the encoder and the heads.
+        team: the processes that work on the same.
+        precision: makes the context of evaluation's forward passes, such as autocast; merging is always float32.
+        precision_name: its name, for the cache of accuracies.
+    """
+
+    device: torch.device
+    team: Team = ALONE
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    precision_name: str = "32-true"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Measures what an encoder knows. Lightning's loops and our own go through :meth:`step`.
+
+    Attributes:
+        encoder: a linearized vision tower on the runtime's device.
+        heads: gives the zero-shot heads of all tasks, on the same device; made when they are first asked for.
+        data: images of every task.
+        backbone: what the encoder is.
+        runtime: where it runs.
+        experts: of a dynamic model, the tasks whose experts it routes to, in their order.
+    """
+
+    encoder: VisionEncoder
+    heads: Callable[[], ZeroShotHeads]
+    data: VisionTasks
+    backbone: Backbone
+    runtime: Runtime
+    experts: tuple[str, ...] = ()
+
+    def step(self, metric: TaskMetric, images: Tensor, labels: Tensor, task: str) -> None:
+        """Count one batch of one task: images ``[N, 3, H, W]`` and labels ``[N]``; a dynamic encoder is told the true task."""
+        if (routing := self.encoder.routing) is not None:
+            routing.truth = torch.full_like(labels, self.experts.index(task)) if task in self.experts else None
+        metric.update(self.heads()(self.encoder(images), task), labels)
+
+    @torch.inference_mode()
+    def accuracy(self, task: str, split: str) -> float:
+        """Accuracy in [0, 1] of the weights that the encoder has; every process takes its share of the images.
+
+        Raises:
+            EvaluationError: on every process, when an image or a label cannot be used.
+        """
+        device, loader, failure = self.runtime.device, self.data.loader(task, split), None
+        metric = TaskMetric().to(device)
+        try:
+            with self.runtime.precision():
+                for images, labels in loader:
+                    self.step(metric, images.to(device, non_blocking=True), labels.to(device, non_blocking=True), task)
+        except InputError as error:
+            failure = EvaluationError(str(error))
+        self.runtime.team.raise_together(failure)  # the others would wait for this process's counts
+        return metric.accuracy(self.data.size(task, split))
+
+    def expert_accuracy(self, task: str, split: str) -> float:
+        """Accuracy of a task's own expert, remembered by its file, the data, the head and the precision."""
+        expert = self.data.suite.experts[task]
+        parts = (
+            fingerprint(expert.path),
+            to_json([dict(self.backbone.model), dict(self.backbone.preprocess)]),
+            of_tensors({"head": self.heads().weight(task)}),
+            self.data.fingerprint(task, split),
+            self.runtime.precision_name,
+        )
+
+        def measure() -> float:
+            with self.with_weights(expert) as evaluator:
+                return evaluator.accuracy(task, split)
+
+        return Cache("accuracies", json_form(_share), self.runtime.team).recall(parts, measure)
+
+    @contextmanager
+    def with_weights(self, weights: Weights) -> Iterator["Evaluator"]:
+        """The same encoder with other weights and without routed experts, while the context is open."""
+        before, routing = self.encoder.weights(), self.encoder.routing
+        mode = None if routing is None else routing.mode
+        try:
+            self.encoder.assign(weights)
+            if routing is not None:
+                routing.mode = "base"
+            yield self
+        finally:
+            self.encoder.assign(before)
+            if routing is not None and mode is not None:
+                routing.mode = mode
+
+    @contextmanager
+    def with_model(
+        self,
+        weights: Weights,
+        routed: Mapping[str, LowRankExperts] | None = None,
+        experts: Sequence[str] = (),
+        route: Route = "router",
+    ) -> Iterator["Evaluator"]:
+        """An evaluator of a merged model, static or dynamic, while the context is open.
+
+        Args:
+            weights: of the encoder.
+            routed: Linear name -> its routed experts.
+            experts: their tasks, in their order.
+            route: how the model chooses among them.
+        """
+        with self.with_weights(weights):
+            encoder = self.encoder
+            if routed:
+                encoder = copy.deepcopy(encoder)
+                encoder.route(routed, route)
+            yield replace(self, encoder=encoder, experts=tuple(experts))
+
+    def routing_counts(self) -> dict[str, Tensor]:
+        """Which expert the images of each task took in each routed layer, ``[T, T]``, over all processes; each must call it."""
+        routing = self.encoder.routing
+        counts = {} if routing is None else {layer: count.cpu() for layer, count in routing.counts.items()}
+        parts = self.runtime.team.gather(counts)
+        return {layer: torch.stack([part[layer] for part in parts]).sum(0) for layer in counts}
+
+
+def _share(value: Any) -> float:
+    if not (isinstance(value, float | int) and 0 <= value <= 1):
+        raise ValueError("not an accuracy")
+    return float(value)

@@ -1,0 +1,1 @@
+"""What is merged and how: running mergers, choosing the scaling coefficient, comparing experts."""

@@ -1,0 +1,109 @@
+"""What is merged and how, apart from the method."""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mergekit_vision.checkpoints import CheckpointWeights
+from mergekit_vision.data.checks import Needs
+from mergekit_vision.encoders.routed import Route
+from mergekit_vision.errors import InputError
+from mergekit_vision.merger import Merger, Weights, merged_weights
+from mergekit_vision.merging.coefficient import Scale, ScaleChoice
+from mergekit_vision.merging.record import citations, merger_record, versions
+from mergekit_vision.merging.scaling import ScaleSearch
+from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.routers import LowRankExperts
+from mergekit_vision.suites.splits import VAL
+from mergekit_vision.suites.suite import Suite
+
+
+class MergedModel(NamedTuple):
+    """A merged model, ready to be run.
+
+    Attributes:
+        weights: of the vision tower.
+        routed: Linear name -> its routed experts; empty for a static model.
+        record: what was merged and how, as ``merge.json`` keeps it.
+    """
+
+    weights: Weights
+    routed: Mapping[str, LowRankExperts]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is merged and how, apart from the method; for a single merge and for a comparison of many.
+
+    Attributes:
+        scale: scaling coefficient of the merged task vector: a number, ``merger`` for the method's own, or ``search``.
+        search: how ``search`` goes about it.
+        experts: tasks whose experts are merged; all of the suite where ``None``.
+        route: how a dynamic model chooses its experts.
+
+    Raises:
+        InputError: when ``scale`` is no finite number.
+    """
+
+    scale: Scale = "merger"
+    search: ScaleSearch = field(default_factory=ScaleSearch)
+    experts: tuple[str, ...] | None = None
+    route: Route = "router"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, float) and not math.isfinite(self.scale):
+            raise InputError(f"`scale` is {self.scale}, but must be a finite number", of="model")
+
+    @property
+    def searched(self) -> frozenset[str]:
+        """Splits that the coefficient is searched on."""
+        return frozenset({VAL} if self.scale == "search" else ())
+
+    def needs(self, evaluated: frozenset[str] = frozenset()) -> Needs:
+        """What merging, and evaluating on some splits, reads of a suite."""
+        return Needs(evaluated, everywhere=self.searched, proxies=True)
+
+    def chosen(self, suite: Suite) -> dict[str, CheckpointWeights]:
+        """The experts that are merged, by task; lazy.
+
+        Raises:
+            InputError: when a task is not the suite's, or an expert cannot be opened.
+        """
+        names = list(suite.tasks) if self.experts is None else list(self.experts)
+        unknown = [name for name in names if name not in suite.tasks]
+        if unknown or not names:
+            remedy = f"name some of the suite's tasks, {', '.join(suite.tasks)}"
+            raise InputError(f"`experts` {unknown or names}: {remedy}", of="model")
+        return {name: suite.experts[name] for name in names}
+
+    def merge(self, bench: Workbench, merger: Merger) -> MergedModel:
+        """Merge once and choose the coefficient; every process does, and all get the same."""
+        suite = bench.evaluator.data.suite
+        experts = self.chosen(suite)
+        choice = ScaleChoice(bench, list(experts), self.scale, self.search)
+        start = time.perf_counter()
+        merged = bench.merge(merger, experts, choice)
+        seconds = time.perf_counter() - start - choice.seconds
+        scale = choice(merged)
+        record = {
+            "suite": suite.name,
+            "backbone": suite.backbone,
+            "pretrained": suite.pretrained,
+            "experts": expert_paths(suite, experts),
+            "merger": merger_record(merger),
+            "citation": citations(merger),
+            "scale": scale,
+            "search": sorted(choice.curve, key=lambda row: row["coefficient"]),
+            "seconds": {"merge": round(seconds, 3), "search": round(choice.seconds, 3)},
+            "versions": versions(),
+        }
+        return MergedModel(merged_weights(bench.base, merged, scale), merged.routed, record)
+
+
+def expert_paths(suite: Suite, experts: Mapping[str, CheckpointWeights]) -> dict[str, str]:
+    """Task -> file of its expert, relative to the suite's directory."""
+    return {task: os.path.relpath(weights.path, suite.path.parent) for task, weights in experts.items()}

@@ -1,0 +1,31 @@
+"""What is recorded of a merge."""
+
+from importlib.metadata import version
+from typing import Any
+
+from mergekit_vision.merger import Merger
+from mergekit_vision.version import __version__
+
+
+def merger_record(merger: Merger) -> dict[str, Any]:
+    """A merger as data: its class and its hyper-parameters."""
+    parameters = {name: value for name, value in vars(merger).items() if not name.startswith("_")}
+    return {
+        "name": type(merger).__name__,
+        "class_path": f"{type(merger).__module__}.{type(merger).__qualname__}",
+        "init_args": {name: merger_record(value) if isinstance(value, Merger) else value for name, value in parameters.items()},
+    }
+
+
+def citations(merger: Merger) -> list[str]:
+    """The papers to cite for a merger and for those that it builds on, each once."""
+    papers = [merger.paper] if merger.paper else []
+    for value in vars(merger).values():
+        papers += citations(value) if isinstance(value, Merger) else []
+    return list(dict.fromkeys(papers))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    packages = ("torch", "torchvision", "lightning", "open_clip_torch")
+    return {"mergekit_vision": __version__, **{name: version(name) for name in packages}}

@@ -1,0 +1,1 @@
+"""Labeled image sources: Parquet files, the Hugging Face hub, image folders, data set classes."""

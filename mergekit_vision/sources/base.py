@@ -1,0 +1,55 @@
+"""What the image sources share: a labeled data set, and decoding."""
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from mergekit_vision.errors import InputError
+
+
+class ImageSource(Dataset[tuple[Image.Image, int]], ABC):
+    """A map-style data set of ``(RGB image, class index)``.
+
+    Attributes:
+        names: class names where the data knows them, else ``None``.
+    """
+
+    names: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """One image and its class; raises :class:`InputError` naming the file and row where the image is damaged."""
+
+    @abstractmethod
+    def labels(self) -> Sequence[int]:
+        """Class index of every image; no image is decoded."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash that changes when the images or labels do."""
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Smallest and largest class index, as cheaply as the format allows; ``None`` where there are no images."""
+        labels = self.labels()
+        return (int(min(labels)), int(max(labels))) if len(labels) else None
+
+
+def decode(image: bytes | Path, where: str) -> Image.Image:
+    """Decode an encoded image to RGB.
+
+    Raises:
+        InputError: naming ``where`` (file and row), when the image is damaged or of an unknown format.
+    """
+    try:
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
+            rgb: Image.Image = opened.convert("RGB")
+            return rgb
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: not a readable image ({error}); replace or remove it") from error

@@ -1,0 +1,42 @@
+"""Opens a source by its mapping."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.sources.base import ImageSource
+from mergekit_vision.sources.config import SourceConfig, config_faults, kind_of
+from mergekit_vision.sources.folder import FlatFolder, FolderImages
+
+
+def open_source(config: SourceConfig, labeled: bool = True) -> ImageSource:
+    """Open a source by its mapping.
+
+    Args:
+        config: the mapping, with absolute paths or paths relative to the working directory.
+        labeled: whether the class indices are needed; ``False`` also opens a folder of images without class directories.
+
+    Raises:
+        InputError: when the mapping is malformed, or what it names is missing or of another layout.
+    """
+    faults = config_faults(config)
+    if faults:
+        raise InputError(f"data source {dict(config)}: {'; '.join(faults)}" if isinstance(config, Mapping) else faults[0])
+    kind = kind_of(config)
+    columns = {key: config[key] for key in ("image", "label") if key in config}
+    if kind == "parquet":
+        from mergekit_vision.sources.parquet import ParquetImages
+
+        return ParquetImages(config["parquet"], **columns)
+    if kind == "hub":
+        from mergekit_vision.sources.hub import HubImages
+
+        return HubImages(config["hub"], config["split"], config.get("name"), config.get("revision"), **columns)
+    if kind == "torchvision":
+        from mergekit_vision.sources.class_path import TorchvisionImages
+
+        return TorchvisionImages(config["torchvision"], config.get("args", {}))
+    directory = Path(config["folder"])
+    if not labeled and directory.is_dir() and not any(entry.is_dir() for entry in directory.iterdir()):
+        return FlatFolder(directory)
+    return FolderImages(directory)

@@ -1,0 +1,1 @@
+"""Suites: a backbone, its tasks and their experts, described by one YAML file."""

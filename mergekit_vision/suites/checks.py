@@ -1,0 +1,76 @@
+"""Checks of a suite's experts and data against its backbone, from headers alone: no weight and no image is read."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.sources.checks import check_source
+from mergekit_vision.suites.suite import Suite, Task
+from mergekit_vision.support.faults import closest, raise_faults
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Key of the vision tower -> shape."""
+
+_LISTED = 8
+
+
+def check_suite(suite: Suite, shapes: Shapes, splits: Collection[str] = (), experts: bool = True) -> None:
+    """Check that experts and data fit the backbone.
+
+    Args:
+        suite: what is checked.
+        shapes: of the backbone's vision tower.
+        splits: splits that every task must have, each with as many classes as the task names.
+        experts: whether the experts are needed; a model merged before is evaluated without them.
+
+    Raises:
+        InputError: with every fault found, one a line.
+    """
+    raise_faults(suite.path, suite_faults(suite, shapes, dict.fromkeys(suite.tasks, splits), experts))
+
+
+def suite_faults(suite: Suite, shapes: Shapes, splits: Mapping[str, Collection[str]], experts: bool = True) -> list[str]:
+    """What :func:`check_suite` raises, one text a fault, with other ``splits`` (task -> those it must have) for each task."""
+    faults = []
+    for task in suite.tasks.values():
+        if experts:
+            faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(suite, task, shapes)]
+        for split in dict.fromkeys(splits.get(task.name, ())):
+            faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(task, split)]
+    return faults
+
+
+def _expert_faults(suite: Suite, task: Task, shapes: Shapes) -> list[str]:
+    try:
+        found = suite.experts[task.name].shapes
+    except InputError as error:
+        return [str(error)]
+    faults = []
+    missing = [key for key in shapes if key not in found]
+    extra = [key for key in found if key not in shapes]
+    misshapen = [
+        f"{key} is {found[key]}, not {shapes[key]}" for key in shapes if key in found and found[key] != tuple(shapes[key])
+    ]
+    for what, keys in (("lacks", missing), ("has unknown", extra), ("has other shapes than the backbone:", misshapen)):
+        if keys:
+            faults.append(f"{task.expert} {what} {_shortened(keys)}")
+    if faults:
+        faults[-1] += "; an expert must be the backbone's vision tower, fine-tuned"
+    return faults
+
+
+def _split_faults(task: Task, split: str) -> list[str]:
+    if split not in task.data:
+        return [f"missing{closest(split, task.data)}; the task has {', '.join(task.data)}"]
+    return check_source(task.data[split], task.classes, task.named_by_data)
+
+
+def _shortened(items: Iterable[str]) -> str:
+    """The first few of a list, and how many more there are.
+
+    >>> from mergekit_vision.suites.checks import _shortened
+    >>> _shortened("abcdefghij")
+    'a, b, c, d, e, f, g, h … and 2 more (10 in all)'
+    """
+    items = list(items)
+    more = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" … and {more} more ({len(items)} in all)" if more > 0 else "")

@@ -1,0 +1,27 @@
+"""Several faults in one message, and hints at what was meant."""
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+
+from mergekit_vision.errors import InputError
+
+
+def closest(word: str, known: Collection[str]) -> str:
+    """Hint for a misspelled word: ``" (did you mean `parquet`?)"``, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def closest_file(path: Path) -> str:
+    """The same hint for a missing file, at the other files of its directory."""
+    try:
+        return closest(path.name, [other.name for other in path.parent.iterdir() if other.is_file()])
+    except OSError:  # no such directory, or not readable: no hint
+        return ""
+
+
+def raise_faults(path: Path, faults: list[str]) -> None:
+    """Raise one :class:`~mergekit_vision.errors.InputError` that lists all faults found in a file, if there are any."""
+    if faults:
+        raise InputError("\n  ".join([f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}", *faults]))

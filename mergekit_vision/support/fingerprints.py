@@ -1,0 +1,84 @@
+"""Content hashes."""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.support.cache import Cache, json_form
+
+_CHUNK = 1 << 20
+_SIZE = 32  # bytes of a hash
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SETTLED_NS = 2_000_000_000  # a file written to within one tick of its time stamp may change again unnoticed
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """Hash of a file's content (BLAKE2b, 64 hexadecimal digits), read in pieces.
+
+    The hash is remembered in the cache directory by place, size and modification time, so a large checkpoint is read once.
+
+    Raises:
+        InputError: when ``path`` is not a readable file.
+    """
+    try:
+        file = Path(path).resolve(strict=True)
+        status = file.stat()
+        settled = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
+        parts = [repr((os.fsencode(file), status.st_size, status.st_mtime_ns))] if settled else None
+        return Cache("fingerprints", json_form(_checked)).recall(parts, lambda: _hash(file))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def digest(*parts: object) -> str:
+    """Hash of plain values (text, numbers, tuples of them) by their ``repr``: 64 hexadecimal digits."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=_SIZE).hexdigest()
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of named tensors, in the order of their names: 64 hexadecimal digits.
+
+    >>> import torch
+    >>> from mergekit_vision.support.fingerprints import of_tensors
+    >>> of_tensors({"a": torch.zeros(2)}) == of_tensors({"a": torch.zeros(2, 1)})
+    False
+    """
+    content = hashlib.blake2b(digest_size=_SIZE)
+    for name, value in sorted(tensors.items()):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Path, size and modification time (ns) of a file, for :func:`digest`: they change when the file does."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
+
+
+def stamps(directory: Path) -> list[tuple[str, int, int]]:
+    """Stamps of all files below a directory, by their paths relative to it; none where there is no such directory."""
+    files = (Path(place, name) for place, _, names in os.walk(directory, followlinks=True) for name in names)
+    return sorted((str(file.relative_to(directory)), *stamp(file)[1:]) for file in files if file.is_file())
+
+
+def _checked(value: Any) -> str:
+    if not (isinstance(value, str) and _DIGEST.fullmatch(value)):
+        raise ValueError("not a hash")
+    return value
+
+
+def _hash(file: Path) -> str:
+    content = hashlib.blake2b(digest_size=_SIZE)
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            content.update(chunk)
+    return content.hexdigest()

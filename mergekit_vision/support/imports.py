@@ -1,0 +1,21 @@
+"""Objects by their dotted path."""
+
+from importlib import import_module
+from typing import Any
+
+from mergekit_vision.errors import InputError
+
+
+def import_by_path(path: str) -> Any:
+    """What a dotted path such as ``torchvision.datasets.MNIST`` names.
+
+    Raises:
+        InputError: when there is no such module or name, or importing the module fails.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise InputError(f"{path!r} is no dotted path such as package.module.Class")
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # whatever the module raises
+        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error

@@ -1,0 +1,303 @@
+"""Routed layers: against dense formulas, and that an image's output depends on that image only."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mergekit_vision.encoders.attention import LinearAttention
+from mergekit_vision.encoders.routed import RoutedLinear, Routing, attach
+from mergekit_vision.errors import InputError
+from mergekit_vision.export.experts import pack_experts, unpack_experts
+from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
+
+WIDTH, TASKS, RANK = 32, 3, 4
+LINEARS = [f"visual.transformer.resblocks.{i}.{kind}" for i in range(2) for kind in ("attn.in_proj", "mlp.c_fc", "mlp.c_proj")]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_encoder() -> nn.Module:
+    torch.manual_seed(0)
+    tower = VisionTransformer(image_size=16, patch_size=4, width=WIDTH, layers=2, heads=2, mlp_ratio=4.0, output_dim=16)
+    for block in tower.transformer.resblocks:
+        block.attn = LinearAttention.from_multihead(block.attn)
+    return nn.ModuleDict({"visual": tower.eval()})
+
+
+def make_router(kind: str, d_in: int, seed: int) -> Router:
+    match kind:
+        case "cosine":
+            return CosineRouter(normal(TASKS, d_in, seed=seed))
+        case "centered, mixed":
+            return CosineRouter(normal(TASKS, d_in, seed=seed), normal(d_in, seed=seed + 1), top_k=2, temperature=0.1)
+        case "linear, all mixed":
+            return LinearRouter(normal(TASKS, 2 * d_in, seed=seed), normal(TASKS, seed=seed), ("mean", "deviation"), top_k=TASKS)
+        case "linear of covariance, mixed":
+            features = 2 * d_in + 10
+            basis, offset = normal(d_in, 4, seed=seed + 2) / d_in**0.5, normal(4, seed=seed + 3)
+            weight, bias = normal(TASKS, features, seed=seed), normal(TASKS, seed=seed)
+            return LinearRouter(weight, bias, ("mean", "first", "covariance"), basis, offset, top_k=2, temperature=3.0)
+        case "projection":
+            return ProjectionRouter(normal(TASKS, 2, d_in, seed=seed))
+        case "projection, mixed":
+            return ProjectionRouter(normal(TASKS, 2, d_in, seed=seed), top_k=2)
+    raise AssertionError(kind)
+
+
+KINDS = ["cosine", "centered, mixed", "linear, all mixed", "linear of covariance, mixed", "projection", "projection, mixed"]
+
+
+def make_experts(encoder: nn.Module, kind: str, size: float = 0.3, evidence: bool = False) -> dict[str, LowRankExperts]:
+    routed = {}
+    for seed, name in enumerate(LINEARS):
+        d_out, d_in = encoder.get_submodule(name).weight.shape
+        routed[name] = LowRankExperts(
+            up=size * normal(TASKS, d_out, RANK, seed=seed),
+            down=size * normal(TASKS, RANK, d_in, seed=seed + 50),
+            router=make_router(kind, d_in, seed + 100),
+            bias=size * normal(TASKS, d_out, seed=seed + 150),
+            evidence="own" if not evidence else "add" if seed else "start",
+        )
+    return routed
+
+
+def make_routed(kind: str, **options: object) -> tuple[nn.Module, Routing]:
+    encoder = make_encoder()
+    return encoder, attach(encoder, make_experts(encoder, kind, **options))
+
+
+def dense_layer(linear: nn.Linear, experts: LowRankExperts, x: Tensor) -> Tensor:
+    """The routed layer token by token with dense matrices, in float64."""
+    scores = experts.router.double()(x)
+    out = torch.empty(*x.shape[:2], linear.out_features, dtype=x.dtype)
+    for n in range(x.shape[0]):
+        for token in range(x.shape[1]):
+            row = scores[n, token if scores.shape[1] > 1 else 0]
+            chosen = sorted(range(TASKS), key=lambda t: -float(row[t]))[: experts.router.top_k]
+            shares = torch.softmax(row[chosen] / experts.router.temperature, 0)
+            W, b = linear.weight.double(), linear.bias.double()
+            for share, t in zip(shares, chosen, strict=True):
+                W = W + share * experts.up[t].double() @ experts.down[t].double()
+                b = b + share * experts.bias[t].double()
+            out[n, token] = W @ x[n, token] + b
+    return out
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return normal(7, 3, 16, 16, seed=9)
+
+
+@pytest.mark.parametrize("path", ["eager", "graph"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_equals_the_dense_formula(kind: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: path == "graph")
+    linear, x = nn.Linear(WIDTH, 48), normal(6, 5, WIDTH, seed=1)
+    up, down, bias = normal(TASKS, 48, RANK, seed=2), normal(TASKS, RANK, WIDTH, seed=3), normal(TASKS, 48, seed=4)
+    experts = LowRankExperts(up, down, make_router(kind, WIDTH, 5), bias)
+    layer = RoutedLinear(linear, experts, Routing(), "layer")
+    reference = dense_layer(linear, deepcopy(experts), x.double())
+    with torch.inference_mode():
+        assert (layer(x) - reference).abs().max() / reference.abs().max() < 1e-5
+        assert (layer.double()(x.double()) - reference).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_experts_are_the_plain_encoder(kind: str, images: Tensor) -> None:
+    plain = make_encoder()["visual"](images)
+    encoder, _ = make_routed(kind, size=0.0)
+    torch.testing.assert_close(encoder["visual"](images), plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_does_not_see_its_batch(kind: str, evidence: bool, images: Tensor) -> None:
+    if evidence and kind.startswith("projection"):
+        pytest.skip("token scores are of one layer's tokens")
+    encoder, _ = make_routed(kind, evidence=evidence)
+    visual = encoder["visual"]
+    with torch.inference_mode():
+        whole = visual(images)
+        alone = torch.cat([visual(image[None]) for image in images])
+        order = torch.tensor([3, 0, 6, 5, 1, 2, 4])
+        mixed = torch.cat([visual(images[order][:2]), visual(images[order][2:])])
+        other = visual(torch.cat([images[:1], 10 * normal(4, 3, 16, 16, seed=77)]))
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed, whole[order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(other[0], whole[0], atol=1e-5, rtol=0)
+    assert whole.std(0).min() > 1e-3  # images differ, so that the above means something
+
+
+def test_one_choice_per_image_or_token(images: Tensor) -> None:
+    for kind, length in (("cosine", 1), ("projection", 17)):
+        encoder, routing = make_routed(kind)
+        seen = []
+        for layer in routing.layers.values():
+            choose = layer.router.choose
+            layer.router.choose = lambda scores, choose=choose, seen=seen: seen.append(choose(scores)) or seen[-1]
+        encoder["visual"](images)
+        assert [tuple(choice.experts.shape) for choice in seen] == [(7, length, 1)] * len(LINEARS)
+        assert all(bool((choice.weight == 1).all()) for choice in seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle_is_the_true_tasks_expert_alone(kind: str, images: Tensor) -> None:
+    encoder, routing = make_routed(kind)
+    experts = make_experts(encoder, kind)
+    routing.mode, routing.truth = "oracle", torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    forced = encoder["visual"](images)
+    for task in range(TASKS):
+        single = make_encoder()
+        for name, entry in experts.items():
+            linear = single.get_submodule(name)
+            linear.weight.data += entry.up[task] @ entry.down[task]
+            linear.bias.data += entry.bias[task]
+        of_task = routing.truth == task
+        torch.testing.assert_close(forced[of_task], single["visual"](images[of_task]), atol=1e-5, rtol=1e-5)
+
+
+def test_base_mode_is_the_plain_encoder(images: Tensor) -> None:
+    encoder, routing = make_routed("cosine")
+    routing.mode = "base"
+    torch.testing.assert_close(encoder["visual"](images), make_encoder()["visual"](images), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["oracle", "router"])
+def test_truth_has_to_fit_the_batch(mode: str, images: Tensor) -> None:
+    encoder, routing = make_routed("cosine")
+    routing.mode = mode
+    routing.record()
+    if mode == "oracle":
+        with pytest.raises(InputError, match="7 images in `truth`; got none"):
+            encoder["visual"](images)
+    else:
+        encoder["visual"](images)
+        assert not any(counts.any() for counts in routing.counts.values())
+    routing.truth = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(InputError, match="7 images in `truth`; got 3"):
+        encoder["visual"](images)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear, all mixed", "projection"])
+def test_counts(kind: str, images: Tensor) -> None:
+    encoder, routing = make_routed(kind)
+    chosen: dict[str, list[Tensor]] = {name: [] for name in LINEARS}
+    for name, layer in routing.layers.items():
+        choose = layer.router.choose
+        layer.router.choose = lambda scores, choose=choose, name=name: chosen[name].append(choose(scores)) or chosen[name][-1]
+    truth = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    routing.record()
+    for part in (slice(0, 3), slice(3, 7)):
+        routing.truth = truth[part]
+        encoder["visual"](images[part])
+    for name, counts in routing.counts.items():
+        expected = torch.zeros(TASKS, TASKS, dtype=torch.float64)
+        choices = [(e, w) for batch in chosen[name] for e, w in zip(batch.experts, batch.weight, strict=True)]
+        for task, (experts, weights) in zip(truth.tolist(), choices, strict=True):
+            for e, w in zip(experts.flatten().tolist(), weights.flatten().tolist(), strict=True):
+                expected[task, e] += w / len(experts)
+        torch.testing.assert_close(counts, expected, atol=1e-6, rtol=0)
+    routing.record(False)
+    assert routing.counts == {}
+
+
+def test_shared_evidence() -> None:
+    """Scores 1, 2 and 4 for three experts in turn: the sum, the held decision and the layers' own differ."""
+    x, linear = torch.ones(2, 1, 1), nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(linear.weight)
+    up, down = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1), torch.ones(3, 1, 1)
+    scores = torch.tensor([[3.0, 0.0, 0.0], [2.0, 0.0, 2.5], [-4.0, 1.0, -1.0]])
+
+    def outputs(*evidence: str) -> list[float]:
+        routing = Routing()
+        layers = [
+            RoutedLinear(
+                linear, LowRankExperts(up, down, LinearRouter(row[:, None], torch.zeros(3)), evidence=e), routing, str(i)
+            )
+            for i, (row, e) in enumerate(zip(scores, evidence, strict=True))
+        ]
+        return [layer(x)[0, 0, 0].item() for _ in range(2) for layer in layers]  # twice: a batch starts afresh
+
+    assert outputs("own", "own", "own") == [1, 3, 2] * 2
+    assert outputs("start", "add", "add") == [1, 1, 3] * 2  # 3 0 0; 5 0 2.5; 1 1 1.5
+    assert outputs("own", "start", "hold") == [1, 3, 3] * 2
+    with pytest.raises(RuntimeError, match="no earlier layer"):
+        outputs("add", "own", "own")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast_routes_alike_and_stays_close(kind: str, images: Tensor) -> None:
+    encoder, _ = make_routed(kind, size=0.1)
+    with torch.inference_mode():
+        full = encoder["visual"](images)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = encoder["visual"](images)
+    assert (half.float() - full).norm() / full.norm() < 0.03
+
+
+@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("kind", ["cosine", "projection"])
+def test_compiles_to_one_graph(kind: str, evidence: bool, images: Tensor) -> None:
+    encoder, routing = make_routed(kind, evidence=evidence)
+    routing.record()
+    routing.truth = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    with torch.inference_mode():
+        plain = encoder["visual"](images)
+        counts = {name: count.clone() for name, count in routing.counts.items()}
+        routing.record()
+        compiled = torch.compile(encoder["visual"], fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(routing.counts, counts)
+
+
+@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_experts_come_back_bit_for_bit(kind: str, evidence: bool, images: Tensor, tmp_path: object) -> None:
+    encoder, routing = make_routed(kind, evidence=evidence)
+    tensors, config = pack_experts({name: layer.experts for name, layer in routing.layers.items()})
+    save_file(tensors, f"{tmp_path}/experts.safetensors")
+    again = unpack_experts(load_file(f"{tmp_path}/experts.safetensors"), json.loads(json.dumps(config)))
+    fresh = make_encoder()
+    attach(fresh, again)
+    with torch.inference_mode():
+        assert torch.equal(fresh["visual"](images), encoder["visual"](images))
+
+
+def test_unpack_explains_what_is_wrong() -> None:
+    encoder = make_encoder()
+    tensors, config = pack_experts(make_experts(encoder, "cosine"))
+    name = LINEARS[0]
+    with pytest.raises(InputError, match=r"no tensor .*in_proj\.down"):
+        unpack_experts({key: value for key, value in tensors.items() if key != f"{name}.down"}, config)
+    for router, message in (("nowhere.Router", "cannot import"), ("torch.nn.Linear", "is not a Router")):
+        with pytest.raises(InputError, match=message):
+            unpack_experts(tensors, {name: {**config[name], "router": router}})
+    with pytest.raises(InputError, match="does not take its saved state"):
+        unpack_experts(tensors, {name: {**config[name], "arguments": {"size": 1}}})
+
+
+def test_attach_refuses_what_does_not_fit() -> None:
+    encoder = make_encoder()
+    experts = make_experts(encoder, "cosine")
+    with pytest.raises(InputError, match=r"'visual\.nothing'"):
+        attach(encoder, {"visual.nothing": experts[LINEARS[0]]})
+    with pytest.raises(ValueError, match="the layer is 96 x 32, its experts are 128 x 32"):
+        attach(encoder, {LINEARS[0]: experts[LINEARS[1]]})
+    with pytest.raises(ValueError, match="do not fit each other"):
+        LowRankExperts(torch.zeros(2, 5, 3), torch.zeros(2, 4, 6), make_router("cosine", 6, 0))
+
+
+def test_attached_experts_are_independent_of_the_data() -> None:
+    encoder = make_encoder()
+    experts = make_experts(encoder, "cosine")
+    routing = attach(encoder, experts)
+    encoder.double()
+    assert experts[LINEARS[0]].router.prototypes.dtype == torch.float32
+    assert routing.layers[LINEARS[0]].router.prototypes.dtype == torch.float64

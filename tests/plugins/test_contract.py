@@ -1,0 +1,126 @@
+"""What every registered merger promises, run on a small synthetic model with the default hyper-parameters."""
+
+import inspect
+import typing
+
+import pytest
+import torch
+from synthetic import LINEARS, Zoo, shapes
+from torch import Tensor
+
+from mergekit_vision.merger import Merged
+from mergekit_vision.registry import broken, mergers
+from mergekit_vision.routers import LowRankExperts
+
+MERGERS = [pytest.param(cls, id=name) for name, cls in mergers().items()]
+every_merger = pytest.mark.parametrize("cls", MERGERS)
+
+
+def added(experts: LowRankExperts) -> Tensor:
+    """What each expert adds to its layer's weight, ``[T, d_out, d_in]``."""
+    return experts.up.double() @ experts.down.double()
+
+
+def assert_same(a: Merged, b: Merged, exactly: bool = True) -> None:
+    assert a.update.keys() == b.update.keys()
+    assert a.routed.keys() == b.routed.keys()
+    assert (a.scale, a.fixed) == (b.scale, b.fixed)
+    pairs = [(a.update[key], b.update[key]) for key in a.update]
+    pairs += [(added(a.routed[name]), added(b.routed[name])) for name in a.routed]
+    for x, y in pairs:
+        assert x.equal(y) if exactly else (x - y).norm() <= 1e-5 * y.norm()
+
+
+def tensors(zoo: Zoo) -> list[Tensor]:
+    weights = [tensor for expert in (zoo.base, *zoo.experts.values()) for tensor in expert.values()]
+    return weights + [x for layers in zoo.layer_inputs.values() for x in layers.values()]
+
+
+def test_every_registered_merger_can_be_imported():
+    assert not broken()
+
+
+@every_merger
+def test_inputs_are_not_changed_and_the_result_is_repeatable(cls):
+    zoo = Zoo(tasks=3)
+    before = [tensor.clone() for tensor in tensors(zoo)]
+    merger = cls()
+    first = merger.merge(zoo.inputs())
+    assert all(tensor.equal(copy) for tensor, copy in zip(tensors(zoo), before, strict=True))
+    assert_same(first, merger.merge(zoo.inputs()))
+    assert_same(first, cls().merge(Zoo(tasks=3).inputs()))
+
+
+@every_merger
+def test_the_update_owns_its_memory(cls):
+    zoo = Zoo(tasks=1)
+    before = [tensor.clone() for tensor in tensors(zoo)]
+    for value in cls().merge(zoo.inputs()).update.values():
+        value.fill_(7.0)
+    assert all(tensor.equal(copy) for tensor, copy in zip(tensors(zoo), before, strict=True))
+
+
+@every_merger
+@pytest.mark.parametrize("tasks", [1, 2, 3, 7, 30])
+def test_any_number_of_tasks(cls, tasks):
+    """1 to 3 ask some methods for more directions than there are, 7 divides no width, 30 is more than the width."""
+    merged = cls().merge(Zoo(tasks=tasks).inputs())
+    expected = shapes()
+    assert merged.update.keys() <= expected.keys()
+    assert merged.fixed <= merged.update.keys()
+    for key, value in merged.update.items():
+        assert (tuple(value.shape), value.dtype) == (expected[key], torch.float32)
+        assert value.isfinite().all(), key
+        assert not value.requires_grad
+    assert any(value.any() for value in merged.update.values()) or merged.routed
+    for name, experts in merged.routed.items():
+        assert name in LINEARS
+        assert len(experts.up) == len(experts.down) == tasks
+        assert experts.up.dtype == experts.down.dtype == torch.float32
+        assert added(experts).isfinite().all()
+
+
+@every_merger
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_the_order_of_the_tasks_does_not_matter(cls, tasks):
+    zoo = Zoo(tasks=tasks)
+    order = [*range(1, tasks), 0]
+    merged, permuted = cls().merge(zoo.inputs()), cls().merge(zoo.inputs(order))
+    assert_same(Merged(permuted.update, permuted.scale, permuted.fixed), Merged(merged.update, merged.scale, merged.fixed), False)
+    for name, experts in merged.routed.items():
+        expected = added(experts)[order]
+        assert (added(permuted.routed[name]) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@every_merger
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_experts_that_changed_nothing_give_nothing(cls, tasks):
+    merged = cls().merge(Zoo(tasks=tasks, change=0.0).inputs())
+    assert all(not value.any() for value in merged.update.values()), "an update, or NaN, of nothing"
+    assert all(not added(experts).any() for experts in merged.routed.values())
+
+
+@every_merger
+def test_a_parameter_that_no_expert_changed_stays(cls):
+    zoo = Zoo(tasks=3)
+    frozen = ["visual.proj", "visual.conv1.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight"]
+    for expert in zoo.experts.values():
+        expert.update({key: zoo.base[key].clone() for key in frozen})
+    update = cls().merge(zoo.inputs()).update
+    assert all(key not in update or not update[key].any() for key in frozen)
+
+
+@every_merger
+def test_hyper_parameters_are_typed_kept_and_shown(cls):
+    parameters = inspect.signature(cls).parameters
+    hints = typing.get_type_hints(cls.__init__)
+    merger = cls()
+    for name, parameter in parameters.items():
+        assert name in hints, f"{name} has no type"
+        assert parameter.default is not inspect.Parameter.empty, f"{name} has no default"
+        assert getattr(merger, name) == parameter.default
+        assert f"{name}={parameter.default!r}" in repr(merger)
+        assert name in (cls.__doc__ or ""), f"{name} is not documented"
+    assert vars(merger).keys() == parameters.keys(), "a merger keeps its hyper-parameters and nothing else"
+    merger.merge(Zoo(tasks=2).inputs())
+    assert vars(merger).keys() == parameters.keys()

@@ -1,0 +1,279 @@
+"""ESM++ and SMILE against their formulas, written plainly in float64 with full SVDs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from synthetic import LINEARS, TOKENS, Zoo, relative_error, weight_key
+from torch import Tensor, nn
+
+from mergekit_vision.encoders.routed import RoutedLinear, Routing
+from mergekit_vision.errors import InputError
+from mergekit_vision.functional.routing import Axes, calibrate, discriminant, pool_tokens, principal_axes
+from mergekit_vision.merger import Merged
+from mergekit_vision.plugins.esm import ESM
+from mergekit_vision.plugins.esmpp import ESMPP, ESMPPBayes
+from mergekit_vision.plugins.smile import SMILE
+from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+from mergekit_vision.routers import LowRankExperts
+
+T = 4
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Zoo:
+    return Zoo(tasks=T)
+
+
+def bias_key(name: str) -> str:
+    return weight_key(name).replace("weight", "bias")
+
+
+def residuals(zoo: Zoo, name: str, base: Merged, scale: float) -> Tensor:
+    key = weight_key(name)
+    return zoo.delta64(key) - base.coefficient(key, scale) * base.update[key].double()
+
+
+def product(experts: LowRankExperts) -> Tensor:
+    return experts.up.double() @ experts.down.double()
+
+
+def run(zoo: Zoo, name: str, experts: LowRankExperts, x: Tensor, update: Tensor | float = 0.0, mode: str = "router") -> Tensor:
+    """The routed layer on the backbone's weights, plus ``update``."""
+    weight = zoo.base[weight_key(name)] + update
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.data, linear.bias.data = weight, zoo.base[bias_key(name)]
+    routing = Routing()
+    routing.mode, routing.truth = mode, torch.arange(len(x)) % T
+    with torch.inference_mode():
+        return RoutedLinear(linear, replace(experts, evidence="own"), routing, name)(x)
+
+
+# --- ESM++
+
+
+@pytest.mark.parametrize("kinds", [("in_proj", "c_fc"), ("out_proj", "c_proj")])
+@pytest.mark.parametrize("scale", [0.4, 0.0])
+def test_esmpp(zoo: Zoo, kinds: tuple[str, ...], scale: float) -> None:
+    rank, base = 6, ESM().merge(zoo.inputs())
+    merged = ESMPP(rank=rank, layers=kinds).merge(replace(zoo.inputs(), choose_scale=lambda _: scale))
+    names = [name for name in LINEARS if name.endswith(kinds)]
+    assert list(merged.routed) == names
+    assert not merged.scalable
+    assert merged.scale == scale
+    for key, update in merged.update.items():
+        assert relative_error(update, base.coefficient(key, scale) * base.update[key].double()) < 1e-6 or not update.any()
+    for name in names:
+        experts = merged.routed[name]
+        for t, (task, delta) in enumerate(zip(zoo.experts, residuals(zoo, name, base, scale), strict=True)):
+            X = zoo.rows(task, name)
+            B = torch.linalg.svd((X @ delta.T).T)[0][:, :rank]
+            assert relative_error(product(experts)[t], B @ B.T @ delta) < 1e-4
+            assert relative_error(experts.up[t].double() @ experts.up[t].double().T, B @ B.T) < 1e-4
+            assert relative_error(experts.router.prototypes[t], X.mean(0)) < 1e-6
+        assert experts.bias is None
+        assert experts.evidence == "own"
+
+
+def test_esmpp_routes_by_the_cosine_of_the_mean_token(zoo: Zoo) -> None:
+    merged = ESMPP(rank=6).merge(zoo.inputs())
+    name = LINEARS[2]
+    x = torch.cat([inputs[name][:5] for inputs in zoo.layer_inputs.values()])
+    prototypes = torch.stack([zoo.rows(task, name).mean(0) for task in zoo.experts])
+    chosen = torch.cosine_similarity(x.double().mean(1)[:, None], prototypes, dim=-1).argmax(1)
+    assert chosen.unique().numel() > 1
+    weight = zoo.base[weight_key(name)].double() + merged.update[weight_key(name)].double()
+    dense = weight + product(merged.routed[name])[chosen]
+    expected = x.double() @ dense.transpose(1, 2) + zoo.base[bias_key(name)].double()
+    assert relative_error(run(zoo, name, merged.routed[name], x, merged.update[weight_key(name)]), expected) < 1e-5
+
+
+def test_esmpp_of_full_rank_is_the_expert(zoo: Zoo) -> None:
+    merged = ESMPP(rank=999, layers=("in_proj", "out_proj", "c_fc", "c_proj")).merge(zoo.inputs())
+    for name, experts in merged.routed.items():
+        tuned = torch.stack([expert[weight_key(name)] for expert in zoo.experts.values()]).double()
+        base = zoo.base[weight_key(name)].double() + merged.update[weight_key(name)].double()
+        assert relative_error(base + product(experts), tuned) < 1e-5
+
+
+def test_esmpp_does_not_depend_on_the_batches_of_proxies(zoo: Zoo) -> None:
+    zoo, again = replace(zoo), replace(zoo, batch=7)
+    one, two = (ESMPPBayes(rank=6).merge(z.inputs()).routed for z in (zoo, again))
+    for name in one:
+        assert relative_error(product(one[name]), product(two[name])) < 1e-4
+        torch.testing.assert_close(one[name].router.weight, two[name].router.weight)
+
+
+@pytest.mark.parametrize("rule", ["cosine", "centered", "discriminant"])
+def test_every_rule_finds_tasks_that_are_apart(zoo: Zoo, rule: str) -> None:
+    zoo = replace(zoo)
+    for t, inputs in enumerate(zoo.layer_inputs.values()):
+        for name in LINEARS:
+            inputs[name][:, :, t] += 50
+    merged = ESMPP(rank=2, rule=rule).merge(zoo.inputs())
+    for name, experts in merged.routed.items():
+        for t, inputs in enumerate(zoo.layer_inputs.values()):
+            scores = experts.router(inputs[name])
+            assert scores.shape == (zoo.images, 1, T)
+            assert (scores[:, 0].argmax(1) == t).all()
+
+
+def test_discriminant_is_the_log_posterior_of_gaussians(zoo: Zoo) -> None:
+    shrinkage = 0.3
+    merged = ESMPP(rank=2, rule="discriminant", pooling=("mean", "deviation", "first"), shrinkage=shrinkage).merge(zoo.inputs())
+    for name, experts in merged.routed.items():
+        groups = [inputs[name].double() for inputs in zoo.layer_inputs.values()]
+        groups = [torch.cat([x.mean(1), x.std(1, correction=0), x[:, 0]], 1) for x in groups]
+        means = [group.mean(0) for group in groups]
+        rest = torch.cat([group - mean for group, mean in zip(groups, means, strict=True)])
+        S = rest.T @ rest / (len(rest) - T)
+        S = (1 - shrinkage) * S + shrinkage * S.diag().diag()
+        x = zoo.layer_inputs["task1"][name]
+        f = torch.cat([x.mean(1), x.std(1, correction=0), x[:, 0]], 1).double()
+        gaussians = [torch.distributions.MultivariateNormal(mean, S) for mean in means]
+        expected = torch.stack([gaussian.log_prob(f) for gaussian in gaussians], 1).log_softmax(1)
+        with torch.inference_mode():
+            found = experts.router.double()(x.double())[:, 0].log_softmax(1)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("statistics", ["experts", "base", "routed"])
+def test_statistics_come_from_the_model_that_was_asked_for(zoo: Zoo, statistics: str) -> None:
+    seen: list[tuple[str, Merged | None]] = []
+
+    def run_proxies(task: str, observers: object, model: Merged | None) -> None:
+        seen.append((task, model))
+        zoo.run_proxies(task, observers)
+
+    inputs = replace(zoo.inputs(), run_proxies=run_proxies)
+    merged = ESMPP(base=TaskArithmetic(), rank=2, statistics=statistics).merge(inputs)
+    models = [model for task, model in seen if task == "task0"]
+    assert len(seen) == T * len(models)
+    assert models[0] is None
+    assert [bool(model.routed) for model in models[1:]] == {"experts": [], "base": [False], "routed": [False, True]}[statistics]
+    for model in models[1:]:
+        assert model.update.keys() == merged.update.keys()
+        assert all(torch.equal(model.update[key], merged.update[key]) for key in merged.update)
+
+
+@pytest.mark.parametrize(
+    ("options", "evidence"),
+    [
+        ({"decision": "layer"}, ["own", "own", "own", "own"]),
+        ({"decision": "branch"}, ["start", "start", "start", "start"]),
+        (
+            {"decision": "branch", "layers": ("in_proj", "out_proj", "c_fc", "c_proj")},
+            ["start", "hold", "start", "hold", "start", "hold", "start", "hold"],
+        ),
+        ({"decision": "branch", "layers": ("out_proj", "c_proj")}, ["start"] * 4),
+        ({"decision": "sum"}, ["start", "add", "add", "add"]),
+        ({"decision": "hold", "held_layer": 1}, ["own", "start", "hold", "hold"]),
+    ],
+)
+def test_decision(zoo: Zoo, options: dict[str, object], evidence: list[str]) -> None:
+    merged = ESMPP(base=TaskArithmetic(), rank=2, **options).merge(zoo.inputs())
+    assert [experts.evidence for experts in merged.routed.values()] == evidence
+
+
+def test_bayes_judges_by_images_left_out_and_branches_share_their_judgement() -> None:
+    zoo = Zoo(tasks=T)
+    for name in LINEARS:  # ten images a task, all much alike
+        images = zoo.layer_inputs["task0"][name].chunk(T)
+        for t, inputs in enumerate(zoo.layer_inputs.values()):
+            inputs[name] = images[t] + torch.arange(images[t].shape[2]).eq(t) * images[t].std()
+    zoo.images = 10
+    merged = ESMPPBayes(rank=2, layers=("in_proj", "out_proj")).merge(zoo.inputs())
+    for name in LINEARS[::4]:
+        router = merged.routed[name].router
+        tokens = torch.cat([zoo.rows(task, name) for task in zoo.experts])
+        features = [pool_tokens(x[name].double(), router.pooling, fitted_axes(tokens)) for x in zoo.layer_inputs.values()]
+        fit = discriminant(features, 0.5)
+        assert router.temperature == pytest.approx(calibrate(fit.left_out, fit.labels), rel=1e-3)
+        assert router.temperature > 1.5  # ten images are too few for the Gaussians' own word
+        scores = torch.cat(features) @ fit.weight.T + fit.bias
+        x = torch.cat([x[name] for x in zoo.layer_inputs.values()])
+        assert relative_error(router(x)[:, 0].softmax(1), scores.softmax(1)) < 1e-2
+        held = merged.routed[name.replace("in_proj", "out_proj")]
+        assert (held.evidence, held.router.temperature) == ("hold", router.temperature)
+
+
+def fitted_axes(tokens: Tensor) -> Axes:
+    return principal_axes(tokens.mean(0), tokens.T @ tokens / len(tokens))
+
+
+# --- SMILE
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_smile(zoo: Zoo, top_k: int) -> None:
+    rank, gate_rank = 5, 3
+    merged = SMILE(rank, gate_rank, top_k).merge(replace(zoo.inputs(), run_proxies=None))
+    assert merged.update == {}
+    assert list(merged.routed) == list(LINEARS)
+    for name, experts in merged.routed.items():
+        x = torch.cat([inputs[name][:4] for inputs in zoo.layer_inputs.values()]).double()
+        deltas, shifts = zoo.delta64(weight_key(name)), zoo.delta64(bias_key(name))
+        svds = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+        gates = torch.stack([(x @ Vh[:gate_rank].T).norm(dim=-1) for _, _, Vh in svds], -1)
+        shares = gates.softmax(-1)
+        shares = torch.where(shares >= shares.topk(top_k).values[..., -1:], shares, 0.0)
+        shares = shares / shares.sum(-1, keepdim=True)
+        expected = x @ zoo.base[weight_key(name)].double().T + zoo.base[bias_key(name)].double()
+        for t, (U, S, Vh) in enumerate(svds):
+            low = U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
+            expected = expected + shares[..., t, None] * (x @ low.T + shifts[t])
+        found = run(zoo, name, experts, x.float())
+        assert found.shape[:2] == (4 * T, TOKENS)
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_smile_of_full_rank_is_the_expert(zoo: Zoo) -> None:
+    merged = SMILE(rank=999).merge(zoo.inputs())
+    for name, experts in merged.routed.items():
+        x = torch.cat([inputs[name][:1] for inputs in zoo.layer_inputs.values()])
+        expected = [
+            zoo.layer_inputs[task][name][0] @ expert[weight_key(name)].T + expert[bias_key(name)]
+            for task, expert in zoo.experts.items()
+        ]
+        assert relative_error(run(zoo, name, experts, x, mode="oracle"), torch.stack(expected).double()) < 1e-5
+
+
+def test_smile_averages_the_rest_on_demand(zoo: Zoo) -> None:
+    merged = SMILE(layers=("c_fc",), rest="mean").merge(zoo.inputs())
+    routed = {key for name in LINEARS if name.endswith("c_fc") for key in (weight_key(name), bias_key(name))}
+    assert merged.update.keys() == zoo.base.keys() - routed
+    assert not merged.scalable
+    assert relative_error(merged.update["visual.proj"], zoo.delta64("visual.proj").mean(0)) < 1e-6
+
+
+# --- bad input, odd input
+
+
+@pytest.mark.parametrize("merger", [ESMPP(), ESMPPBayes(), SMILE()])
+def test_an_expert_that_is_the_backbone_adds_nothing(merger: ESMPP | SMILE) -> None:
+    zoo = Zoo(tasks=2)
+    zoo.experts = dict.fromkeys(zoo.experts, zoo.base)
+    for experts in merger.merge(zoo.inputs()).routed.values():
+        assert not product(experts).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ESMPP(rank=0), "rank is 0"),
+        (lambda: ESMPP(rule="nearest"), "one of cosine, centered, discriminant"),
+        (lambda: ESMPP(rule="discriminant", shrinkage=0.0), "shrinkage is 0.0"),
+        (lambda: ESMPP(pooling=("mean", "first")), "needs rule discriminant"),
+        (lambda: ESMPP(rule="discriminant", pooling=("median",)), "some of mean, deviation, first, covariance"),
+        (lambda: ESMPP(temperature=None), "temperature null is for rule discriminant"),
+        (lambda: ESMPPBayes(decision="sum"), "not for decision sum"),
+        (lambda: SMILE(gate_rank=0), "gate_rank is 0"),
+        (lambda: SMILE(rest="none"), "one of base, mean"),
+        (lambda: SMILE(layers=("c_fd",)).merge(Zoo(tasks=2).inputs()), "must name some of in_proj"),
+        (lambda: ESMPP(base=SMILE()).merge(Zoo(tasks=2).inputs()), "SMILE has routed experts itself"),
+        (lambda: ESMPP(decision="hold", held_layer=9).merge(Zoo(tasks=2).inputs()), "there are 4 routed layers"),
+    ],
+)
+def test_bad_input(make: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()

@@ -1,0 +1,260 @@
+"""Every plugin against its published formula in float64, on whole (small) models."""
+
+from pathlib import Path
+
+import formulas
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic import LINEARS, Zoo, relative_error, weight_key
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.merger import MergeInputs
+from mergekit_vision.plugins.average import Average
+from mergekit_vision.plugins.esm import ESM
+from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+from mergekit_vision.plugins.ties import TIES
+from mergekit_vision.plugins.tsvm import TSVM
+
+ZOO = Path(__file__).parents[2] / "shared" / "zoo"
+TASKS = [3, 4, 8]
+
+
+@pytest.fixture(scope="module", params=TASKS, ids=lambda tasks: f"T={tasks}")
+def zoo(request):
+    return Zoo(tasks=request.param)
+
+
+def identical(tasks: int) -> Zoo:
+    """One expert, ``tasks`` times."""
+    zoo = Zoo(tasks=tasks)
+    expert, rows = zoo.experts["task0"], zoo.layer_inputs["task0"]
+    zoo.experts, zoo.layer_inputs = dict.fromkeys(zoo.experts, expert), dict.fromkeys(zoo.experts, rows)
+    return zoo
+
+
+def is_matrix(zoo: Zoo, key: str) -> bool:
+    return zoo.base[key].dim() == 2
+
+
+# --- Average and task arithmetic
+
+
+def test_average_and_task_arithmetic(zoo):
+    average, arithmetic = Average().merge(zoo.inputs()), TaskArithmetic().merge(zoo.inputs())
+    assert (average.scale, arithmetic.scale) == (1.0, 0.3)
+    for key in zoo.base:
+        assert relative_error(average.update[key], zoo.delta64(key).mean(0)) < 1e-6
+        assert relative_error(arithmetic.update[key], zoo.delta64(key).sum(0)) < 1e-6
+
+
+# --- TIES
+
+
+def flat(zoo: Zoo) -> torch.Tensor:
+    return torch.cat([zoo.delta64(key).flatten(1) for key in zoo.base], 1)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "sum", "max"])
+@pytest.mark.parametrize("percent", [20, 100])
+def test_ties(zoo, aggregate, percent):
+    merged = TIES(density=percent / 100, aggregate=aggregate).merge(zoo.inputs())
+    found = torch.cat([merged.update[key].flatten() for key in zoo.base])
+    expected = formulas.ties(flat(zoo), percent, aggregate)
+    assert relative_error(found, expected) < 1e-6
+    assert ((found != 0) == (expected != 0)).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ties_gives_exact_cancellations_the_majority_sign_of_the_whole_model(sign):
+    """Experts on a coarse grid cancel exactly, here and there, before the majority is known."""
+    zoo = Zoo(tasks=4, seed=2)
+    for expert in zoo.experts.values():
+        for key, base in zoo.base.items():
+            zoo.base[key] = base.mul(256).round().div(256)
+            expert[key] = zoo.base[key] + (expert[key] - base).mul(128).round().div(128) + sign / 128
+    expected = formulas.ties(flat(zoo), 100, "mean")
+    zero_sum = flat(zoo).sum(0) == 0
+    assert (expected[zero_sum] * sign > 0).any(), "nothing cancels: the test tests nothing"
+    found = torch.cat([value.flatten() for value in TIES(density=1.0).merge(zoo.inputs()).update.values()])
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_ties_counts_frozen_entries():
+    zoo = Zoo(tasks=3)
+    frozen = 5000
+    padded = torch.cat([flat(zoo), torch.zeros(3, frozen, dtype=torch.float64)], 1)
+    found = TIES(count_frozen=frozen).merge(zoo.inputs()).update
+    assert (
+        relative_error(torch.cat([found[key].flatten() for key in zoo.base]), formulas.ties(padded, 20, "mean")[:-frozen]) < 1e-6
+    )
+
+
+# --- TSV-M
+
+
+def test_tsvm(zoo):
+    merged = TSVM().merge(zoo.inputs())
+    assert (merged.scale, merged.fixed) == (1.0, frozenset())
+    for key in zoo.base:
+        deltas = zoo.delta64(key)
+        if is_matrix(zoo, key) and min(zoo.base[key].shape) // zoo.tasks == 0:
+            assert not merged.update[key].any()
+        else:
+            expected = formulas.tsvm(deltas) if is_matrix(zoo, key) else deltas.mean(0)
+            assert relative_error(merged.update[key], expected) < 1e-5, key
+
+
+def test_tsvm_options(zoo):
+    merged = TSVM(rank=2, other="mean").merge(zoo.inputs())
+    for key in zoo.base:
+        block = key in {weight_key(linear) for linear in LINEARS}
+        expected = formulas.tsvm(zoo.delta64(key), 2) if block else zoo.delta64(key).mean(0)
+        assert relative_error(merged.update[key], expected) < 1e-5, key
+
+
+def test_tsvm_may_leave_the_average_unscaled(zoo):
+    scaled, fixed = TSVM().merge(zoo.inputs()), TSVM(scale_average=False).merge(zoo.inputs())
+    assert not scaled.fixed
+    assert fixed.fixed == {key for key in zoo.base if not is_matrix(zoo, key)}
+    assert all(torch.equal(scaled.update[key], fixed.update[key]) for key in zoo.base)
+
+
+@pytest.mark.skipif(not ZOO.exists(), reason="the zoo of real experts is not there")
+def test_tsvm_on_real_experts():
+    names = ("mnist", "kmnist", "gtsrb", "dtd10", "flowers5")
+    experts = {name: load_file(ZOO / "experts" / f"{name}.safetensors") for name in names}
+    layers = ("0.attn.in_proj_weight", "3.attn.out_proj.weight", "1.mlp.c_fc.weight", "5.mlp.c_proj.weight")
+    keys = ["visual.proj", "visual.positional_embedding", *(f"visual.transformer.resblocks.{layer}" for layer in layers)]
+    backbone = load_file(ZOO / "base" / "open_clip_model.safetensors")
+    inputs = MergeInputs({key: backbone[key] for key in keys}, experts)
+    merged = TSVM().merge(inputs)
+    for key in keys:
+        assert relative_error(merged.update[key], formulas.tsvm(inputs.deltas(key).double())) < 1e-5, key
+
+
+# --- ESM
+
+
+def esm_formula(zoo: Zoo, *, inter_layer: float = 2.0, out_proj: str = "tsvm", other: str = "tsvm", **options) -> dict:
+    """The merged update of the whole model."""
+    expected = {}
+    for key in zoo.base:
+        deltas = zoo.delta64(key)
+        expected[key] = formulas.tsvm(deltas) if is_matrix(zoo, key) and other == "tsvm" else deltas.mean(0)
+    for linear in LINEARS:
+        deltas, how = zoo.delta64(weight_key(linear)), out_proj if linear.endswith("out_proj") else "esd"
+        rows = [zoo.rows(task, linear) for task in zoo.experts]
+        methods = {"esd": lambda d, x: formulas.esm(d, x, **options), "tsvm": lambda d, _: formulas.tsvm(d)}
+        expected[weight_key(linear)] = methods[how](deltas, rows) if how in methods else deltas.mean(0)
+    for kind in ("in_proj", "out_proj", "c_fc", "c_proj"):
+        keys = [weight_key(linear) for linear in LINEARS if linear.endswith(f".{kind}")]
+        expected.update(zip(keys, formulas.inter_layer([expected[key] for key in keys], inter_layer), strict=True))
+    return expected
+
+
+def check_esm(merger: ESM, zoo: Zoo, **options) -> None:
+    found, expected = merger.merge(zoo.inputs()).update, esm_formula(zoo, **options)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if value.any():
+            assert relative_error(found[key], value) < 1e-5, key
+        else:
+            assert not found[key].any()
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 7, 8])
+def test_esm(tasks):
+    """T below 4 asks for more directions than there are; 7 does not divide the widths."""
+    check_esm(ESM(), Zoo(tasks=tasks))
+
+
+def test_esm_constants():
+    own = ESM(eigenvalue_power=0.5, inter_task=1.5, inter_dimension=0.7, inter_layer=1.1, gain=3.0, rank=4, norm="truncated")
+    options = {"power": 0.5, "task": 1.5, "dimension": 0.7, "inter_layer": 1.1, "gain": 3.0, "k": 4, "norm": "truncated"}
+    check_esm(own, Zoo(tasks=5), **options)
+
+
+@pytest.mark.parametrize("out_proj", ["tsvm", "esd", "mean"])
+@pytest.mark.parametrize("other", ["tsvm", "mean"])
+def test_esm_options(out_proj, other):
+    check_esm(ESM(out_proj=out_proj, other=other), Zoo(tasks=4), out_proj=out_proj, other=other)
+
+
+def test_esm_fixes_all_but_the_essential_keys():
+    merged = ESM().merge(Zoo(tasks=4).inputs())
+    essential = {weight_key(linear) for linear in LINEARS if not linear.endswith("out_proj")}
+    assert merged.scale == 1.0
+    assert merged.update.keys() - merged.fixed == essential
+    with_out_proj = ESM(out_proj="esd").merge(Zoo(tasks=4).inputs())
+    assert with_out_proj.update.keys() - with_out_proj.fixed == {weight_key(linear) for linear in LINEARS}
+
+
+def test_esm_gain_is_a_reparametrisation_of_the_scale():
+    zoo = Zoo(tasks=4)
+    once, twice = ESM().merge(zoo.inputs()), ESM(gain=4.0).merge(zoo.inputs())
+    for key in zoo.base:
+        a, b = once.update[key] * once.coefficient(key, 0.8), twice.update[key] * twice.coefficient(key, 0.4)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_esm_does_not_depend_on_the_size_of_the_proxy_batches():
+    whole, parts = (ESM().merge(Zoo(tasks=4, batch=batch).inputs()).update for batch in (40, 3))
+    for key in whole:
+        torch.testing.assert_close(whole[key], parts[key], rtol=1e-5, atol=1e-8)
+
+
+def test_esm_needs_proxy_images():
+    zoo = Zoo(tasks=2)
+    with pytest.raises(InputError, match="proxy images"):
+        ESM().merge(MergeInputs(zoo.base, zoo.experts, LINEARS))
+
+
+def test_esm_with_a_layer_that_only_some_tasks_changed():
+    """An expert without a task vector is not run for that layer, and has no part in the result."""
+    zoo = Zoo(tasks=4)
+    frozen, key = LINEARS[2], weight_key(LINEARS[2])
+    zoo.experts["task1"][key] = zoo.base[key].clone()
+    del zoo.layer_inputs["task1"][frozen]
+    found = ESM(inter_task=0, inter_layer=0, rank=6).merge(zoo.inputs()).update[key]
+    deltas, rows = zoo.delta64(key)[[0, 2, 3]], [zoo.rows(task, frozen) for task in ("task0", "task2", "task3")]
+    assert relative_error(found, formulas.esm(deltas, rows, task=0, k=6)) < 1e-5
+
+
+# --- sanity of all
+
+
+@pytest.mark.parametrize("merger", [Average(), TIES(density=1.0), TIES(density=1.0, aggregate="max")])
+def test_identical_experts_merge_into_that_expert(merger):
+    zoo = identical(tasks=3)
+    for key, value in merger.merge(zoo.inputs()).update.items():
+        assert relative_error(value, zoo.delta64(key)[0]) < 1e-6
+
+
+def test_task_arithmetic_of_identical_experts_is_their_multiple():
+    zoo = identical(tasks=3)
+    for key, value in TaskArithmetic().merge(zoo.inputs()).update.items():
+        assert relative_error(value, 3 * zoo.delta64(key)[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: TIES(density=0), "density"),
+        (lambda: TIES(density=20), "density"),
+        (lambda: TIES(aggregate="median"), "aggregate"),
+        (lambda: TIES(count_frozen=-1), "count_frozen"),
+        (lambda: TSVM(rank=0), "rank"),
+        (lambda: TSVM(other="sum"), "other"),
+        (lambda: ESM(eigenvalue_power=-1), "eigenvalue_power"),
+        (lambda: ESM(inter_layer=float("nan")), "inter_layer"),
+        (lambda: ESM(gain=float("inf")), "gain"),
+        (lambda: ESM(rank=0), "rank"),
+        (lambda: ESM(norm="full"), "norm"),
+        (lambda: ESM(out_proj="none"), "out_proj"),
+        (lambda: ESM(other="esd"), "other"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(make, named):
+    with pytest.raises(InputError, match=f": {named} is "):
+        make()
