@@ -6,7 +6,7 @@
 
 ``test`` is the library's ``Trainer.test`` on a model it has merged: Lightning's loop, batches made from the cached pixels, the
 metrics, the table and ``results.json``. Its time runs from the start of the evaluation to its end; merging is not part of it,
-nor is the first decoding. The bare loop finds its images decoded, normalised and on the device. It and every variant of a case
+nor is the first decoding. The bare loop finds its images decoded, normalized and on the device. It and every variant of a case
 take turns, round by round; a ratio is the median over rounds of (time of the bare loop / time of the variant) within a round.
 On a busy machine, and on the CPU, the ratio of processor times tells more: it counts this process alone. Weights are random: the
 cost does not depend on them. That both sides count the same right images is checked.

@@ -50,11 +50,11 @@ class TIES(Merger):
         thresholds = list(inputs.spread(partial(self._threshold, inputs), inputs.tasks, "thresholds").values())
         found = inputs.spread(lambda key: self._merge_tensor(inputs, key, thresholds), inputs.base, "merging")
         update = {key: result.merged for key, result in found.items()}
-        cancelled = [key for key, result in found.items() if result.cancelled]
+        canceled = [key for key, result in found.items() if result.canceled]
         votes = sum(result.votes for result in found.values())
         # exact cancellations take the majority sign of the whole model, known only now; they were merged as if it were +1
         if votes <= 0:
-            for key in cancelled:
+            for key in canceled:
                 update[key] = self._merge_tensor(inputs, key, thresholds, tie_sign=-1 if votes else 0).merged
         return Merged(update)
 

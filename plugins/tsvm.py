@@ -14,7 +14,7 @@ Other = Literal["tsvm", "mean"]
 
 @dataclass(frozen=True)
 class TSVM(Merger):
-    """Task singular vectors: truncated SVDs of the task vectors, orthogonalised against each other.
+    """Task singular vectors: truncated SVDs of the task vectors, orthogonalized against each other.
 
     Source: Gargiulo et al., "Task Singular Vectors" (CVPR 2025), TSV-Merge. Parameters that are no matrices are averaged. The
     scaling coefficient is 1 by default.

@@ -36,8 +36,8 @@ CONFIG = {
 }
 
 TASKS = {
-    "colours": (("red", "green", "blue"), ("a photo of a {} square.", "something {}.")),
-    "greys": (("dark", "medium", "bright", "white", "black"), ("a {} shade of grey.",)),
+    "colors": (("red", "green", "blue"), ("a photo of a {} square.", "something {}.")),
+    "grays": (("dark", "medium", "bright", "white", "black"), ("a {} shade of gray.",)),
     "stripes": (("horizontal", "vertical"), ("a pattern of {} stripes.",)),
 }
 
@@ -100,9 +100,9 @@ def write_expert(place: Path, task: str, base: dict[str, Tensor], seed: int) -> 
     place.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tuned = {name: value + delta(value, generator) for name, value in base.items()}
-    if task == "colours":
+    if task == "colors":
         save_file({**tuned, "logit_scale": torch.tensor(2.0)}, place / f"{task}.safetensors")
-    elif task == "greys":
+    elif task == "grays":
         text = {"model.text_projection": torch.zeros(2, 2)}
         torch.save({**{f"model.{name}": value for name, value in tuned.items()}, **text}, place / f"{task}.pt")
         return f"experts/{task}.pt"
@@ -136,11 +136,11 @@ def write_parquet(path: Path, task: str, classes: tuple[str, ...], size: int, se
 
 
 def picture(task: str, label: int, random: np.random.RandomState) -> Image.Image:
-    """One noisy image of 20 x 24 pixels of a class; the greys are greyscale files."""
+    """One noisy image of 20 x 24 pixels of a class; the grays are grayscale files."""
     pixels = random.randint(0, 80, (20, 24, 3))
-    if task == "colours":
+    if task == "colors":
         pixels[:, :, label] += 150
-    elif task == "greys":
+    elif task == "grays":
         return Image.fromarray((pixels[:, :, 0] + 40 * label).clip(0, 255).astype(np.uint8))
     else:
         rows = (np.arange(20)[:, None] if label == 0 else np.arange(24)[None, :]) // 3 % 2

@@ -32,7 +32,7 @@ def test_functional_knows_tensors_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", files("plugins"))
-def test_plugins_know_the_contract_and_the_maths(path: Path) -> None:
+def test_plugins_know_the_contract_and_the_math(path: Path) -> None:
     own = {name.removeprefix("mergekit_vision.") for name in imported(path) if name.startswith("mergekit_vision")}
     assert all(name.split(".")[0] in PLUGIN_MAY for name in own)
     assert not {"lightning", "open_clip", "torchvision"} & {name.split(".")[0] for name in imported(path)}

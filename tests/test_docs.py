@@ -95,7 +95,7 @@ def rows(text: str) -> dict[str, tuple[str, ...]]:
     return {first.strip("`"): tuple(others) for first, *others in cells if first and not first.startswith("-")}
 
 
-def test_the_catalogue_has_every_method() -> None:
+def test_the_catalog_has_every_method() -> None:
     assert sorted(re.findall(r"^## (\w+)$", PAGES["methods.md"], flags=re.MULTILINE)) == sorted(OWN)
 
 

@@ -59,7 +59,7 @@ def test_get_takes_a_short_name_or_a_class_path(register):
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [("TSV-M", "TSVM"), ("ties", "TIES"), ("task_arithmetic", "TaskArithmetic")])
-def test_a_misspelt_name_gets_a_suggestion_and_the_list(wrong, meant):
+def test_a_misspelled_name_gets_a_suggestion_and_the_list(wrong, meant):
     with pytest.raises(RegistryError, match=f"Did you mean {meant}.*Average, ESM"):
         registry.get(wrong)
 

@@ -38,7 +38,7 @@ def explain(message: str) -> str:
 
 
 def _check_merger(arguments: list[str]) -> None:
-    """Name the methods there are before the parser says less about a misspelt one."""
+    """Name the methods there are before the parser says less about a misspelled one."""
     for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
         name = value if argument == "--model.merger" else argument.removeprefix("--model.merger=")
         if name != argument and re.fullmatch(r"\w+(\.\w+)*", name) and not name.endswith((".yaml", ".yml", ".json")):

@@ -14,7 +14,7 @@ HARDEST = 0.5
 def captioned(seed: int, index: int) -> tuple[Image.Image, str, str]:
     """One picture, its caption and what that means, a function of seed and index alone.
 
-    Captions of the same meaning, a class or its colours, are worded in several ways.
+    Captions of the same meaning, a class or its colors, are worded in several ways.
 
     >>> captioned(0, 4)[1:]
     ('a group of seven', 'counting: seven')
@@ -24,7 +24,7 @@ def captioned(seed: int, index: int) -> tuple[Image.Image, str, str]:
     canvas = Canvas(random, HARDEST * random.random(), concept.turn)
     label = canvas.choice(len(concept.classes))
     concept.paint(canvas, label)
-    if concept.coloured and not canvas.choice(8):
+    if concept.colored and not canvas.choice(8):
         caption = f"something {canvas.ink} on {canvas.paper}"
         return canvas.finish(), caption, caption
     caption = concept.captions[canvas.choice(len(concept.captions))].format(concept.classes[label])

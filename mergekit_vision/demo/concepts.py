@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mergekit_vision.demo.drawing import FONTS, Canvas, Colour, ring
+from mergekit_vision.demo.drawing import FONTS, Canvas, Color, ring
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -18,10 +18,10 @@ class Concept:
     Attributes:
         classes: names, by class index.
         paint: draws a class on a canvas.
-        paper: colour of the background in the concept's task. As data sets of different origin do, each task looks its own way.
+        paper: color of the background in the concept's task. As data sets of different origin do, each task looks its own way.
         captions: texts for pre-training; ``{}`` stands for the class name.
         turn: largest angle by which a picture is turned, in degrees.
-        coloured: whether the picture has one colour besides the background's, so that a caption can name it.
+        colored: whether the picture has one color besides the background's, so that a caption can name it.
     """
 
     classes: tuple[str, ...]
@@ -29,7 +29,7 @@ class Concept:
     paper: str
     captions: tuple[str, ...]
     turn: float = 20.0
-    coloured: bool = True
+    colored: bool = True
 
 
 def shape(canvas: Canvas, label: int) -> None:
@@ -127,7 +127,7 @@ def _bricks(canvas: Canvas, step: float, places: list[float]) -> None:
 
 def _rings(canvas: Canvas, step: float, places: list[float]) -> None:
     for number in range(9, 0, -1):
-        canvas.disc(0, 0, 0.5 * step * number, canvas.colour if number % 2 else canvas.back)
+        canvas.disc(0, 0, 0.5 * step * number, canvas.color if number % 2 else canvas.back)
 
 
 def _rays(canvas: Canvas, step: float, places: list[float]) -> None:
@@ -197,7 +197,7 @@ def arrow(canvas: Canvas, label: int) -> None:
 def clock(canvas: Canvas, label: int) -> None:
     """A clock face at a full hour; 12 stands first."""
     canvas.disc(0, 0, 1.0)
-    canvas.disc(0, 0, 0.88, canvas.other_colour())
+    canvas.disc(0, 0, 0.88, canvas.other_color())
     for x, y in ring(12, 0.74)[:: 1 + 2 * canvas.choice(2)]:
         canvas.disc(x, y, 0.06)
     hour = math.radians(30 * label)
@@ -210,12 +210,12 @@ def sign(canvas: Canvas, label: int) -> None:
     _SIGNS[label](canvas)
 
 
-def _plate(canvas: Canvas, corners: int, start: float, edge: Colour, inside: Colour, rim: float = 0.72) -> None:
+def _plate(canvas: Canvas, corners: int, start: float, edge: Color, inside: Color, rim: float = 0.72) -> None:
     canvas.polygon(ring(corners, 1.05, start), edge)
     canvas.polygon(ring(corners, 1.05 * rim, start), inside)
 
 
-def _round(canvas: Canvas, edge: Colour, inside: Colour, rim: float = 0.74) -> None:
+def _round(canvas: Canvas, edge: Color, inside: Color, rim: float = 0.74) -> None:
     canvas.disc(0, 0, 1.0, edge)
     canvas.disc(0, 0, rim, inside)
 
@@ -329,7 +329,7 @@ CONCEPTS = {
         "pink",
         ("a clock at {}", "a clock that shows {}", "{}"),
         turn=10.0,
-        coloured=False,
+        colored=False,
     ),
     "signs": Concept(
         (
@@ -347,7 +347,7 @@ CONCEPTS = {
         sign,
         "grey",
         ("a {} sign", "a road sign: {}", "a picture of a {} sign"),
-        coloured=False,
+        colored=False,
     ),
     "digits": Concept(
         NUMBERS[:10],

@@ -1,4 +1,4 @@
-"""A small canvas: seeded pose, colours, background and noise around whatever a task draws.
+"""A small canvas: seeded pose, colors, background and noise around whatever a task draws.
 
 Chance comes from Python's own generator, whose sequence for a seed never changes, and fonts are those that matplotlib ships, so
 an image is the same on every machine up to the rounding of Pillow's rasteriser.
@@ -20,7 +20,7 @@ SIZE = 32
 FINE = 3 * SIZE
 """Side of the canvas, which is averaged down to :data:`SIZE`: that smooths the edges."""
 
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "orange": (243, 132, 20),
     "yellow": (246, 210, 40),
@@ -38,7 +38,7 @@ COLOURS = {
     "beige": (222, 190, 145),
 }
 
-_NAMES = tuple(COLOURS)
+_NAMES = tuple(COLORS)
 
 FONTS = (
     "DejaVuSans.ttf",
@@ -53,7 +53,7 @@ FONTS = (
 )
 
 Point = tuple[float, float]
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 class Canvas:
@@ -61,21 +61,21 @@ class Canvas:
 
     Args:
         random: the only source of chance.
-        difficulty: 0 (clean, centred, upright) to 1 (moved, turned, cluttered, noisy, of low contrast).
+        difficulty: 0 (clean, centered, upright) to 1 (moved, turned, cluttered, noisy, of low contrast).
         turn: largest angle in degrees by which the frame is turned at difficulty 1.
-        paper: name of the background's colour; any that leaves room for a darker one by default.
+        paper: name of the background's color; any that leaves room for a darker one by default.
 
     Attributes:
-        ink: name of the foreground's colour.
-        paper: name of the background's colour.
-        colour: of the foreground, RGB.
-        back: colour of the background, which also cuts holes into the foreground.
+        ink: name of the foreground's color.
+        paper: name of the background's color.
+        color: of the foreground, RGB.
+        back: color of the background, which also cuts holes into the foreground.
     """
 
     def __init__(self, random: Random, difficulty: float, turn: float = 20.0, paper: str | None = None) -> None:
         self.random, self.difficulty = random, difficulty
-        self.ink, self.paper = self._colours(paper)
-        self.colour = self._tint(self.ink)
+        self.ink, self.paper = self._colors(paper)
+        self.color = self._tint(self.ink)
         self.back = self._tint(self.paper)
         self._image = Image.new("RGB", (FINE, FINE), self.back)
         self._draw = ImageDraw.Draw(self._image)
@@ -86,7 +86,7 @@ class Canvas:
         """Put the frame at a random place, in a random size and at a random angle."""
         self._scale = FINE * self.between(0.42 - 0.16 * self.difficulty, 0.46)
         room = (FINE / 2 - self._scale) * self.difficulty
-        self._centre = (FINE / 2 + self.between(-room, room), FINE / 2 + self.between(-room, room))
+        self._center = (FINE / 2 + self.between(-room, room), FINE / 2 + self.between(-room, room))
         self._angle = math.radians(self.between(-turn, turn) * self.difficulty)
 
     def between(self, low: float, high: float) -> float:
@@ -97,39 +97,39 @@ class Canvas:
         """A random index below ``number``."""
         return int(number * self.random.random())
 
-    def other_colour(self) -> Colour:
-        """A colour lighter than the foreground's, as the background's is."""
-        while sum(COLOURS[name := self._name()]) - sum(COLOURS[self.ink]) < 120:
+    def other_color(self) -> Color:
+        """A color lighter than the foreground's, as the background's is."""
+        while sum(COLORS[name := self._name()]) - sum(COLORS[self.ink]) < 120:
             pass
         return self._tint(name)
 
-    def polygon(self, points: Iterable[Point], colour: Colour | None = None) -> None:
+    def polygon(self, points: Iterable[Point], color: Color | None = None) -> None:
         """Fill a polygon."""
-        self._draw.polygon([self._point(*point) for point in points], fill=colour or self.colour)
+        self._draw.polygon([self._point(*point) for point in points], fill=color or self.color)
 
-    def disc(self, x: float, y: float, radius: float, colour: Colour | None = None) -> None:
+    def disc(self, x: float, y: float, radius: float, color: Color | None = None) -> None:
         """Fill a circle."""
         (u, v), r = self._point(x, y), radius * self._scale
-        self._draw.ellipse((u - r, v - r, u + r, v + r), fill=colour or self.colour)
+        self._draw.ellipse((u - r, v - r, u + r, v + r), fill=color or self.color)
 
-    def line(self, points: Iterable[Point], width: float, colour: Colour | None = None) -> None:
+    def line(self, points: Iterable[Point], width: float, color: Color | None = None) -> None:
         """Draw a line through points; ``width`` in units of the frame."""
         thick = max(2, round(width * self._scale))
-        self._draw.line([self._point(*point) for point in points], fill=colour or self.colour, width=thick, joint="curve")
+        self._draw.line([self._point(*point) for point in points], fill=color or self.color, width=thick, joint="curve")
 
-    def text(self, text: str, font: str, size: float = 1.0, colour: Colour | None = None) -> None:
+    def text(self, text: str, font: str, size: float = 1.0, color: Color | None = None) -> None:
         """Write one or two characters in the middle of the frame, turned with it."""
-        self.stamp(_glyph(text, font), size, colour)
+        self.stamp(_glyph(text, font), size, color)
 
-    def stamp(self, mask: Image.Image, size: float = 1.0, colour: Colour | None = None) -> None:
+    def stamp(self, mask: Image.Image, size: float = 1.0, color: Color | None = None) -> None:
         """Paint through a mask (mode ``L``, square), which fills ``size`` of the frame."""
         half, side = self._scale * size, mask.width
         ratio = side / (2 * half)
         cos, sin = math.cos(self._angle) * ratio, math.sin(self._angle) * ratio
-        (u, v), middle = self._centre, side / 2
+        (u, v), middle = self._center, side / 2
         inverse = (cos, sin, middle - cos * u - sin * v, -sin, cos, middle + sin * u - cos * v)
         placed = mask.transform((FINE, FINE), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
-        self._image.paste(colour or self.colour, mask=placed)
+        self._image.paste(color or self.color, mask=placed)
 
     def finish(self) -> Image.Image:
         """The image, averaged down, with uneven light and noise: RGB, :data:`SIZE` pixels square."""
@@ -138,20 +138,20 @@ class Canvas:
             pixels = (pixels + self._light() + self._grain()).clip(0, 255)
         return Image.fromarray(pixels.astype(np.uint8))
 
-    def _colours(self, given: str | None) -> tuple[str, str]:
+    def _colors(self, given: str | None) -> tuple[str, str]:
         """A darker one on a lighter one; the less the difficulty, the farther apart."""
         least = 260 - 140 * self.difficulty
         while True:
             ink, paper = self._name(), given or self._name()
-            if sum(COLOURS[paper]) - sum(COLOURS[ink]) >= least:
+            if sum(COLORS[paper]) - sum(COLORS[ink]) >= least:
                 return ink, paper
 
     def _name(self) -> str:
         return _NAMES[self.choice(len(_NAMES))]
 
-    def _tint(self, name: str) -> Colour:
+    def _tint(self, name: str) -> Color:
         reach = 8 + int(22 * self.difficulty)
-        red, green, blue = (min(255, max(0, value + self.choice(2 * reach + 1) - reach)) for value in COLOURS[name])
+        red, green, blue = (min(255, max(0, value + self.choice(2 * reach + 1) - reach)) for value in COLORS[name])
         return red, green, blue
 
     def _light(self) -> npt.NDArray[np.int16]:
@@ -169,9 +169,9 @@ class Canvas:
         return grain
 
     def _clutter(self) -> None:
-        """Stray lines and spots on the paper, close to it in colour."""
+        """Stray lines and spots on the paper, close to it in color."""
         for _ in range(self.choice(1 + round(6 * self.difficulty))):
-            stray = self.other_colour()
+            stray = self.other_color()
             red, green, blue = ((2 * back + other) // 3 for back, other in zip(self.back, stray, strict=True))
             x, y, u, v = (self.choice(FINE) for _ in range(4))
             if self.choice(2):
@@ -182,7 +182,7 @@ class Canvas:
 
     def _point(self, x: float, y: float) -> Point:
         cos, sin = math.cos(self._angle) * self._scale, math.sin(self._angle) * self._scale
-        return self._centre[0] + cos * x - sin * y, self._centre[1] + sin * x + cos * y
+        return self._center[0] + cos * x - sin * y, self._center[1] + sin * x + cos * y
 
 
 def ring(corners: int, radius: float = 1.0, start: float = -90.0) -> list[Point]:
@@ -197,7 +197,7 @@ def ring(corners: int, radius: float = 1.0, start: float = -90.0) -> list[Point]
 
 @lru_cache(maxsize=1024)
 def _glyph(text: str, font: str) -> Image.Image:
-    """Mask of a text, centred in a square of 64 pixels."""
+    """Mask of a text, centered in a square of 64 pixels."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / font

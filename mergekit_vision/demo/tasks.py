@@ -103,7 +103,7 @@ class Signs(DemoTask):
 
 
 class Digits(DemoTask):
-    """Handwritten digits (see ``NOTICE``), in random colours on random backgrounds.
+    """Handwritten digits (see ``NOTICE``), in random colors on random backgrounds.
 
     The splits share no handwriting. One that is longer than its share of it shows the same digits again, drawn anew.
     """

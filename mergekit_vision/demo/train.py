@@ -128,12 +128,12 @@ def fine_tune(suite: Suite, task_name: str, recipe: Recipe) -> dict[str, Tensor]
         features = F.normalize(tower(preprocess.finish(pixels[batch])), dim=-1)
         return F.cross_entropy(features @ head.T, labels[batch])
 
-    optimise(tower, loss, count, recipe, f"{task_name}: fine-tuning")
+    optimize(tower, loss, count, recipe, f"{task_name}: fine-tuning")
     return tower.state_dict()
 
 
-def optimise(model: nn.Module, loss: Callable[[Tensor], Tensor], count: int, recipe: Recipe, title: str) -> None:
-    """Minimise a loss over batches of indices below ``count`` with AdamW, one warm-up and a cosine."""
+def optimize(model: nn.Module, loss: Callable[[Tensor], Tensor], count: int, recipe: Recipe, title: str) -> None:
+    """Minimize a loss over batches of indices below ``count`` with AdamW, one warm-up and a cosine."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": recipe.decay},
@@ -183,7 +183,7 @@ def pretrain(place: Path, seed: int, recipe: Recipe) -> nn.Module:
         target = same / same.sum(1)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    optimise(clip, loss, recipe.images, recipe, "backbone: pre-training")
+    optimize(clip, loss, recipe.images, recipe, "backbone: pre-training")
     clear_unseen(clip, tokens)
     return clip
 

@@ -20,7 +20,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 def zero_shot_head(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Zero-shot classification head of one task (Radford et al. 2021, §3.1).
 
-    A class is the mean of its normalised prompt embeddings, normalised again, times ``exp(logit_scale)``.
+    A class is the mean of its normalized prompt embeddings, normalized again, times ``exp(logit_scale)``.
 
     Args:
         clip: an open_clip model with its text tower.
@@ -29,7 +29,7 @@ def zero_shot_head(clip: nn.Module, tokenizer: Tokenizer, classes: Sequence[str]
         templates: prompts with ``{}`` where the class name goes.
 
     Returns:
-        ``[classes, embed_dim]``, float32: the logits of a normalised image embedding ``z`` are ``head @ z``.
+        ``[classes, embed_dim]``, float32: the logits of a normalized image embedding ``z`` are ``head @ z``.
     """
     scale = clip.get_parameter("logit_scale").detach().exp()
     rows = []

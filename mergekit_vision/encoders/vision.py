@@ -59,7 +59,7 @@ class VisionEncoder(nn.Module):
             self.routing.mode = mode
 
     def forward(self, images: Tensor) -> Tensor:
-        """Image embeddings ``[N, embed_dim]`` of preprocessed images ``[N, 3, H, W]``, not normalised."""
+        """Image embeddings ``[N, embed_dim]`` of preprocessed images ``[N, 3, H, W]``, not normalized."""
         features = self.visual(images)
         embeddings: Tensor = features[0] if isinstance(features, tuple) else features
         return embeddings

@@ -1,4 +1,4 @@
-"""Pure tensor functions behind the merging methods: one file a method's maths, and the linear algebra they share.
+"""Pure tensor functions behind the merging methods: one file a method's math, and the linear algebra they share.
 
 Nothing here knows a model, a file or a merger, and nothing but torch is imported.
 """

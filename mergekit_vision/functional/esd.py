@@ -2,7 +2,7 @@
 
 An SVD of the task vector ``Δ`` asks what the weights can do; ESD asks what they do to the data: the right singular vectors of
 the activation shift ``Y = X Δᵀ``. They follow from ``d x d`` Gram matrices, which are summed over batches without error.
-Source: Essential Subspace Merging (ESM), activation-shift PCA; uncentred, as in the authors' code.
+Source: Essential Subspace Merging (ESM), activation-shift PCA; uncentered, as in the authors' code.
 """
 
 from collections.abc import Callable

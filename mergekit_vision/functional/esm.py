@@ -1,4 +1,4 @@
-"""ESM: essential subspaces of all tasks, orthogonalised against each other and scaled on three levels.
+"""ESM: essential subspaces of all tasks, orthogonalized against each other and scaled on three levels.
 
 Source: Essential Subspace Merging (CVPR 2026) and its extended version, in the form of the authors' code; step numbers below
 follow it: 3 eigenvalue weights, 4 inter-task, 5 inter-dimension, 6 polar factors, 7 inter-layer scaling.

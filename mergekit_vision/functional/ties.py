@@ -34,12 +34,12 @@ class TiesMerge(NamedTuple):
     Attributes:
         merged: shape of one task's tensor, float32.
         votes: sum of the elected signs over the entries.
-        cancelled: whether trimmed entries of the tasks, not all zero, add up to exactly zero somewhere.
+        canceled: whether trimmed entries of the tasks, not all zero, add up to exactly zero somewhere.
     """
 
     merged: Tensor
     votes: int
-    cancelled: bool
+    canceled: bool
 
 
 def magnitude_threshold(
@@ -122,37 +122,37 @@ def ties_merge(
         return _merge_span([source[span] for source in sources], pre_trained[span], limits, aggregate, tie_sign, merged[span])
 
     found = _each(merge_span, _parts(len(pre_trained), SPAN * max(1, _piece(device) // len(experts))))
-    return TiesMerge(merged.view(base.shape), sum(votes for votes, _ in found), any(cancelled for _, cancelled in found))
+    return TiesMerge(merged.view(base.shape), sum(votes for votes, _ in found), any(canceled for _, canceled in found))
 
 
 def _merge_span(
     sources: list[Tensor], pre_trained: Tensor, limits: list[float], aggregate: Aggregate, tie_sign: int, out: Tensor
 ) -> tuple[int, bool]:
-    """Merge flat tensors into ``out``, piece by piece; ``votes`` and ``cancelled`` of :class:`TiesMerge`."""
+    """Merge flat tensors into ``out``, piece by piece; ``votes`` and ``canceled`` of :class:`TiesMerge`."""
     tasks, piece = len(sources), max(1, _piece(out.device) // len(sources))
     blocks = torch.empty(2, tasks * min(piece, len(out)), device=out.device)
-    votes, cancelled = 0, False
+    votes, canceled = 0, False
     for part in _parts(len(out), piece):
         start = _float32(pre_trained[part], out.device)
         trimmed, work = (block[: tasks * len(start)].view(tasks, -1) for block in blocks)
         for row, source, limit in zip(trimmed, sources, limits, strict=True):
             torch.sub(_float32(source[part], out.device), start, out=row)
             torch.hardshrink(row, limit, out=row)
-        part_votes, part_cancelled = _merge_part(trimmed, work, aggregate, tie_sign, out[part])
-        votes, cancelled = votes + part_votes, cancelled or part_cancelled
-    return votes, cancelled
+        part_votes, part_canceled = _merge_part(trimmed, work, aggregate, tie_sign, out[part])
+        votes, canceled = votes + part_votes, canceled or part_canceled
+    return votes, canceled
 
 
 def _merge_part(trimmed: Tensor, work: Tensor, aggregate: Aggregate, tie_sign: int, out: Tensor) -> tuple[int, bool]:
     """Elect and merge ``trimmed`` ``[T, n]`` into ``out`` ``[n]``; ``work`` is memory of the size of ``trimmed``.
 
     Returns:
-        ``votes`` and ``cancelled`` of :class:`TiesMerge`.
+        ``votes`` and ``canceled`` of :class:`TiesMerge`.
     """
     total = trimmed.sum(0)
     elected = torch.ones_like(total).copysign_(total)
     result = torch.mul(trimmed, elected, out=work).relu_().sum(0)
-    cancelled = False
+    canceled = False
     # A float32 sum of T terms is off by less than T 2^-24 times the sum of their magnitudes. Where its sign is in doubt that is,
     # to rounding, twice the sum of those that agree; another factor of 2 is margin. Scaled up, the smallest numbers count too.
     doubt = torch.sub(result, total.abs(), alpha=2**22 / len(trimmed))
@@ -161,7 +161,7 @@ def _merge_part(trimmed: Tensor, work: Tensor, aggregate: Aggregate, tie_sign: i
         doubted = trimmed[:, columns]
         # float64: whether entries cancel must not depend on the order of the tasks
         signs = doubted.sum(0, dtype=torch.float64).sign().float()
-        cancelled = not bool(signs.all())
+        canceled = not bool(signs.all())
         total[columns] = signs
         elected[columns] = signs.masked_fill(signs == 0, tie_sign)
         work[:, columns] = agreeing = doubted.mul_(elected[columns]).relu_()
@@ -171,7 +171,7 @@ def _merge_part(trimmed: Tensor, work: Tensor, aggregate: Aggregate, tie_sign: i
     elif aggregate == "mean":
         result /= work.sign_().sum(0).clamp_(min=1)
     torch.mul(result, elected, out=out)
-    return int(total.sign_().sum()), cancelled
+    return int(total.sign_().sum()), canceled
 
 
 def _sample(pairs: Pairs, entries: int, device: torch.device) -> Tensor:

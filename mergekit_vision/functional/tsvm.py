@@ -1,4 +1,4 @@
-"""TSV-M: task singular vectors, orthogonalised against each other.
+"""TSV-M: task singular vectors, orthogonalized against each other.
 
 Source: Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging" (CVPR 2025), TSV-Merge.
 """

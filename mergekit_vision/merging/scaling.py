@@ -76,9 +76,9 @@ def search_scale(evaluate: Callable[[float], float], search: ScaleSearch) -> tup
         if fallen == 2:
             break
     for _ in range(search.halvings):
-        centre = best()
-        below = max((c for c in tried if c < centre), default=search.low)
-        above = min((c for c in tried if c > centre), default=centre)
-        for coefficient in ((below + centre) / 2, (centre + above) / 2):
+        center = best()
+        below = max((c for c in tried if c < center), default=search.low)
+        above = min((c for c in tried if c > center), default=center)
+        for coefficient in ((below + center) / 2, (center + above) / 2):
             score(coefficient)
     return best(), tried

@@ -13,7 +13,7 @@ from mergekit_vision.support.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, GREY, RULE = "#24292f", "#6b7280", "#d5d9e0"
+INK, GRAY, RULE = "#24292f", "#6b7280", "#d5d9e0"
 COLORS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "experts": "#2d7d5f"}
 _LINES = ("#3a6ea5", "#d07a2d", "#2d7d5f", "#a5487a", "#7a6bb8", "#8a7a2d", "#4aa5a5", "#b8483a", "#6b7280")
 _WIDTH = 5.2  # inches: readable when it is shrunk to a phone's width
@@ -25,7 +25,7 @@ _STYLE = {
     "axes.edgecolor": RULE,
     "axes.labelcolor": INK,
     "text.color": INK,
-    "xtick.color": GREY,
+    "xtick.color": GRAY,
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -72,7 +72,7 @@ def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             axes.barh(position, mean, height=0.68, color=COLORS[row["kind"]])
             axes.text(mean + 1.5, position, f"{mean:.1f}", va="center", weight="bold")
             if kept is not None and row["kind"] != "experts":
-                axes.text(mean + 14, position, f"({100 * kept:.0f})", va="center", color=GREY)
+                axes.text(mean + 14, position, f"({100 * kept:.0f})", va="center", color=GRAY)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 126)
@@ -237,13 +237,13 @@ def draw_energy(energy: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Ma
                     color = colors[layers[name]["block"]]
                     axes.plot(curve["directions"], [100 * share for share in curve["esd"]], color=color, linewidth=1.8)
                     axes.plot(curve["directions"], [100 * share for share in curve["svd"]], color=color, dashes=(3, 2))
-                    axes.axvline(curve["per_task"], color=GREY, linewidth=0.8, dashes=(1, 2))
+                    axes.axvline(curve["per_task"], color=GRAY, linewidth=0.8, dashes=(1, 2))
             axes.set(title=kind, xscale="log", ylim=(0, 103), xlabel="directions kept")
             axes.grid(color=RULE, linewidth=0.7)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
         figure.supylabel("shift energy kept, %", fontsize=10)
         keys = [Line2D([], [], color=colors[block], linewidth=1.8, label=f"block {block}") for block in blocks]
-        keys += [Line2D([], [], color=GREY, label="ESD"), Line2D([], [], color=GREY, dashes=(3, 2), label="SVD")]
+        keys += [Line2D([], [], color=GRAY, label="ESD"), Line2D([], [], color=GRAY, dashes=(3, 2), label="SVD")]
         figure.legend(handles=keys, loc="outside upper left", ncols=5, frameon=False, fontsize=9)
     return figure

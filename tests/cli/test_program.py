@@ -180,7 +180,7 @@ def test_one_photo_on_two_processes(tiny_suite: Path, tmp_path: Path) -> None:
         "--model.merger",
         "Average",
         "--task",
-        "greys",
+        "grays",
         "--images",
         str(tmp_path / "photo.png"),
     ]

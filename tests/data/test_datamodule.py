@@ -44,9 +44,9 @@ def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("cache_mb", [0, 2048])
 def test_batches_are_open_clips_bit_by_bit_on_every_pass(tiny_suite: Path, workers: int, cache_mb: int):
     data = VisionTasks(str(tiny_suite), batch_size=8, num_workers=workers, cache_mb=cache_mb)
-    images, labels = whole_split(tiny_suite, "greys", "test")
+    images, labels = whole_split(tiny_suite, "grays", "test")
     for _ in range(3):
-        loader = data.loader("greys", "test")
+        loader = data.loader("grays", "test")
         assert isinstance(loader, DataLoader)
         assert (len(loader), len(loader.dataset)) == (6, 41)
         found = joined(loader)
@@ -62,24 +62,24 @@ def test_a_complete_pass_is_decoded_once_and_an_incomplete_one_again(tiny_suite:
     read = ParquetImages.__getitem__
     monkeypatch.setattr(ParquetImages, "__getitem__", lambda self, index: decoded.append(index) or read(self, index))
     data = VisionTasks(str(tiny_suite), batch_size=8)
-    next(iter(data.loader("greys", "test")))
+    next(iter(data.loader("grays", "test")))
     gc.collect()
     assert len(decoded) == 8
     decoded.clear()
     for _ in range(3):
-        list(data.loader("greys", "test"))
+        list(data.loader("grays", "test"))
     assert decoded == list(range(41))
 
 
 def test_changing_a_batch_does_not_change_the_next_pass(tiny_suite: Path):
     data = VisionTasks(str(tiny_suite))
-    first = joined(data.loader("colours", "val"))[0].clone()
-    for images, labels in data.loader("colours", "val"):
+    first = joined(data.loader("colors", "val"))[0].clone()
+    for images, labels in data.loader("colors", "val"):
         images.zero_()
         labels.zero_()
-    images, labels = joined(data.loader("colours", "val"))
+    images, labels = joined(data.loader("colors", "val"))
     assert torch.equal(images, first)
-    assert torch.equal(labels, whole_split(tiny_suite, "colours", "val")[1])
+    assert torch.equal(labels, whole_split(tiny_suite, "colors", "val")[1])
 
 
 def test_the_cache_keeps_within_its_limit(tiny_suite: Path):
@@ -87,7 +87,7 @@ def test_the_cache_keeps_within_its_limit(tiny_suite: Path):
     data._cache.limit = 41 * 3 * 16 * 16 + 10  # one test split of uint8 pixels
     for task in TASKS:
         joined(data.loader(task, "test"))
-    assert list(data._cache.passes) == [("colours", "test", 1, 0)]
+    assert list(data._cache.passes) == [("colors", "test", 1, 0)]
     assert data._cache.used == 41 * 3 * 16 * 16
 
 
@@ -98,20 +98,20 @@ def test_what_does_not_fit_is_said_once(tiny_suite: Path, capsys: pytest.Capture
         for task in TASKS:
             joined(data.loader(task, "test"))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("greys test: 0 MiB of pixels do not fit into the 0 MiB left of --data.cache_mb")
-    joined(VisionTasks(str(tiny_suite), cache_mb=0).loader("greys", "test"))
+    assert line.startswith("grays test: 0 MiB of pixels do not fit into the 0 MiB left of --data.cache_mb")
+    joined(VisionTasks(str(tiny_suite), cache_mb=0).loader("grays", "test"))
     assert not capsys.readouterr().out
 
 
 def test_the_cache_keeps_nothing_in_the_shared_memory_of_workers(tiny_suite: Path):
     data = VisionTasks(str(tiny_suite), batch_size=8, num_workers=2)
-    joined(data.loader("greys", "test"))
+    joined(data.loader("grays", "test"))
     (batches,) = data._cache.passes.values()
     assert len(batches) == 6
     assert not any(part.is_shared() for batch in batches for part in batch)
 
 
-def test_normalising_does_not_wait_for_the_device():
+def test_normalizing_does_not_wait_for_the_device():
     finish = eval_transform({"size": 16, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}).to(torch.device("meta")).finish
     images = finish(torch.zeros(2, 3, 16, 16, dtype=torch.uint8, device="meta"))  # where whatever reads a value fails
     assert (images.shape, images.dtype) == ((2, 3, 16, 16), torch.float32)
@@ -122,18 +122,18 @@ def test_batches_come_on_the_trainers_device(tiny_suite: Path):
     data.trainer = about_to("test", None)
     data.trainer.strategy = SimpleNamespace(root_device=torch.device("meta"))
     for _ in range(2):  # decoded, then from the cache, which stays on the host
-        assert all(part.is_meta for batch in data.loader("greys", "test") for part in batch)
-    assert all(images.is_meta for images in data.proxy_loader("greys"))
+        assert all(part.is_meta for batch in data.loader("grays", "test") for part in batch)
+    assert all(images.is_meta for images in data.proxy_loader("grays"))
     assert not any(part.is_meta for batches in data._cache.passes.values() for batch in batches for part in batch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_nothing_waits_and_the_batches_are_the_same(tiny_suite: Path):
     data = VisionTasks(str(tiny_suite), batch_size=8)
-    expected = joined(data.loader("greys", "test"))
+    expected = joined(data.loader("grays", "test"))
     data.trainer = about_to("test", None)
     data.trainer.strategy = SimpleNamespace(root_device=torch.device("cuda", 0))
-    loader, metric = data.loader("greys", "test"), TaskMetric().cuda()
+    loader, metric = data.loader("grays", "test"), TaskMetric().cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         batches = list(loader)
@@ -206,8 +206,8 @@ class Count(LightningModule):
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_on_two_processes_sees_every_image_once(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = VisionTasks(str(tiny_suite), batch_size=8)
-    source = open_source(Suite.load(tiny_suite).tasks["greys"].data["test"])
-    monkeypatch.setattr(type(source), "__len__", lambda self: 1 if "greys" in str(self._groups[0].path) else 41)
+    source = open_source(Suite.load(tiny_suite).tasks["grays"].data["test"])
+    monkeypatch.setattr(type(source), "__len__", lambda self: 1 if "grays" in str(self._groups[0].path) else 41)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )
@@ -224,12 +224,12 @@ def test_lightning_on_two_processes_sees_every_image_once(tiny_suite: Path, tmp_
 
 @pytest.mark.parametrize("label", [None, 1])
 def test_proxies_are_the_documented_draw(tiny_suite: Path, label: int | None):
-    images, labels = whole_split(tiny_suite, "colours", "val")
+    images, labels = whole_split(tiny_suite, "colors", "val")
     pool = images if label is None else images[labels == label]
     chosen = np.random.RandomState(5).choice(len(pool), 6, replace=False)
     data = VisionTasks(str(tiny_suite), batch_size=4, proxies=Proxies(n=6, seed=5, label=label))
     for _ in range(2):
-        batches = list(data.proxy_loader("colours"))
+        batches = list(data.proxy_loader("colors"))
         assert [len(batch) for batch in batches] == [4, 2]
         assert torch.equal(torch.cat(batches), pool[np.sort(chosen)])
 
@@ -237,8 +237,8 @@ def test_proxies_are_the_documented_draw(tiny_suite: Path, label: int | None):
 def test_every_process_gets_all_proxies(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
     data = VisionTasks(str(tiny_suite), proxies=Proxies(n=100, split="test"))
     monkeypatch.setattr(data, "_place", lambda: (2, 1))
-    (images,) = data.proxy_loader("greys")
-    everything = whole_split(tiny_suite, "greys", "test")[0]
+    (images,) = data.proxy_loader("grays")
+    everything = whole_split(tiny_suite, "grays", "test")[0]
     assert torch.equal(images.sum((1, 2, 3)).sort().values, everything.sum((1, 2, 3)).sort().values)
 
 
@@ -250,9 +250,9 @@ def test_proxies_from_another_data_set(tiny_suite: Path, tmp_path: Path):
     for task in TASKS:
         assert torch.equal(next(iter(data.proxy_loader(task))), next(iter(stripes.proxy_loader("stripes"))))
     for number in range(4):
-        picture("greys", number, np.random.RandomState(number)).save(tmp_path / f"{number}.png")
-    unlabelled = VisionTasks(str(tiny_suite), proxies=Proxies(source={"folder": str(tmp_path)}))
-    assert next(iter(unlabelled.proxy_loader("greys"))).shape == (4, 3, 16, 16)
+        picture("grays", number, np.random.RandomState(number)).save(tmp_path / f"{number}.png")
+    unlabeled = VisionTasks(str(tiny_suite), proxies=Proxies(source={"folder": str(tmp_path)}))
+    assert next(iter(unlabeled.proxy_loader("grays"))).shape == (4, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -277,11 +277,11 @@ def test_proxies_that_are_not_there(tiny_suite: Path):
 
 
 def test_tasks_choose_what_is_evaluated(tiny_suite: Path):
-    data = VisionTasks(str(tiny_suite), tasks=["stripes", "colours"])
-    assert data.task_names == ("colours", "stripes")
+    data = VisionTasks(str(tiny_suite), tasks=["stripes", "colors"])
+    assert data.task_names == ("colors", "stripes")
     assert [len(loader.dataset) for loader in data.test_dataloader()] == [41, 41]
     assert [len(loader.dataset) for loader in data.val_dataloader()] == [37, 37]
-    assert data.size("greys", "val") == 37
+    assert data.size("grays", "val") == 37
     for tasks, hint in ((["strips"], "did you mean `stripes`"), ([], "an empty list")):
         with pytest.raises(InputError, match=hint):
             VisionTasks(str(tiny_suite), tasks=tasks).check()
@@ -300,7 +300,7 @@ def test_the_constructor_reads_nothing():
 
 def test_what_was_checked_is_not_checked_again(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
-    monkeypatch.setattr(Suite, "faults", lambda self, shapes, splits, experts: calls.append((splits["greys"], experts)) or [])
+    monkeypatch.setattr(Suite, "faults", lambda self, shapes, splits, experts: calls.append((splits["grays"], experts)) or [])
     data = VisionTasks(str(tiny_suite))
     data.check({"test"}, experts=False)
     data.check({"test", "val"})
@@ -312,11 +312,11 @@ def test_what_was_checked_is_not_checked_again(tiny_suite: Path, monkeypatch: py
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_stops_with_its_name_alone(tiny_suite: Path, tmp_path: Path, workers: int):
     data = VisionTasks(str(tiny_suite), num_workers=workers)
-    (tmp_path / "a.png").write_bytes(encoded(picture("colours", 0, np.random.RandomState(0))))
+    (tmp_path / "a.png").write_bytes(encoded(picture("colors", 0, np.random.RandomState(0))))
     (tmp_path / "b.png").write_bytes(b"broken")
     data.images = FlatFolder(tmp_path)
-    data._sources["greys", "test"] = data.images
-    for run in (lambda: list(data.loader("greys", "test")), lambda: Trainer(**QUIET).predict(Echo(), datamodule=data)):
+    data._sources["grays", "test"] = data.images
+    for run in (lambda: list(data.loader("grays", "test")), lambda: Trainer(**QUIET).predict(Echo(), datamodule=data)):
         with pytest.raises(InputError, match=rf"^{tmp_path}/b\.png: not a readable image") as caught:
             run()
         assert "Traceback" not in str(caught.value)
@@ -370,7 +370,7 @@ class Fetched:
         return len(self.targets)
 
     def __getitem__(self, index):
-        return picture("colours", 0, np.random.RandomState(index)), self.targets[index]
+        return picture("colors", 0, np.random.RandomState(index)), self.targets[index]
 
 
 def fetched(task: str, split: str, labels: tuple[int, ...] = (0, 1)) -> dict[str, object]:
@@ -400,15 +400,15 @@ def about_to(function: str | None, model: object, devices: int = 1) -> SimpleNam
 @pytest.mark.parametrize(
     ("function", "extra", "made"),
     [
-        (TrainerFn.TESTING, set(), [("greys", "test")]),
-        (TrainerFn.VALIDATING, set(), [("greys", "val")]),
+        (TrainerFn.TESTING, set(), [("grays", "test")]),
+        (TrainerFn.VALIDATING, set(), [("grays", "val")]),
         (TrainerFn.PREDICTING, set(), []),
         (TrainerFn.PREDICTING, {"val"}, [(task, "val") for task in TASKS]),
-        (TrainerFn.TESTING, {"train"}, [("colours", "train"), ("greys", "train"), ("greys", "test"), ("stripes", "train")]),
+        (TrainerFn.TESTING, {"train"}, [("colors", "train"), ("grays", "train"), ("grays", "test"), ("stripes", "train")]),
     ],
 )
 def test_only_what_will_be_read_is_downloaded(root: Path, function: str, extra: set[str], made: list[tuple[str, str]]):
-    data = VisionTasks(all_fetched(root), tasks=["greys"])
+    data = VisionTasks(all_fetched(root), tasks=["grays"])
     data.trainer = about_to(function, SimpleNamespace(merger=object(), extra_splits=extra))
     data.prepare_data()
     assert Fetched.made == made
@@ -445,49 +445,49 @@ def test_out_of_domain_proxies_are_downloaded_once_and_for_merging_only(root: Pa
     [((0, 3), "labels run from 0 to 3, but with 3 classes"), ((-1, 0), "labels run from -1 to 0"), ((), "holds no images")],
 )
 def test_what_was_downloaded_is_checked(root: Path, labels: tuple[int, ...], hint: str):
-    path = changed(root, lambda tasks: tasks["colours"]["data"].update(test=fetched("colours", "test", labels)))
+    path = changed(root, lambda tasks: tasks["colors"]["data"].update(test=fetched("colors", "test", labels)))
     data = VisionTasks(path)
     data.check({"test"})
     for use in (
-        lambda: data.loader("colours", "test"),
-        lambda: data.fingerprint("colours", "test"),
+        lambda: data.loader("colors", "test"),
+        lambda: data.fingerprint("colors", "test"),
         lambda: data.test_dataloader(),
     ):
-        with pytest.raises(InputError, match=rf"suite\.yaml: tasks\.colours\.data\.test: {hint}"):
+        with pytest.raises(InputError, match=rf"suite\.yaml: tasks\.colors\.data\.test: {hint}"):
             use()
 
 
 def test_the_number_of_downloaded_classes_is_checked(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Fetched, "classes", ["a", "b"], raising=False)
-    path = changed(root, lambda tasks: tasks["colours"]["data"].update(val=fetched("colours", "val")))
-    with pytest.raises(InputError, match=r"tasks\.colours\.data\.val: the data has 2 classes, but there are 3 under `classes`"):
-        VisionTasks(path).size("colours", "val")
+    path = changed(root, lambda tasks: tasks["colors"]["data"].update(val=fetched("colors", "val")))
+    with pytest.raises(InputError, match=r"tasks\.colors\.data\.val: the data has 2 classes, but there are 3 under `classes`"):
+        VisionTasks(path).size("colors", "val")
 
 
 def test_tasks_that_are_left_out_need_no_split_unless_every_task_does(root: Path):
     path = changed(
         root,
         lambda tasks: (
-            [tasks["greys"]["data"].pop(split) for split in ("val", "test")]
-            and tasks["greys"]["data"].update(train={"folder": "x"})
+            [tasks["grays"]["data"].pop(split) for split in ("val", "test")]
+            and tasks["grays"]["data"].update(train={"folder": "x"})
         ),
     )
-    VisionTasks(path, tasks=["colours"]).check({"test"})
-    with pytest.raises(InputError, match=r"1 fault\n  tasks\.greys\.data\.test: missing"):
+    VisionTasks(path, tasks=["colors"]).check({"test"})
+    with pytest.raises(InputError, match=r"1 fault\n  tasks\.grays\.data\.test: missing"):
         VisionTasks(path).check({"test"})
-    with pytest.raises(InputError, match=r"1 fault\n  tasks\.greys\.data\.val: missing"):
-        VisionTasks(path, tasks=["colours"]).check({"test"}, everywhere={"val"})
+    with pytest.raises(InputError, match=r"1 fault\n  tasks\.grays\.data\.val: missing"):
+        VisionTasks(path, tasks=["colors"]).check({"test"}, everywhere={"val"})
 
 
 def test_tasks_without_the_default_proxy_split_are_refused_only_when_proxies_are_asked_for(root: Path):
-    path = changed(root, lambda tasks: tasks["greys"]["data"].pop("val"))
+    path = changed(root, lambda tasks: tasks["grays"]["data"].pop("val"))
     data = VisionTasks(path)
     data.check({"test"}, proxies=True)
-    with pytest.raises(InputError, match=r"task greys has no split val; it has test"):
-        data.proxy_loader("greys")
+    with pytest.raises(InputError, match=r"task grays has no split val; it has test"):
+        data.proxy_loader("grays")
     path = changed(root, lambda tasks: tasks["stripes"]["data"].update(train=tasks["stripes"]["data"]["test"]))
     with pytest.raises(
-        InputError, match=r"2 faults\n  tasks\.colours\.data\.train: missing.*\n  tasks\.greys\.data\.train: missing"
+        InputError, match=r"2 faults\n  tasks\.colors\.data\.train: missing.*\n  tasks\.grays\.data\.train: missing"
     ):
         VisionTasks(path, proxies=Proxies(split="train")).check(proxies=True)
 
@@ -495,28 +495,28 @@ def test_tasks_without_the_default_proxy_split_are_refused_only_when_proxies_are
 def test_faults_of_the_suite_and_of_the_proxies_are_listed_together(root: Path):
     path = changed(root, lambda tasks: [task["data"].pop("val") for task in tasks.values()])
     (root / "experts" / "stripes.safetensors").unlink()
-    (root / "data" / "greys" / "test.parquet").unlink()
+    (root / "data" / "grays" / "test.parquet").unlink()
     for proxies, last in (
         (Proxies(source={"folder": "nowhere"}), r"proxies\.source: .*nowhere: not an image folder"),
         (Proxies(split="tests"), r"proxies\.split: no task has a split tests \(did you mean `test`\?\); they have test"),
     ):
         with pytest.raises(
-            InputError, match=rf"3 faults\n  tasks\.greys\.data\.test: .*\n  tasks\.stripes\.expert: .*\n  {last}"
+            InputError, match=rf"3 faults\n  tasks\.grays\.data\.test: .*\n  tasks\.stripes\.expert: .*\n  {last}"
         ):
             VisionTasks(path, proxies=proxies).check({"test"}, proxies=True)
 
 
 def test_every_task_without_proxy_images_is_listed(tiny_suite: Path):
-    with pytest.raises(InputError, match=r"2 faults\n  proxy images of task colours: .*\n  proxy images of task stripes: "):
+    with pytest.raises(InputError, match=r"2 faults\n  proxy images of task colors: .*\n  proxy images of task stripes: "):
         VisionTasks(str(tiny_suite), proxies=Proxies(label=3)).check(proxies=True)
 
 
 def test_the_cache_is_shared_by_the_processes_of_a_machine(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
     data = VisionTasks(str(tiny_suite), cache_mb=1)
     data.trainer = about_to("test", None, devices=4)
-    assert data.loader("greys", "test").cache.limit == (1 << 20) // 4
+    assert data.loader("grays", "test").cache.limit == (1 << 20) // 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert VisionTasks(str(tiny_suite), cache_mb=1).loader("greys", "test").cache.limit == (1 << 20) // 2
+    assert VisionTasks(str(tiny_suite), cache_mb=1).loader("grays", "test").cache.limit == (1 << 20) // 2
 
 
 def test_proxies_read_each_row_group_once(tiny_suite: Path):
@@ -524,7 +524,7 @@ def test_proxies_read_each_row_group_once(tiny_suite: Path):
 
     data = VisionTasks(str(tiny_suite), proxies=Proxies(n=30))  # of 37 images in three row groups, of which two are kept
     _images.cache_clear()
-    list(data.proxy_loader("colours"))
+    list(data.proxy_loader("colors"))
     assert _images.cache_info().misses == 3
 
 
@@ -537,7 +537,7 @@ class Collect(Echo):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_process_without_images_predicts_nothing_and_does_not_hang(tiny_suite: Path, tmp_path: Path, workers: int):
-    picture("greys", 0, np.random.RandomState(0)).save(tmp_path / "one.png")
+    picture("grays", 0, np.random.RandomState(0)).save(tmp_path / "one.png")
     data = VisionTasks(str(tiny_suite), num_workers=workers)
     data.images = FlatFolder(tmp_path / "one.png")
     data.trainer = SimpleNamespace(world_size=2, global_rank=1, num_devices=2, strategy=CPU)

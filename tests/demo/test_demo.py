@@ -20,7 +20,7 @@ from mergekit_vision.demo import tasks as demo_tasks
 from mergekit_vision.demo import train
 from mergekit_vision.demo.captions import HARDEST, captioned
 from mergekit_vision.demo.concepts import CONCEPTS
-from mergekit_vision.demo.drawing import COLOURS, Canvas, ring
+from mergekit_vision.demo.drawing import COLORS, Canvas, ring
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip
 from mergekit_vision.encoders.heads import zero_shot_head
 from mergekit_vision.encoders.vision import VisionEncoder
@@ -108,30 +108,30 @@ def test_difficulty_adds_noise():
     assert roughness(1.0) > 2 * roughness(0.3) > 0
 
 
-def test_a_frame_is_turned_clockwise_about_its_centre():
+def test_a_frame_is_turned_clockwise_about_its_center():
     """The point (0, -1), straight up, turned by 90 degrees lies to the right (y points down)."""
     canvas = Canvas(Random("a"), 0.0)
     canvas._angle = math.pi / 2
-    (x, y), (u, v) = canvas._centre, canvas._point(0, -1)
+    (x, y), (u, v) = canvas._center, canvas._point(0, -1)
     assert (u - x, v - y) == pytest.approx((canvas._scale, 0))
     assert all(math.hypot(*point) == pytest.approx(0.5) for point in ring(7, 0.5))
 
 
 def test_captions_name_what_they_mean():
-    """The class, or both colours."""
+    """The class, or both colors."""
     for _, caption, meaning in (captioned(0, index) for index in range(200)):
         concept, _, name = meaning.partition(": ")
         assert caption == meaning if not name else name in caption and name in CONCEPTS[concept].classes
-    colours = [captioned(0, index)[1].startswith("something ") for index in range(400)]
-    assert 0.04 < np.mean(colours) < 0.16
+    colors = [captioned(0, index)[1].startswith("something ") for index in range(400)]
+    assert 0.04 < np.mean(colors) < 0.16
     assert HARDEST < 1
 
 
 def test_ink_is_darker_than_paper():
     for seed in range(100):
         canvas = Canvas(Random(seed), 1.0)
-        assert sum(COLOURS[canvas.ink]) < sum(COLOURS[canvas.paper])
-        assert sum(canvas.other_colour()) > sum(canvas.colour) - 150
+        assert sum(COLORS[canvas.ink]) < sum(COLORS[canvas.paper])
+        assert sum(canvas.other_color()) > sum(canvas.color) - 150
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -260,7 +260,7 @@ def test_unseen_tokens_have_no_embedding(built: Path):
     assert len(seen) > 20
 
 
-def test_optimise_goes_through_every_image_in_every_epoch_and_learns():
+def test_optimize_goes_through_every_image_in_every_epoch_and_learns():
     torch.manual_seed(0)
     model, target, seen = nn.Linear(3, 1), torch.tensor([[1.0, -2.0, 0.5]]), []
     images = torch.randn(40, 3)
@@ -270,7 +270,7 @@ def test_optimise_goes_through_every_image_in_every_epoch_and_learns():
         return F.mse_loss(model(images[batch]), images[batch] @ target.T)
 
     start = float(F.mse_loss(model(images), images @ target.T).detach())
-    train.optimise(model, loss, 40, train.Recipe(images=40, epochs=30, rate=0.1, batch=16, decay=0.0), "a test")
+    train.optimize(model, loss, 40, train.Recipe(images=40, epochs=30, rate=0.1, batch=16, decay=0.0), "a test")
     assert [len(batch) for batch in seen[:3]] == [16, 16, 8]
     assert all(sorted(torch.cat(seen[first:end]).tolist()) == list(range(40)) for first, end in pairwise(range(0, 91, 3)))
     assert float(F.mse_loss(model(images), images @ target.T).detach()) < 0.05 * start

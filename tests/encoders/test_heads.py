@@ -21,7 +21,7 @@ def head(clip, prompts: dict, config: dict | None = None) -> torch.Tensor:
     return build_heads(model, tokenizer, prompts, config or {}, torch.device("cpu")).weight("pets")
 
 
-def test_head_is_the_published_mean_of_normalised_prompts(clip) -> None:
+def test_head_is_the_published_mean_of_normalized_prompts(clip) -> None:
     model, tokenizer = clip
     classes, templates = ["cat", "dog", "bird"], ["a photo of a {}.", "a drawing of a {}."]
     head = zero_shot_head(model, tokenizer, classes, templates)
@@ -44,7 +44,7 @@ def test_heads_come_back_from_the_cache_without_the_text_tower(clip, monkeypatch
         head(clip, PETS, {"quick_gelu": True})
 
 
-def test_a_spoilt_cache_file_is_computed_again(clip, cache: Path) -> None:
+def test_a_spoiled_cache_file_is_computed_again(clip, cache: Path) -> None:
     first = head(clip, PETS)
     (file,) = (cache / "heads").iterdir()
     file.write_bytes(file.read_bytes()[:20])

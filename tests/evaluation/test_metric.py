@@ -64,11 +64,11 @@ def test_an_accuracy_is_measured_once_for_the_same_parts(cache: Path) -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("spoilt", ["", "{", "[]", '{"accuracy": null}', json.dumps({"other": 1})])
-def test_a_spoilt_cache_file_is_measured_again(cache: Path, spoilt: str) -> None:
+@pytest.mark.parametrize("spoiled", ["", "{", "[]", '{"accuracy": null}', json.dumps({"other": 1})])
+def test_a_spoiled_cache_file_is_measured_again(cache: Path, spoiled: str) -> None:
     remembered(["key"], lambda: 0.5, shared)
     (file,) = (cache / "accuracies").iterdir()
-    file.write_text(spoilt)
+    file.write_text(spoiled)
     assert remembered(["key"], lambda: 0.75, shared) == 0.75
 
 

@@ -17,7 +17,7 @@ def layer(o: int, i: int, n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def by_svd(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions as columns, and eigenvalues: right singular vectors of the shift X Δᵀ, not centred."""
+    """Directions as columns, and eigenvalues: right singular vectors of the shift X Δᵀ, not centered."""
     _, S, Vh = torch.linalg.svd(x.double() @ delta.double().T, full_matrices=False)
     return Vh.T, S.square() / (len(x) - 1)
 

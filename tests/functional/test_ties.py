@@ -111,8 +111,8 @@ def test_cancellations_take_the_given_sign_and_are_reported():
     deltas = torch.tensor([[1.0, 3.0, 0.0], [-1.0, 1.0, 0.0]])
     assert [merge(deltas, tie_sign=sign).merged[0].item() for sign in (1, -1, 0)] == [1.0, -1.0, 0.0]
     result = merge(deltas)
-    assert (result.votes, result.cancelled) == (1, True)
-    assert not merge(deltas[:, 1:]).cancelled
+    assert (result.votes, result.canceled) == (1, True)
+    assert not merge(deltas[:, 1:]).canceled
 
 
 def plainly(deltas, thresholds, aggregate, tie_sign):
@@ -140,11 +140,11 @@ def test_many_pieces_against_the_plain_formula(aggregate, tie_sign, tasks):
     deltas[:, 1::3] = deltas[:, 1::3].mul(2).round()
     deltas[:2, 2::30] = torch.tensor([1e-44, -1e-44])[:tasks].unsqueeze(1)
     thresholds = [0.0, 1e-44, 0.01, 0.3, 1.0] * (tasks // 5) + [0.01] * (tasks % 5)
-    expected, votes, cancelled = plainly(deltas, thresholds, aggregate, tie_sign)
+    expected, votes, canceled = plainly(deltas, thresholds, aggregate, tie_sign)
     found = ties_merge(list(deltas), torch.zeros(columns), thresholds, aggregate, tie_sign)
     torch.testing.assert_close(found.merged.double(), expected, rtol=1e-5, atol=0)
     assert ((found.merged != 0) == (expected.float() != 0)).all()
-    assert (found.votes, found.cancelled) == (votes, cancelled)
+    assert (found.votes, found.canceled) == (votes, canceled)
 
 
 def test_weights_in_half_precision_are_subtracted_in_single():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from synthetic import LINEARS, Zoo, weight_key
 
-from mergekit_vision.merging.analysis import expert_analysis, energy_curves, task_similarity
+from mergekit_vision.merging.analysis import energy_curves, expert_analysis, task_similarity
 
 
 @pytest.fixture(scope="module")

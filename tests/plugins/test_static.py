@@ -190,7 +190,7 @@ def test_esm_fixes_all_but_the_essential_keys():
     assert with_out_proj.update.keys() - with_out_proj.fixed == {weight_key(linear) for linear in LINEARS}
 
 
-def test_esm_gain_is_a_reparametrisation_of_the_scale():
+def test_esm_gain_is_a_reparametrization_of_the_scale():
     zoo = Zoo(tasks=4)
     once, twice = ESM().merge(zoo.inputs()), ESM(gain=4.0).merge(zoo.inputs())
     for key in zoo.base:

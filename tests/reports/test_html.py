@@ -127,7 +127,7 @@ def check(text: str) -> Page:
     assert max(ids.values()) == 1
     for tag, attributes in page.elements:
         assert tag not in ("script", "link", "iframe"), "nothing is loaded or run"
-        assert attributes.get("aria-labelledby", next(iter(ids))) in ids
+        assert attributes.get("aria-labeledby", next(iter(ids))) in ids
         if tag == "img":
             assert len(attributes["alt"]) > 20
             assert attributes["src"].startswith("data:image/svg+xml;base64,")

@@ -147,8 +147,8 @@ def test_another_setting_is_another_result(compare, merges: list[str]) -> None:
         ({"scale": 1.0}, {}),
         ({"scale": 0.7}, {}),
         ({"scale": 1.0}, {"proxies": Proxies(n=9)}),
-        ({"scale": 1.0, "experts": ["greys", "colours"]}, {}),
-        ({"scale": 1.0}, {"tasks": ["greys"]}),
+        ({"scale": 1.0, "experts": ["grays", "colors"]}, {}),
+        ({"scale": 1.0}, {"tasks": ["grays"]}),
     ]
     for model, data in settings * 2:
         compare(["Average"], data, **model)
@@ -177,7 +177,7 @@ def test_an_interrupted_run_keeps_what_was_finished(
     assert (tmp_path / "out" / "report.html").read_bytes() == before["report.html"]
 
 
-def test_a_spoilt_entry_is_measured_again(compare, cache: Path, merges: list[str]) -> None:
+def test_a_spoiled_entry_is_measured_again(compare, cache: Path, merges: list[str]) -> None:
     first = compare("Average")
     for path in (cache / "comparisons").iterdir():
         path.write_text(path.read_text()[:20])

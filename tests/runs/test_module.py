@@ -142,12 +142,12 @@ def test_an_expert_with_nan_is_named(trainer: Trainer, tiny_suite: Path) -> None
     task = content["tasks"]["stripes"]
     weights = load_file(tiny_suite.parent / task["expert"])
     weights["proj"][3, 4] = float("nan")
-    save_file(weights, tiny_suite.parent / "experts" / "spoilt.safetensors")
-    task["expert"] = "experts/spoilt.safetensors"
-    spoilt = tiny_suite.with_name("spoilt.yaml")
-    spoilt.write_text(yaml.safe_dump(content))
+    save_file(weights, tiny_suite.parent / "experts" / "spoiled.safetensors")
+    task["expert"] = "experts/spoiled.safetensors"
+    spoiled = tiny_suite.with_name("spoiled.yaml")
+    spoiled.write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match=r"task stripes holds NaN or infinity in visual\.proj"):
-        trainer.test(MergedCLIP(TaskArithmetic()), VisionTasks(str(spoilt)))
+        trainer.test(MergedCLIP(TaskArithmetic()), VisionTasks(str(spoiled)))
 
 
 def test_a_model_merged_from_another_backbone_is_refused(trainer: Trainer, tiny_suite: Path, tmp_path: Path) -> None:

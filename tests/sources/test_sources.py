@@ -215,7 +215,7 @@ def test_flat_folder(folder: Path):
     assert [source[index][1] for index in range(len(source))] == [0, 1]
     assert source[0][0].mode == "RGB"
     assert FlatFolder(folder / "cat" / "2.png").paths == (folder / "cat" / "2.png",)
-    assert isinstance(open_source({"folder": str(folder / "cat")}, labelled=False), FlatFolder)
+    assert isinstance(open_source({"folder": str(folder / "cat")}, labeled=False), FlatFolder)
     for place in (folder, folder / "none"):
         with pytest.raises(InputError, match=str(place)):
             FlatFolder(place)

@@ -45,16 +45,16 @@ def shapes_of(root: Path) -> dict[str, tuple[int, ...]]:
 def test_load_makes_paths_absolute(tiny_suite: Path):
     suite, root = Suite.load(tiny_suite), tiny_suite.parent
     assert (suite.name, suite.backbone, suite.pretrained) == ("tiny", f"local-dir:{root}/base", None)
-    assert tuple(suite.tasks) == ("colours", "greys", "stripes")
-    task = suite.tasks["greys"]
-    assert task.expert == root / "experts" / "greys.pt"
-    assert task.data["val"] == {"parquet": str(root / "data" / "greys" / "val.parquet")}
-    assert (task.classes, task.templates) == TASKS["greys"]
+    assert tuple(suite.tasks) == ("colors", "grays", "stripes")
+    task = suite.tasks["grays"]
+    assert task.expert == root / "experts" / "grays.pt"
+    assert task.data["val"] == {"parquet": str(root / "data" / "grays" / "val.parquet")}
+    assert (task.classes, task.templates) == TASKS["grays"]
 
 
 def test_a_relative_suite_path_gives_absolute_paths(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tiny_suite.parent)
-    assert Suite.load("suite.yaml").tasks["greys"].expert.is_absolute()
+    assert Suite.load("suite.yaml").tasks["grays"].expert.is_absolute()
 
 
 def test_sound_suites_pass(tiny_suite: Path, zoo: Path):
@@ -66,12 +66,12 @@ def test_defaults(root: Path):
     content = content_of(root)
     del content["name"]
     for key in ("classes", "templates"):
-        del content["tasks"]["colours"][key]
+        del content["tasks"]["colors"][key]
     content["backbone"], content["pretrained"] = "ViT-B-32-quickgelu", "openai"
     suite = Suite.load(rewrite(root, content))
     assert (suite.name, suite.backbone, suite.pretrained) == ("suite", "ViT-B-32-quickgelu", "openai")
-    assert suite.tasks["colours"].classes == ("red", "green", "blue")  # from the Parquet metadata
-    assert suite.tasks["colours"].templates == ("a photo of a {}.",)
+    assert suite.tasks["colors"].classes == ("red", "green", "blue")  # from the Parquet metadata
+    assert suite.tasks["colors"].templates == ("a photo of a {}.",)
     content["pretrained"] = "weights/clip.pt"
     assert Suite.load(rewrite(root, content)).pretrained == str(root / "weights" / "clip.pt")
 
@@ -79,12 +79,12 @@ def test_defaults(root: Path):
 def test_every_fault_of_the_layout_is_listed(root: Path):
     content = content_of(root)
     content["bakcbone"] = content.pop("backbone")
-    colours, greys, stripes = content["tasks"].values()
-    colours["experts"] = colours.pop("expert")
-    colours["classes"] = ["red", False, 3]
-    greys["templates"] = ["a grey", "a {} grey"]
-    greys["data"]["val"] = {"parqet": "x.parquet"}
-    greys["data"]["test"] = {"parquet": 3, "lable": "y"}
+    colors, grays, stripes = content["tasks"].values()
+    colors["experts"] = colors.pop("expert")
+    colors["classes"] = ["red", False, 3]
+    grays["templates"] = ["a grey", "a {} grey"]
+    grays["data"]["val"] = {"parqet": "x.parquet"}
+    grays["data"]["test"] = {"parquet": 3, "lable": "y"}
     stripes["data"] = []
     content["tasks"]["a task"] = stripes
     content["tasks"]["nothing"] = None
@@ -92,15 +92,15 @@ def test_every_fault_of_the_layout_is_listed(root: Path):
     assert lines == [
         "the file: unknown key `bakcbone` (did you mean `backbone`?)",
         "the file: `backbone` is missing",
-        "tasks.colours: unknown key `experts` (did you mean `expert`?)",
-        "tasks.colours: `expert` is missing",
-        "tasks.colours.classes: entry 1 must be text, not the bool False; put it in quotes",
-        "tasks.colours.classes: entry 2 must be text, not the int 3; put it in quotes",
-        "tasks.greys.data.val: unknown key `parqet` (did you mean `parquet`?); "
+        "tasks.colors: unknown key `experts` (did you mean `expert`?)",
+        "tasks.colors: `expert` is missing",
+        "tasks.colors.classes: entry 1 must be text, not the bool False; put it in quotes",
+        "tasks.colors.classes: entry 2 must be text, not the int 3; put it in quotes",
+        "tasks.grays.data.val: unknown key `parqet` (did you mean `parquet`?); "
         "a source is one of parquet, hub, folder, torchvision",
-        "tasks.greys.data.test: unknown key `lable` (did you mean `label`?); known are parquet, image, label",
-        "tasks.greys.data.test: `parquet` must be a text, not 3",
-        "tasks.greys.templates: 'a grey' has no {} for the class name",
+        "tasks.grays.data.test: unknown key `lable` (did you mean `label`?); known are parquet, image, label",
+        "tasks.grays.data.test: `parquet` must be a text, not 3",
+        "tasks.grays.templates: 'a gray' has no {} for the class name",
         "tasks.stripes.data: must be a mapping of splits (val, test, train) to data sources, not the list []",
         "tasks: task name 'a task' must be text of letters, digits, `_` and `-` (quote a number)",
         "tasks.nothing: must be a mapping with the keys expert, data, not empty",
@@ -109,9 +109,9 @@ def test_every_fault_of_the_layout_is_listed(root: Path):
 
 def test_other_braces_in_a_template_are_text(root: Path):
     content = content_of(root)
-    content["tasks"]["greys"]["templates"] = ["a {} {shade} }{", "{} and {}"]
-    assert Suite.load(rewrite(root, content)).tasks["greys"].templates == ("a {} {shade} }{", "{} and {}")
-    content["tasks"]["greys"]["templates"] = ["a {shade}", "a { }"]
+    content["tasks"]["grays"]["templates"] = ["a {} {shade} }{", "{} and {}"]
+    assert Suite.load(rewrite(root, content)).tasks["grays"].templates == ("a {} {shade} }{", "{} and {}")
+    content["tasks"]["grays"]["templates"] = ["a {shade}", "a { }"]
     assert len(faults_of(Suite.load, rewrite(root, content))) == 2
 
 
@@ -135,29 +135,29 @@ def test_unusable_files(tmp_path: Path, text: str, hint: str):
 
 
 def test_every_fault_of_experts_and_data_is_listed(root: Path):
-    colours = root / "experts" / "colours.safetensors"
-    weights = dict(open_weights(colours))
+    colors = root / "experts" / "colors.safetensors"
+    weights = dict(open_weights(colors))
     del weights["visual.proj"]
     weights["visual.extra"] = torch.zeros(1)
     weights["visual.ln_pre.bias"] = torch.zeros(7)
-    save_file(weights, colours)
-    (root / "experts" / "greys.pt").write_bytes(b"PK\x03\x04 damaged")
+    save_file(weights, colors)
+    (root / "experts" / "grays.pt").write_bytes(b"PK\x03\x04 damaged")
     (root / "experts" / "stripes.safetensors").unlink()
-    (root / "data" / "colours" / "test.parquet").unlink()
-    (root / "data" / "greys" / "test.parquet").write_text("not Parquet")
+    (root / "data" / "colors" / "test.parquet").unlink()
+    (root / "data" / "grays" / "test.parquet").write_text("not Parquet")
     write_parquet(root / "data" / "stripes" / "val.parquet", "stripes", ("a", "b", "c"), 9, seed=1)
     content = content_of(root)
-    del content["tasks"]["greys"]["data"]["val"]
+    del content["tasks"]["grays"]["data"]["val"]
     suite = Suite.load(rewrite(root, content))
     lines = faults_of(suite.check, shapes_of(root), ["val", "test"])
     starts = [
-        ("tasks.colours.expert: ", "lacks visual.proj"),
-        ("tasks.colours.expert: ", "has unknown visual.extra"),
-        ("tasks.colours.expert: ", "visual.ln_pre.bias is (7,), not (32,)"),
-        ("tasks.colours.data.test: ", "no such file"),
-        ("tasks.greys.expert: ", "truncated, damaged"),
-        ("tasks.greys.data.val: ", "missing"),
-        ("tasks.greys.data.test: ", "not a readable Parquet file"),
+        ("tasks.colors.expert: ", "lacks visual.proj"),
+        ("tasks.colors.expert: ", "has unknown visual.extra"),
+        ("tasks.colors.expert: ", "visual.ln_pre.bias is (7,), not (32,)"),
+        ("tasks.colors.data.test: ", "no such file"),
+        ("tasks.grays.expert: ", "truncated, damaged"),
+        ("tasks.grays.data.val: ", "missing"),
+        ("tasks.grays.data.test: ", "not a readable Parquet file"),
         ("tasks.stripes.expert: ", "cannot be read (No such file"),
         ("tasks.stripes.data.val: ", "the data has 3 classes, but there are 2 under `classes`"),
     ]
@@ -166,7 +166,7 @@ def test_every_fault_of_experts_and_data_is_listed(root: Path):
         assert line.startswith(start)
         assert part in line
     without = faults_of(suite.check, shapes_of(root), ["test"], False)
-    assert [line.split(":")[0] for line in without] == ["tasks.colours.data.test", "tasks.greys.data.test"]
+    assert [line.split(":")[0] for line in without] == ["tasks.colors.data.test", "tasks.grays.data.test"]
 
 
 def test_long_lists_of_keys_are_shortened(root: Path):
@@ -187,16 +187,16 @@ def test_experts_are_checked_without_reading_a_tensor(root: Path, monkeypatch: p
 
 def test_classes_missing_from_suite_and_data(root: Path):
     content = content_of(root)
-    del content["tasks"]["greys"]["classes"]
-    content["tasks"]["greys"]["data"] = {"val": {"parquet": "data/none.parquet"}}
+    del content["tasks"]["grays"]["classes"]
+    content["tasks"]["grays"]["data"] = {"val": {"parquet": "data/none.parquet"}}
     lines = faults_of(Suite.load, rewrite(root, content))
-    assert lines == [f"tasks.greys.classes: not given, and not found in the data: {root}/data/none.parquet: no such file"]
+    assert lines == [f"tasks.grays.classes: not given, and not found in the data: {root}/data/none.parquet: no such file"]
 
 
 def test_each_task_may_need_other_splits(root: Path):
-    (root / "data" / "greys" / "val.parquet").unlink()
-    (root / "data" / "colours" / "test.parquet").unlink()
+    (root / "data" / "grays" / "val.parquet").unlink()
+    (root / "data" / "colors" / "test.parquet").unlink()
     suite = Suite.load(root / "suite.yaml")
-    assert suite.faults(shapes_of(root), {"greys": ["test"], "colours": ["val"]}) == []
-    (fault,) = suite.faults(shapes_of(root), {"greys": ["val", "test"]})
-    assert fault.startswith("tasks.greys.data.val: ")
+    assert suite.faults(shapes_of(root), {"grays": ["test"], "colors": ["val"]}) == []
+    (fault,) = suite.faults(shapes_of(root), {"grays": ["val", "test"]})
+    assert fault.startswith("tasks.grays.data.val: ")
