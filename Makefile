@@ -1,27 +1,59 @@
-# make demo, make test, make lint: each sets up .venv first when it is missing or the dependencies changed
+# make demo, make test, make lint, …: each sets up .venv first when it is missing or the dependencies changed
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest
+PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all test-launch test-oldest lint style docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
 	$(BIN)/mergekit-vision compare --suite demo --output runs/demo
 
 test: .venv/ready
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/$(PYTEST)
+
+# the slow ones too
+test-all: .venv/ready
+	$(BIN)/$(PYTEST) -m 'slow or not slow'
+
+# the README's launch by torchrun, as two processes
+test-launch: .venv/ready
+	$(BIN)/pytest --numprocesses 0 -m slow tests/test_readme.py -k torchrun
+
+# with the lowest versions that setup.cfg admits
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+# mends what lint finds, where that can be done by machine
+style: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/codespell --write-changes
+
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build
 
 .venv/ready: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "installing PyTorch and what else is needed into .venv: some GB, a few minutes"
+	@echo "installing PyTorch and what else is needed into .venv: a few GB, a few minutes"
 	$(BIN)/python -m pip install --editable '.[test,hub]'
 	touch $@
 
+$(OLDEST)/ready: setup.cfg pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	sed -n 's/^ *\([A-Za-z0-9_-]*\)\(\[[a-z]*\]\)\{0,1\}>=\([0-9.]*\).*/\1==\3/p' setup.cfg > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/constraints.txt --editable '.[test,hub]'
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

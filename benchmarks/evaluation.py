@@ -38,7 +38,6 @@ from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.registry import mergers
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.trainer import Precision, Trainer
-from mergekit_vision.support.console import console
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # small: its heads are made once
 CLASSES = 10
@@ -216,7 +215,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="time of one case, three rounds at least")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    console.quiet = True
     path, rows = suite(options.workdir, options.model, options.tasks, options.images), []
     for batch in options.batches:
         for precision in options.precision:

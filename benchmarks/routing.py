@@ -63,11 +63,11 @@ def routed(
     memo = {id(parameter): parameter for parameter in plain.parameters()}
     encoder = copy.deepcopy(plain, memo)
     experts = {}
-    for name in linears_of_kind(encoder.linears, kinds):
-        d_out, d_in = encoder.get_submodule(name).weight.shape
+    for linear in linears_of_kind(encoder.linears, kinds):
+        d_out, d_in = encoder.get_submodule(linear.name).weight.shape
         up, down = torch.randn(tasks, d_out, rank) / 100, torch.randn(tasks, rank, d_in) / 100
         bias = torch.zeros(tasks, d_out) if router is projection else None
-        experts[name] = LowRankExperts(up, down, router(tasks, d_in), bias)
+        experts[linear.name] = LowRankExperts(up, down, router(tasks, d_in), bias)
     encoder.route(experts)
     return encoder.eval()
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from mergekit_vision.cli.commands import main
+from mergekit_vision.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ This file is all that the author of a plugin has to read.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
@@ -21,10 +21,21 @@ Weights = Mapping[str, Tensor]
 Observer = Callable[[Tensor], None]
 """Receives one layer's input for one batch of images: ``[images, tokens, d_in]``, float32, on the merging device."""
 
+Change = Callable[[str, str, Tensor], Tensor]
+"""Turns the task vector of a task's parameter, float32 in memory of its own, into the one that is merged instead."""
+
 Spread = Callable[[Callable[[str], Any], Mapping[str, int], str], dict[str, Any]]
 """Computes a function of named items of known cost, with a description of the work, and returns all results."""
 
+DataNeeds = Literal["none", "proxies", "labels"]
+"""What a method needs besides the experts' weights: nothing, unlabeled proxy images, or labeled images."""
+
+ModelKind = Literal["static", "dynamic"]
+"""What a method returns: one plain encoder, or one with routed experts."""
+
 _Result = TypeVar("_Result")
+
+_NO_PROXIES = "this merging method needs proxy images, but none are configured (see `proxies` of the data module)"
 
 
 LinearKind = Literal["in_proj", "out_proj", "c_fc", "c_proj"]
@@ -62,6 +73,32 @@ def linears_of_kind(linears: Iterable[LinearInfo], kinds: Sequence[LinearKind]) 
     return chosen
 
 
+class NormInfo(NamedTuple):
+    """One layer normalization inside a block of the encoder that is merged.
+
+    Attributes:
+        name: of the layer.
+        weight: key of its gain, ``[d]``, in :data:`Weights`.
+        bias: key of its offset, ``[d]``.
+        block: index of its block.
+    """
+
+    name: str
+    weight: str
+    bias: str
+    block: int
+
+
+class Streams(Protocol):
+    """Runs proxy images through an encoder block by block, with any weights: each block costs one pass, whoever asks."""
+
+    def embed(self, task: str, weights: Weights) -> Tensor:
+        """A task's proxy images as the tokens that enter block 0, ``[images, tokens, d]``, float32."""
+
+    def block(self, index: int, weights: Weights, tokens: Tensor, observers: Mapping[str, Observer]) -> Tensor:
+        """The tokens that leave a block, ``[images, tokens, d]``; ``observers`` see the inputs of its layers by name."""
+
+
 class RunProxies(Protocol):
     """Runs one task's proxy images through its expert, or through ``model``, with observers on named Linear layers."""
 
@@ -85,11 +122,14 @@ class MergeInputs:
         base: weights of the pre-trained vision tower.
         experts: task -> weights with the keys and shapes of ``base``, in the order of the suite.
         linears: the encoder's Linear layers in forward order.
+        norms: the layer normalizations of its blocks, in forward order.
         device: where deltas are put and merging computes.
         run_proxies: behind :meth:`observe`; ``None`` where there are no proxy images.
         choose_scale: behind :meth:`coefficient`; ``None`` takes the merger's own.
         track: wraps a loop in a progress bar: ``for key in inputs.track(keys, "merging"):``.
         share: behind :meth:`spread`.
+        streams: runs the proxy images block by block; ``None`` where there are none. :attr:`blocks` asks for it.
+        change: what :meth:`view` does to task vectors.
     """
 
     base: Weights
@@ -100,6 +140,9 @@ class MergeInputs:
     choose_scale: "Callable[[Merged], float] | None" = None
     track: Callable[[Iterable[str], str], Iterable[str]] = _untracked
     share: Spread = _alone
+    norms: tuple[NormInfo, ...] = ()
+    streams: Streams | None = None
+    change: Change | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -112,17 +155,49 @@ class MergeInputs:
         Raises:
             InputError: when the expert holds NaN or infinity there.
         """
-        return self._expert(task, key) - self.base[key].to(self.device, torch.float32)
+        delta = self._expert(task, key) - self.base[key].to(self.device, torch.float32)
+        return delta if self.change is None else self.change(task, key, delta)
 
     def deltas(self, key: str) -> Tensor:
         """Task vectors of one parameter for all tasks, ``[T, *shape]`` in the order of :attr:`tasks`; float32, new memory."""
+        if self.change is not None:
+            return torch.stack([self.delta(task, key) for task in self.tasks])
         stack = torch.stack([self._expert(task, key) for task in self.tasks])
         return stack.sub_(self.base[key].to(self.device, torch.float32))
 
     def changed(self, task: str, key: str) -> bool:
-        """Whether fine-tuning changed a parameter at all; cheaper than its task vector."""
+        """Whether a task vector is not all zero; cheaper than the task vector itself."""
+        if self.change is not None:
+            return bool(self.delta(task, key).any())
         expert, base = (weights[key].to(self.device, torch.float32) for weights in (self.experts[task], self.base))
         return not torch.equal(expert, base)
+
+    def pair(self, task: str, key: str) -> tuple[Tensor, Tensor]:
+        """Two tensors whose difference is a task vector: mapped from files where they can be, of any dtype and device."""
+        if self.change is None:
+            return self.experts[task][key], self.base[key]
+        delta = self.delta(task, key)
+        return delta, torch.zeros_like(delta)
+
+    def view(self, change: Change) -> "MergeInputs":
+        """The same inputs with other task vectors: ``change`` of a task, a key and the task vector there.
+
+        What the experts do on proxy images stays as it was. Views can be taken of views.
+        """
+        before = self.change
+        both = change if before is None else lambda task, key, delta: change(task, key, before(task, key, delta))
+        return replace(self, change=both)
+
+    @property
+    def blocks(self) -> Streams:
+        """Runs proxy images block by block.
+
+        Raises:
+            InputError: when there are no proxy images.
+        """
+        if self.streams is None:
+            raise InputError(_NO_PROXIES)
+        return self.streams
 
     def _expert(self, task: str, key: str) -> Tensor:
         value = self.experts[task][key].to(self.device, torch.float32)
@@ -143,7 +218,7 @@ class MergeInputs:
             InputError: when there are no proxy images, or a name is not that of one of :attr:`linears`.
         """
         if self.run_proxies is None:
-            raise InputError("this merging method needs proxy images, but none are configured (see `proxies` of the data module)")
+            raise InputError(_NO_PROXIES)
         names = [linear.name for linear in self.linears]
         unknown = [name for name in observers if name not in names]
         if unknown:
@@ -215,18 +290,44 @@ class Merger(ABC):
     Attributes:
         title: the method's name in prose, such as ``"TIES-Merging"``; the class's name where it is empty.
         paper: whom to cite: authors, title, venue or arXiv number; empty where there is no paper.
-        needs: what it needs besides the experts' weights: ``"none"``, unlabeled ``"proxies"``, or ``"labels"``.
-        kind: what it returns: one plain encoder (``"static"``), or one with routed experts (``"dynamic"``).
+        needs: what it needs besides the experts' weights.
+        kind: what it returns.
     """
 
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    needs: ClassVar[Literal["none", "proxies", "labels"]] = "none"
-    kind: ClassVar[Literal["static", "dynamic"]] = "static"
+    needs: ClassVar[DataNeeds] = "none"
+    kind: ClassVar[ModelKind] = "static"
 
     @abstractmethod
     def merge(self, inputs: MergeInputs) -> Merged:
         """Compute the merged model. Pull from ``inputs`` what the method needs, and nothing else."""
+
+
+def summed(inputs: MergeInputs, scale: float = 0.3) -> Merged:
+    """Task arithmetic, on which methods build by default: ``Σ_t τ_t`` at a coefficient."""
+    return Merged(inputs.spread(lambda key: inputs.deltas(key).sum(0), inputs.base, "merging"), scale=scale)
+
+
+def static_base(inputs: MergeInputs, base: Merger | None) -> Merged:
+    """What a method builds on that takes a ``base``: that merger's static model, or the sum of the task vectors.
+
+    Raises:
+        InputError: when the base has routed experts.
+    """
+    if base is None:
+        return summed(inputs)
+    merged = base.merge(inputs)
+    if merged.routed:
+        raise InputError(f"base {type(base).__name__} has routed experts itself; take a static one")
+    return merged
+
+
+def settled(inputs: MergeInputs, merged: Merged) -> Merged:
+    """A merged model at the coefficient at which it is used, which nothing changes anymore."""
+    scale = inputs.coefficient(merged)
+    update = {key: merged.coefficient(key, scale) * value for key, value in merged.update.items()}
+    return Merged(update, scale, fixed=frozenset(update))
 
 
 def merged_weights(base: Weights, merged: Merged, scale: float | None = None) -> dict[str, Tensor]:

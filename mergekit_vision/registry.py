@@ -62,16 +62,17 @@ class Method(NamedTuple):
 
 
 def methods() -> list[Method]:
-    """Every installed merging method, described by its own class; sorted by name.
+    """Every installed merging method, described by its own class; static ones first, then by name.
 
     >>> from mergekit_vision.registry import methods
-    >>> methods()[0]._replace(paper="…")
-    Method(name='Average', title='Weight averaging', paper='…', needs='none', kind='static', summary='…')
+    >>> methods()[0].title, methods()[0].summary
+    ('Weight averaging', "Mean of the experts' weights")
     """
-    return [
+    found = [
         Method(name, merger.title or name, merger.paper, merger.needs, merger.kind, _summary(merger))
         for name, merger in mergers().items()
     ]
+    return sorted(found, key=lambda method: (method.kind != "static", method.name.casefold()))
 
 
 def _summary(merger: type[Merger]) -> str:

@@ -8,7 +8,9 @@ from mergekit_vision.merger import Merged, MergeInputs, Merger
 
 @dataclass(frozen=True)
 class Average(Merger):
-    """The average of the experts' weights: ``W = W_0 + mean_t τ_t``.
+    """Mean of the experts' weights.
+
+    ``W = W_0 + mean_t τ_t``.
 
     Source: Wortsman et al., "Model soups" (ICML 2022). No hyper-parameter; scaling coefficient 1.
     """

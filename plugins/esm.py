@@ -14,7 +14,7 @@ from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.esm import TaskNorm, esm_merge, inter_layer_factors
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge
-from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger
+from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger
 
 OutProj = Literal["tsvm", "esd", "mean"]
 Other = Literal["tsvm", "mean"]
@@ -45,7 +45,7 @@ class ESM(Merger):
 
     title: ClassVar[str] = "Essential Subspace Merging"
     paper: ClassVar[str] = "Essential Subspace Merging, CVPR 2026"
-    needs: ClassVar[Literal["none", "proxies", "labels"]] = "proxies"
+    needs: ClassVar[DataNeeds] = "proxies"
 
     eigenvalue_power: float = 0.15
     inter_task: float = 2.0

@@ -14,7 +14,18 @@ from mergekit_vision.functional.esd import ShiftStatistic
 from mergekit_vision.functional.linalg import pad_rank
 from mergekit_vision.functional.routing import Axes, Pooling, calibrate, discriminant, pool_tokens, principal_axes
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import LinearInfo, LinearKind, Merged, MergeInputs, Merger, linears_of_kind
+from mergekit_vision.merger import (
+    DataNeeds,
+    LinearInfo,
+    LinearKind,
+    Merged,
+    MergeInputs,
+    Merger,
+    ModelKind,
+    linears_of_kind,
+    settled,
+    static_base,
+)
 from mergekit_vision.routers import CosineRouter, Evidence, LinearRouter, LowRankExperts, Router
 
 Rule = Literal["cosine", "centered", "discriminant"]
@@ -30,7 +41,7 @@ AxesOf = Mapping[str, Axes]
 
 @dataclass(frozen=True)
 class ESMPP(Merger):
-    """ESM++: what the merged base misses of each expert, as low-rank experts that are chosen per image.
+    """A merged base plus low-rank experts of what it misses, chosen per image in each layer.
 
     Source: the extended paper of Essential Subspace Merging (arXiv 2606.19164). In each routed layer the residual of expert
     ``t`` against the merged base (at the coefficient at which it is used) keeps its ``rank`` essential directions on the
@@ -62,8 +73,8 @@ class ESMPP(Merger):
 
     title: ClassVar[str] = "ESM++"
     paper: ClassVar[str] = "Essential Subspace Merging, extended version, 2026, arXiv:2606.19164"
-    needs: ClassVar[Literal["none", "proxies", "labels"]] = "proxies"
-    kind: ClassVar[Literal["static", "dynamic"]] = "dynamic"
+    needs: ClassVar[DataNeeds] = "proxies"
+    kind: ClassVar[ModelKind] = "dynamic"
 
     base: Merger | None = None
     rank: int = 32
@@ -119,14 +130,7 @@ class ESMPP(Merger):
         """The base at its final coefficient, which nothing changes anymore."""
         from .esm import ESM  # here, as only the default depends on another plugin
 
-        merged = (ESM() if self.base is None else self.base).merge(inputs)
-        if merged.routed:
-            raise InputError(
-                f"{type(self).__name__}: base {type(self.base).__name__} has routed experts itself; take a static one"
-            )
-        scale = inputs.coefficient(merged)
-        update = {key: merged.coefficient(key, scale) * value for key, value in merged.update.items()}
-        return Merged(update, scale, fixed=frozenset(update))
+        return settled(inputs, static_base(inputs, ESM() if self.base is None else self.base))
 
     def _axes(self, inputs: MergeInputs, names: list[str], model: Merged | None) -> AxesOf:
         """Axes of the inputs of ``model``, or of the experts; none where the covariance is not asked for."""
@@ -208,7 +212,7 @@ class ESMPP(Merger):
 
 @dataclass(frozen=True)
 class ESMPPBayes(ESMPP):
-    """ESM++ with a router that knows what it sees: a discriminant of the merged base's own activations, two experts mixed.
+    """ESM++ with a linear discriminant fitted to the merged base's own activations; mixes the two best experts.
 
     The prototypes of :class:`ESMPP` come from the experts' activations and share a large common component. This variant fits,
     on the same proxy images run twice more through the merged base, a linear discriminant with a shrunk covariance to the

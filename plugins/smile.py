@@ -10,13 +10,13 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import pad_rank, top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import LinearInfo, LinearKind, Merged, MergeInputs, Merger, linears_of_kind
+from mergekit_vision.merger import LinearInfo, LinearKind, Merged, MergeInputs, Merger, ModelKind, linears_of_kind
 from mergekit_vision.routers import LowRankExperts, ProjectionRouter
 
 
 @dataclass(frozen=True)
 class SMILE(Merger):
-    """A mixture of low-rank experts without data: each token takes the experts whose leading input directions it lies in.
+    """The backbone plus low-rank experts; each token takes those whose leading input directions it lies in.
 
     Source: Tang et al., "SMILE: zero-shot sparse mixture of low-rank experts construction from pre-trained foundation models"
     (arXiv 2408.10174). In each routed layer expert ``t`` is the rank-``rank`` SVD of its task vector, together with its bias's
@@ -36,7 +36,7 @@ class SMILE(Merger):
         "Tang et al., SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Construction From Pre-Trained Foundation Models, "
         "2024, arXiv:2408.10174"
     )
-    kind: ClassVar[Literal["static", "dynamic"]] = "dynamic"
+    kind: ClassVar[ModelKind] = "dynamic"
 
     rank: int = 32
     gate_rank: int = 16

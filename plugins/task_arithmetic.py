@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, summed
 
 
 @dataclass(frozen=True)
 class TaskArithmetic(Merger):
-    """The scaled sum of the task vectors: ``W = W_0 + scale * Σ_t τ_t``.
+    """Scaled sum of the task vectors.
+
+    ``W = W_0 + scale * Σ_t τ_t``.
 
     Source: Ilharco et al., "Editing models with task arithmetic" (ICLR 2023). Scaling coefficient 0.3, the usual one without
     validation data; on such data it is chosen up to 1.
@@ -19,4 +21,4 @@ class TaskArithmetic(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Add up the task vectors of every parameter."""
-        return Merged(inputs.spread(lambda key: inputs.deltas(key).sum(0), inputs.base, "merging"), scale=0.3)
+        return summed(inputs)

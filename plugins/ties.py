@@ -62,7 +62,7 @@ class TIES(Merger):
         """Magnitude from which one task's entries are kept."""
 
         def tensors() -> Iterator[tuple[Tensor, Tensor]]:
-            return ((inputs.experts[task][key], inputs.base[key]) for key in inputs.base)
+            return (inputs.pair(task, key) for key in inputs.base)
 
         try:
             return magnitude_threshold(tensors, self.density, self.count_frozen, inputs.device)
@@ -73,5 +73,5 @@ class TIES(Merger):
 
     def _merge_tensor(self, inputs: MergeInputs, key: str, thresholds: Sequence[float], tie_sign: int = 1) -> TiesMerge:
         """Merge one parameter of all tasks."""
-        experts = [expert[key] for expert in inputs.experts.values()]
-        return ties_merge(experts, inputs.base[key], thresholds, self.aggregate, tie_sign, inputs.device)
+        pairs = [inputs.pair(task, key) for task in inputs.tasks]
+        return ties_merge([expert for expert, _ in pairs], pairs[0][1], thresholds, self.aggregate, tie_sign, inputs.device)

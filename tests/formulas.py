@@ -1,5 +1,7 @@
 """The published formulas, written plainly in float64 with full SVDs; nothing of the package is used."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,26 +30,56 @@ def ties(vectors: Tensor, percent: int, aggregate: str) -> Tensor:
     return total / (agreeing != 0).sum(0).clamp(min=1) if aggregate == "mean" else total
 
 
-def tsvm(deltas: Tensor, k: int | None = None) -> Tensor:
+class Reference(NamedTuple):
+    """A merged matrix, and how much its polar factors amplify errors of what they are taken of."""
+
+    value: Tensor
+    condition: float
+
+
+def condition(*matrices: Tensor) -> float:
+    """Largest ratio of singular values, null ones left out, among matrices."""
+    spectra = [torch.linalg.svdvals(matrix) for matrix in matrices]
+    return max([1.0, *(float(S[0] / S[S > 1e-7 * S[0]][-1]) for S in spectra if S.any())])
+
+
+def tsvm(deltas: Tensor, k: int | None = None) -> Reference:
+    """The leading singular vectors of all tasks, side by side, made orthogonal."""
     T, o, i = deltas.shape
     k = min(o, i) // T if k is None else k
     svds = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
     U = torch.cat([svd[0][:, :k] for svd in svds], 1)
     S = torch.cat([svd[1][:k] for svd in svds])
     V = torch.cat([svd[2][:k] for svd in svds])
-    return polar_svd(U)[0] @ torch.diag(S) @ polar_svd(V)[0]
+    return Reference(polar_svd(U)[0] @ torch.diag(S) @ polar_svd(V)[0], condition(U, V))
 
 
-def esm(deltas: Tensor, rows: list[Tensor], *, power=0.15, task=2.0, dimension=2.0, gain=2.0, k=None, norm="delta") -> Tensor:
-    """Steps 1 to 6 of ESM on one matrix: ``deltas`` is ``[T, o, i]``, ``rows[t]`` is ``[n, i]``."""
+def esm(
+    deltas: Tensor,
+    rows: list[Tensor],
+    *,
+    power: float = 0.15,
+    task: float = 2.0,
+    dimension: float = 2.0,
+    gain: float = 2.0,
+    k: int | None = None,
+    norm: str = "delta",
+) -> Reference:
+    """Steps 1 to 6 of ESM on one matrix: ``deltas`` is ``[T, o, i]``, ``rows[t]`` is ``[n, i]``.
+
+    The condition is that of the polar factors times that of the directions: how far the strongest shift that is possible lies
+    above the gap between the last direction that is kept and the next.
+    """
     T, o, _ = deltas.shape
     k = o // T if k is None else k
-    Es, Cs, norms = [], [], []
+    Es, Cs, norms, gaps = [], [], [], [1.0]
     for delta, X in zip(deltas, rows, strict=True):
         Y = X @ delta.T
         _, S, Vh = torch.linalg.svd(Y, full_matrices=False)
         # k may exceed the rank of Y: null directions are left out
         kept = min(k, int((S / S[0] > 1e-9).sum()))
+        following = float(S[kept]) if kept < len(S) else 0.0
+        gaps.append(float(torch.linalg.matrix_norm(X, 2) * torch.linalg.matrix_norm(delta, 2)) / (float(S[kept - 1]) - following))
         eigenvalues, E = S[:kept] ** 2 / (len(Y) - 1), Vh[:kept].T
         C = E.T @ delta
         norms.append((delta if norm == "delta" else C).norm())
@@ -60,9 +92,25 @@ def esm(deltas: Tensor, rows: list[Tensor], *, power=0.15, task=2.0, dimension=2
     columns = C.norm(dim=0)
     C = C @ torch.diag((columns / columns.mean()) ** dimension)
     (polar_E, mean_E), (polar_C, mean_C) = polar_svd(E), polar_svd(C)
-    return gain * mean_E * mean_C * polar_E @ polar_C
+    return Reference(gain * mean_E * mean_C * polar_E @ polar_C, max(gaps) * condition(E, C))
 
 
 def inter_layer(layers: list[Tensor], power: float = 2.0) -> list[Tensor]:
     mean = sum(layer.norm() for layer in layers) / len(layers)
     return [(layer.norm() / mean) ** power * layer for layer in layers]
+
+
+def matrix(m: int, n: int, cond: float, seed: int = 0, rank: int | None = None) -> Tensor:
+    """Float64 matrix of a given condition number; of a given rank, if any."""
+    generator = torch.Generator().manual_seed(seed)
+    U, S, Vh = torch.linalg.svd(torch.randn(m, n, generator=generator, dtype=torch.float64), full_matrices=False)
+    S = torch.logspace(0, -torch.log10(torch.tensor(cond)).item(), len(S), dtype=torch.float64)
+    if rank is not None:
+        S[rank:] = 0
+    return U @ torch.diag(S) @ Vh
+
+
+def exact_polar(M: Tensor, rank: int | None = None) -> Tensor:
+    """``U Vᵀ`` of the ``rank`` leading singular directions."""
+    U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :rank] @ Vh[:rank]

@@ -1,11 +1,12 @@
 """A small made-up encoder with T experts, as merge inputs: the keys, shapes and statistics of a CLIP vision tower."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mergekit_vision.merger import LinearInfo, MergeInputs
+from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Observer
 
 WIDTH, BLOCKS, TOKENS, PATCH, EMBED = 24, 2, 5, 4, 16
 KINDS = {
@@ -93,7 +94,7 @@ class Zoo:
         mixing = _spectral((d, d), generator)
         return torch.randn(self.images, TOKENS, d, generator=generator) @ mixing + torch.randn(d, generator=generator)
 
-    def run_proxies(self, task, observers, model=None) -> None:
+    def run_proxies(self, task: str, observers: Mapping[str, Observer], model: Merged | None = None) -> None:
         for start in range(0, self.images, self.batch):
             for linear, observer in observers.items():
                 observer(self.layer_inputs[task][linear][start : start + self.batch])

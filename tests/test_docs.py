@@ -1,7 +1,10 @@
 """The site says what the code does: methods and parameters, options, layouts, code and links are checked against it."""
 
 import dataclasses
+import importlib.util
 import inspect
+import logging
+import posixpath
 import re
 import shlex
 import sys
@@ -17,17 +20,23 @@ import yaml
 from PIL import Image
 from synthetic import Zoo
 
-from mergekit_vision.__main__ import COMMANDS, main
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+import mergekit_vision
+from mergekit_vision import functional
+from mergekit_vision.__main__ import main
+from mergekit_vision.cli.commands import COMMANDS, OTHER_COMMANDS
+from mergekit_vision.cli.options import SHORT, expanded
+from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger
 from mergekit_vision.registry import mergers
 from mergekit_vision.sources.config import config_faults
 from mergekit_vision.suites.layout import read_suite
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.imports import import_by_path
 
 ROOT = Path(__file__).parent.parent
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = ROOT / "docs"
+PAGES = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in sorted(DOCS.rglob("*.md"))}
 OWN = {name: merger for name, merger in mergers().items() if merger.__module__.startswith("mergekit_vision.")}
-FOLDERS = ("benchmarks", "configs", "examples", "mergekit_vision", "plugins", "tests")
+FOLDERS = ("benchmarks", "configs", "docs", "examples", "mergekit_vision", "plugins", "tests")
 PACKAGES = ("pip", "mkdocs", "pytest")  # other people's commands
 
 every_page = pytest.mark.parametrize("page", PAGES)
@@ -60,9 +69,14 @@ def anchors(page: str) -> set[str]:
 
 
 def test_the_navigation_has_every_page() -> None:
-    content = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    listed = [next(iter(entry.values())) if isinstance(entry, dict) else entry for entry in content["nav"]]
-    assert sorted(listed) == sorted(PAGES)
+    content = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(pages_of(content["nav"])) == sorted(PAGES)
+
+
+def pages_of(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(entry)]
 
 
 @every_page
@@ -71,8 +85,9 @@ def test_links_lead_somewhere(page: str) -> None:
         if target.startswith("https://"):
             continue
         file, _, anchor = target.partition("#")
-        assert (file or page) in PAGES, target
-        assert not anchor or anchor in anchors(file or page), target
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(page), file)) if file else page
+        assert place in PAGES or (DOCS / place).is_file(), target
+        assert not anchor or anchor in anchors(place), target
 
 
 @every_page
@@ -81,7 +96,28 @@ def test_paths_in_the_repository_exist(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_reference_names_what_there_is() -> None:
+    shown = {name for page in PAGES for name in re.findall(r"^::: ([\w.]+)$", PAGES[page], flags=re.MULTILINE)}
+    public = {f"mergekit_vision.{name}" for name in mergekit_vision.__all__ if name != "__version__"}
+    public |= {f"mergekit_vision.functional.{name}" for name in functional.__all__}
+    objects = {id(import_by_path(name)) for name in shown}
+    assert all(id(import_by_path(name)) in objects for name in public)
+
+
 # ----------------------------------------------------------------------------------------------------- methods
+
+
+def test_tables_of_methods_are_up_to_date() -> None:
+    """They are generated: `python docs/update.py` refreshes them."""
+    spec = importlib.util.spec_from_file_location("update", DOCS / "update.py")
+    assert spec is not None
+    assert spec.loader is not None
+    update = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(update)
+    for page in update.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- methods:begin -->" in text
+        assert text == update.updated(text), f"{page.name}: run `python docs/update.py`"
 
 
 def section(name: str) -> str:
@@ -111,11 +147,9 @@ def test_parameters_and_defaults(name: str) -> None:
 
 
 @every_method
-def test_the_source_is_that_of_the_docstring(name: str) -> None:
+def test_the_source_is_the_paper_that_the_method_cites(name: str) -> None:
     (source,) = rows(section(name))["source"]
-    described = (OWN[name].__doc__ or "").partition("Args:")[0]
-    references = re.findall(r"arXiv \d{4}\.\d{5}|[A-Z]\w+ 20\d\d", described)
-    assert source == "this package" if not references else all(reference in source for reference in references)
+    assert source == (OWN[name].paper or "this package")
 
 
 def merged_and_asked(merger: Merger) -> tuple[Merged, set[str]]:
@@ -141,8 +175,9 @@ def merged_and_asked(merger: Merger) -> tuple[Merged, set[str]]:
 def test_facts(name: str) -> None:
     merged, asked = merged_and_asked(OWN[name]())
     facts = {fact: cells[0] for fact, cells in rows(section(name)).items() if len(cells) == 1}
-    assert facts["result"] == ("dynamic" if merged.routed else "static")
+    assert facts["result"] == OWN[name].kind == ("dynamic" if merged.routed else "static")
     assert facts["inputs"] == ("weights, proxy images" if "proxies" in asked else "weights")
+    assert OWN[name].needs == ("proxies" if "proxies" in asked else "none")
     expected = {"shared": {"share"}, "repeated": {"track"}}.get(facts["work"], {"share", "track"})
     assert asked & {"share", "track"} == expected
     if facts["coefficient"] == "no effect":
@@ -158,6 +193,7 @@ def test_the_contract_is_described_whole() -> None:
     assert members - inner <= table
     assert inner <= set(re.findall(r"`(\w+)`", prose("plugins.md")))
     assert {field.name for field in dataclasses.fields(Merged)} <= table
+    assert {*LinearInfo._fields, "title", "paper", "needs", "kind"} <= table
     for name in ("observe", "spread", "delta", "deltas", "changed", "track", "coefficient"):
         function = getattr(MergeInputs, name, None) or (lambda items, description: None)
         arguments = [argument for argument in inspect.signature(function).parameters if argument != "self"]
@@ -170,14 +206,13 @@ def test_the_contract_is_described_whole() -> None:
 @pytest.fixture(scope="module")
 def known_options() -> set[str]:
     """Options of all commands together, by their help."""
-    found = set()
-    for command in COMMANDS:
-        with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["mergekit-vision"])
+    with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mergekit-vision"])
+        main(["--help"])
+        for command in (*COMMANDS, *OTHER_COMMANDS):
             with pytest.raises(SystemExit):
                 main([command, "--help"])
-        found |= set(re.findall(r"--[\w.]+", printed.getvalue()))
-    return found
+    return set(re.findall(r"--[\w.]+", printed.getvalue()))
 
 
 @every_page
@@ -185,7 +220,18 @@ def test_options_in_the_text_exist(page: str, known_options: set[str]) -> None:
     benchmarks = {"--check", "--layers"} if page == "performance.md" else set()
     for span in re.findall(r"`(--[^`]+)`", prose(page)):
         for option in re.findall(r"--[\w.]+", span):
-            assert option in known_options | benchmarks or option.startswith("--model.merger."), option
+            full = expanded([option])[0]
+            assert full in known_options | benchmarks or full.startswith("--model.merger."), option
+
+
+def test_every_short_option_is_listed() -> None:
+    table = rows(PAGES["cli.md"])
+    for short in SHORT:
+        if short.full.count("."):
+            row = "`, `".join(short.names)
+            assert table[row][0] == f"`{short.full}`", short
+        else:
+            assert all(f"`{name}`" in PAGES["cli.md"] for name in short.names), short
 
 
 def check_benchmark(module: str, words: list[str]) -> None:
@@ -223,6 +269,9 @@ def test_commands_are_accepted(
     else:
         assert program in ("mergekit-vision", "torchrun", "srun")
         arguments = words[words.index(ours[0]) + 1 :]
+        if arguments[0] in OTHER_COMMANDS:
+            assert main(arguments) == 0
+            return
         with pytest.raises(SystemExit) as ended:
             main(arguments if "--help" in arguments or "--model.merger.help" in arguments else [*arguments, "--print_config"])
         assert ended.value.code in (0, None), capsys.readouterr().err
@@ -262,10 +311,9 @@ def test_methods_on_the_page_of_plugins() -> None:
         assert (update[key].double() - 2 * zoo.delta64(key).median(0).values).abs().max() < 1e-7
     update = names["Weighted"]().merge(zoo.inputs()).update  # type: ignore[operator]
     for linear in zoo.inputs().linears:
-        key = linear + ("_weight" if linear.endswith("in_proj") else ".weight")
-        energy = [zoo.rows(task, linear).square().sum(0) for task in zoo.experts]
-        expected = sum(e * d for e, d in zip(energy, zoo.delta64(key), strict=True)) / sum(energy)
-        assert (update[key].double() - expected).norm() < 1e-6 * expected.norm()
+        energy = [zoo.rows(task, linear.name).square().sum(0) for task in zoo.experts]
+        expected = sum(e * d for e, d in zip(energy, zoo.delta64(linear.weight), strict=True)) / sum(energy)
+        assert (update[linear.weight].double() - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_code_on_the_page_of_python(
@@ -280,11 +328,16 @@ def test_code_on_the_page_of_python(
             source["parquet"] = str(tiny_suite.parent / source["parquet"])
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks("python.md", "python"):
-        exec(compile(block, "python.md", "exec"), names)
+    names: dict[str, Any] = {"__name__": "python"}
+    level = logging.getLogger("mergekit_vision").level
+    try:
+        for block in blocks("python.md", "python"):
+            exec(compile(block, "python.md", "exec"), names)
+    finally:
+        logging.getLogger("mergekit_vision").setLevel(level)
     assert set(names["accuracies"]) == {f"accuracy/{task}" for task in Suite.load("suite.yaml").tasks}
     assert names["embeddings"].shape[0] == 2
+    assert len(names["brightness"]) == len(Suite.load("suite.yaml").tasks)
     assert names["preprocess"](Image.new("RGB", (30, 20))).shape[-2:] == names["size"]
     assert {path.name for path in (tmp_path / "runs" / "compare").iterdir()} >= {"results.json", "report.html"}
     printed = capsys.readouterr().out

@@ -57,5 +57,5 @@ def test_its_own_tests_pass(installed: Path, source: Path) -> None:
 
 def test_it_keeps_the_contract(installed: Path) -> None:
     """As its README says: the checkout's tests of the contract run every method that is installed."""
-    options = ("tests/test_contract.py", "-k", "IsoC", "-p", "no:cacheprovider")
+    options = ("tests/plugins/test_contract.py", "-k", "IsoC", "-p", "no:cacheprovider")
     assert " passed" in python("-m", "pytest", *options, where=REPOSITORY, packages=installed)

@@ -1,4 +1,4 @@
-"""The README's commands and code run as written, on a tiny suite of the same shape."""
+"""The README's commands and code run as written, on a tiny suite of the same shape; its facts are those of the package."""
 
 import os
 import re
@@ -12,11 +12,13 @@ import yaml
 from PIL import Image
 
 from mergekit_vision.__main__ import main
-from mergekit_vision.registry import mergers
+from mergekit_vision.cli.options import expanded
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.version import __version__
 
 SINGLE = {**os.environ, "OMP_NUM_THREADS": "1"}
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -48,7 +50,7 @@ def test_commands(place: Path) -> None:
         shlex.split(line, comments=True)[1:]
         for block in blocks("sh")
         for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith("mergekit-vision ") and "--trainer.num_nodes" not in line and "--trainer.devices" not in line
+        if line.startswith("mergekit-vision ") and "--devices" not in line
     ]
     assert len(commands) >= 3
     for command in commands:
@@ -62,7 +64,7 @@ def launched(launcher: str) -> list[str]:
     ]
     words = shlex.split(line)
     words = words[next(at for at, word in enumerate(words) if word in ("mergekit_vision", "mergekit-vision")) + 1 :]
-    fewer = {"--trainer.num_nodes": "1", "--trainer.devices": "2"}
+    fewer = {"--trainer.num_nodes": "1", "--devices": "2"}
     words = [fewer.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     return [*words, "--trainer.accelerator", "cpu", "--output", launcher]
 
@@ -94,9 +96,9 @@ def test_code_of_a_plugin(place: Path) -> None:
     (code,) = [block for block in blocks("python") if "class Median" in block]
     (place / "my_package").mkdir()
     (place / "my_package" / "median.py").write_text(code)
-    options = ["--model.merger", "my_package.median.Median", "--model.merger.gain", "2"]
+    options = ["-m", "my_package.median.Median", "--merger.gain", "2"]
     assert " ".join(options) in README
-    assert main(["test", "--suite", "suite.yaml", *options]) == 0
+    assert main(["test", "-s", "suite.yaml", *options]) == 0
 
 
 def test_code_of_a_run(place: Path) -> None:
@@ -113,7 +115,26 @@ def test_the_suite_shown_has_the_layout_that_is_read(place: Path) -> None:
     assert list(Suite.load(place / "shown.yaml").tasks) == ["mnist", "gtsrb"]
 
 
-def test_the_table_of_methods_is_complete() -> None:
-    rows = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
-    own = {name for name, merger in mergers().items() if merger.__module__.startswith("mergekit_vision.")}
-    assert rows == own
+def options() -> set[str]:
+    """Options that the README's text and tables name."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    return {word for span in re.findall(r"`(-[^`]*)`", prose) for word in re.findall(r"--[a-z][\w.]*", span)}
+
+
+def test_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("test", "methods"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    known = set(re.findall(r"--[a-zA-Z][\w.]*", capsys.readouterr().out))
+    parts = {option for option in options() if expanded([option])[0].startswith("--model.merger.")}
+    assert {expanded([option])[0] for option in options() - parts} <= known
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", README):
+        assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (__version__, "Apache-2.0")

@@ -1,16 +1,36 @@
-"""Messages of the argument parser in plain words."""
+"""What the argument parser says, in plain words."""
 
 import re
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mergekit_vision import registry
+from mergekit_vision.cli.options import summary
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import closest
+
+_TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list such as '[a, b]'",
+    "<class 'tuple'>": "a list such as '[a, b]'",
+    "<class 'dict'>": "a mapping such as '{a: 1}'",
+}
 
 
 class Parser(LightningArgumentParser):
-    """An argument parser whose errors are one message and not the whole usage."""
+    """An argument parser whose errors are one message, and whose help begins with the options that matter."""
+
+    command: str | None = None
+    """Of which command, for the parsers that have one."""
+
+    def describe(self, command: str) -> None:
+        """Make this the parser of a command."""
+        self.command, self.usage = command, f"mergekit-vision {command} --suite SUITE.yaml [options]"
+        groups = cast(list[Any], self._action_groups)
+        groups.sort(key=lambda group: str(group.title).startswith("Lightning"))  # what few need comes last
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Refuse what cannot be parsed.
@@ -20,26 +40,56 @@ class Parser(LightningArgumentParser):
         """
         raise InputError(explain(message))
 
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help text."""
+        text: str = super().format_help(*args, **kwargs)
+        if self.command is None:
+            return text
+        start, _, rest = text.partition("\noptions:\n")
+        return f"{start}\n{summary(self.command)}\n\nall options, by their full names:\n{rest}"
+
 
 def explain(message: str) -> str:
     r"""The part of a jsonargparse message that helps.
 
+    >>> from mergekit_vision.cli.messages import explain
     >>> explain("Parser key \"suite\":\n  Expected a <class 'str'>. Got value: None")
     '--suite is missing'
+    >>> explain("Parser key \"model.route\":\n  Expected a typing.Literal['router', 'base']. Got value: ruter")
+    '--model.route must be one of router, base, not ruter (did you mean `router`?)'
     """
+    if match := re.match(r"argument (\S+): expected one argument", message):
+        return f"{match[1]} needs a value"
+    if match := re.match(r"[Uu]nrecognized arguments: (.*)", message):
+        return f"{match[1]}: no option of this command"
     key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
     option = f"--{key[1]}" if key else ""
     if key and re.search(r"Got value: None|is required", message):
         return f"{option} is missing"
+    if nested := re.search(r"^ +- --([\w.]+) (.*)$", message, flags=re.MULTILINE):  # a parameter of a class, explained before
+        return f"{option}.{nested[1]} {nested[2]}"
+    if wrong := _wrong_value(message):
+        return f"{option} {wrong}"
     reasons = re.findall(r"^ +- (.*)$", message.partition("Given value")[0], flags=re.MULTILINE)
-    reasons = [reason for reason in reasons if "NoneType" not in reason and "Expected a path" not in reason]
-    text = "; ".join(reasons) or message.partition(":\n")[2].strip() or message
+    reasons = [reason for reason in reasons if not re.match("Expected an? (<class 'NoneType'>|path)", reason)]
+    text = "; ".join(reasons) or re.sub(r'^Parser key "[\w.]+": *', "", message).strip() or message
     return f"{option}: {text}" if option else text
 
 
-def _check_merger(arguments: list[str]) -> None:
-    """Name the methods there are before the parser says less about a misspelled one."""
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        name = value if argument == "--model.merger" else argument.removeprefix("--model.merger=")
-        if name != argument and re.fullmatch(r"\w+(\.\w+)*", name) and not name.endswith((".yaml", ".yml", ".json")):
-            registry.get(name)
+def _wrong_value(message: str) -> str | None:
+    """What a value must be, where that is all that is wrong with it."""
+    types = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
+    types = [found for found in types if found != "<class 'NoneType'>" and not found.startswith("path")]
+    value = re.search(r"Got value: (.*)$", message, flags=re.MULTILINE)
+    value = value or re.search(r"Given value: (?:NestedArg\(key=.*, val=')?(.*?)(?:'\))?$", message, flags=re.MULTILINE)
+    if not types or not value or "Problem" in message:
+        return None
+    words, names = [], list[str]()
+    for found in types:
+        if found.startswith("typing.Literal["):
+            names += re.findall(r"'([^']*)'", found)
+        else:
+            words.append(_TYPES.get(found, found.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]))
+    if names:
+        words.append(f"one of {', '.join(names)}")
+    return f"must be {' or '.join(dict.fromkeys(words))}, not {value[1]}{closest(value[1], names)}"

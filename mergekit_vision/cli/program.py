@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
@@ -14,7 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from mergekit_vision import registry
 from mergekit_vision.cli.commands import COMMANDS
-from mergekit_vision.cli.messages import Parser, _check_merger, explain
+from mergekit_vision.cli.messages import Parser, explain
+from mergekit_vision.cli.options import check_options, expanded
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.directory import RECORD
@@ -56,6 +57,14 @@ class MergeCLI(LightningCLI):
         """Build the parsers; ``compare`` searches coefficients by default, as methods' own are not chosen for one another."""
         super().setup_parser(*args, **kwargs)
         self._subcommand_parsers["compare"].set_defaults({"model.scale": "search"})
+        for command, parser in self._subcommand_parsers.items():
+            cast(Parser, parser).describe(command)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, after what the parser would not explain well has been checked."""
+        command, *rest = sys.argv[1:]
+        check_options(rest, self._subcommand_parsers[command]._option_string_actions)
+        super().parse_arguments(parser, args)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the program and for each of its commands."""
@@ -90,9 +99,8 @@ def run(arguments: list[str]) -> None:
         InputError: for anything the user can mend.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    with _process_arguments(arguments), console_output(), quiet_lightning():
+    with _process_arguments([arguments[0], *expanded(arguments[1:])]), console_output(), quiet_lightning():
         registry.mergers()  # their names become values of --model.merger
-        _check_merger(arguments)
         try:
             MergeCLI(
                 MergedCLIP,

@@ -101,7 +101,8 @@ class VisionTasks(LightningDataModule):
         Raises:
             InputError: as :meth:`check`, or when something cannot be fetched.
         """
-        everywhere = {*needs.everywhere, *((self.proxies.split,) if needs.proxies else ())}
+        own = needs.proxies and self.proxies.source is None
+        everywhere = {*needs.everywhere, *((self.proxies.split,) if own else ())}
         fetched = [
             (task.name, split)
             for task in self.suite.tasks.values()

@@ -25,7 +25,7 @@ from mergekit_vision.encoders.backbone import describe_backbone, load_clip
 from mergekit_vision.encoders.heads import zero_shot_head
 from mergekit_vision.sources.opening import open_source
 from mergekit_vision.suites.suite import Suite
-from mergekit_vision.support.console import logger, track
+from mergekit_vision.support.console import console_output, logger, track
 from mergekit_vision.support.files import replacing
 
 CONFIG: dict[str, Any] = {
@@ -73,8 +73,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo-suite"), help="directory of the suite that is written")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and their order")
     arguments = parser.parse_args()
-    build(arguments.output, arguments.seed)
-    logger.info(f"try it: mergekit-vision test --suite {arguments.output / 'suite.yaml'} --model.merger ESM")
+    with console_output():
+        build(arguments.output, arguments.seed)
+        logger.info("try it: mergekit-vision test --suite %s --merger ESM", arguments.output / "suite.yaml")
 
 
 def build(output: Path, seed: int = 0, pretraining: Recipe = PRETRAINING, fine_tuning: Recipe = FINE_TUNING) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mergekit_vision.encoders.attention import LinearAttention
 from mergekit_vision.encoders.routed import Route, Routing, attach
-from mergekit_vision.merger import LinearInfo, LinearKind, Weights
+from mergekit_vision.merger import LinearInfo, LinearKind, NormInfo, Weights
 from mergekit_vision.routers import LowRankExperts
 
 _LINEARS: tuple[tuple[str, LinearKind], ...] = (
@@ -43,14 +43,36 @@ class VisionEncoder(nn.Module):
         bias = None if self.get_submodule(name).bias is None else _open_clip_key(f"{name}.bias")
         return LinearInfo(name, _open_clip_key(f"{name}.weight"), bias, kind, block)
 
+    @property
+    def norms(self) -> tuple[NormInfo, ...]:
+        """The layer normalizations of the blocks, in forward order."""
+        blocks = len(self.visual.transformer.resblocks)  # type: ignore[union-attr, arg-type]
+        names = [(block, f"visual.transformer.resblocks.{block}.{norm}") for block in range(blocks) for norm in ("ln_1", "ln_2")]
+        return tuple(NormInfo(name, f"{name}.weight", f"{name}.bias", block) for block, name in names)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens that enter block 0, ``[N, L, d]``, of preprocessed images ``[N, 3, H, W]``."""
+        return self.visual._embeds(images)  # type: ignore[operator, no-any-return]
+
+    def run_block(self, index: int, tokens: Tensor) -> Tensor:
+        """The tokens that leave a block, ``[N, L, d]``, of those that enter it."""
+        return self.visual.transformer.resblocks[index](tokens)  # type: ignore[union-attr, index, operator, no-any-return]
+
     def weights(self) -> dict[str, Tensor]:
         """The tower's tensors under their open_clip keys, sharing memory with the module."""
         return {_open_clip_key(name): parameter.data for name, parameter in self.named_parameters()}
 
-    def assign(self, weights: Weights) -> None:
-        """Put in weights by open_clip key, without copying those that are float32 on the module's device already."""
+    def assign(self, weights: Weights, block: int | None = None) -> None:
+        """Put in weights by open_clip key, without copying those that are float32 on the module's device already.
+
+        Args:
+            weights: all of them, or at least those that are put in.
+            block: only those of this block.
+        """
+        start = "" if block is None else f"visual.transformer.resblocks.{block}."
         for name, parameter in self.named_parameters():
-            parameter.data = weights[_open_clip_key(name)].to(parameter.device, torch.float32)
+            if name.startswith(start):
+                parameter.data = weights[_open_clip_key(name)].to(parameter.device, torch.float32)
 
     def route(self, routed: Mapping[str, LowRankExperts], mode: Route = "router") -> None:
         """Add routed low-rank experts to the named Linear layers; :attr:`routing` then says how they choose."""

@@ -103,17 +103,17 @@ class Evaluator:
         return Cache("accuracies", json_form(_share), self.runtime.team).recall(parts, measure)
 
     @contextmanager
-    def with_weights(self, weights: Weights) -> Iterator["Evaluator"]:
-        """The same encoder with other weights and without routed experts, while the context is open."""
+    def with_weights(self, weights: Weights, block: int | None = None) -> Iterator["Evaluator"]:
+        """The same encoder with other weights, of one ``block`` or all, and without routed experts, while the context is open."""
         before, routing = self.encoder.weights(), self.encoder.routing
         mode = None if routing is None else routing.mode
         try:
-            self.encoder.assign(weights)
+            self.encoder.assign(weights, block)
             if routing is not None:
                 routing.mode = "base"
             yield self
         finally:
-            self.encoder.assign(before)
+            self.encoder.assign(before, block)
             if routing is not None and mode is not None:
                 routing.mode = mode
 

@@ -86,7 +86,8 @@ def load_experts(directory: Path) -> dict[str, LowRankExperts]:
         tensors, routers = load_file(directory / EXPERTS), json.loads((directory / ROUTERS).read_text())
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{directory}: {EXPERTS} or {ROUTERS} is damaged ({error}); merge again") from error
-    return unpack_experts(tensors, routers)
+    # in a file tensors start anywhere; matrix products off the usual boundaries in memory may round otherwise
+    return unpack_experts({name: tensor.clone() for name, tensor in tensors.items()}, routers)
 
 
 def read_record(directory: Path) -> dict[str, Any]:

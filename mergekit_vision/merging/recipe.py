@@ -46,7 +46,7 @@ class Recipe:
         route: how a dynamic model chooses its experts.
 
     Raises:
-        InputError: when ``scale`` is no finite number.
+        InputError: when ``scale`` is neither a finite number nor one of the two words.
     """
 
     scale: Scale = "merger"
@@ -55,6 +55,8 @@ class Recipe:
     route: Route = "router"
 
     def __post_init__(self) -> None:
+        if isinstance(self.scale, str) and self.scale not in ("merger", "search"):
+            raise InputError(f"`scale` is {self.scale!r}, but must be a number, merger or search", of="model")
         if isinstance(self.scale, float) and not math.isfinite(self.scale):
             raise InputError(f"`scale` is {self.scale}, but must be a finite number", of="model")
 

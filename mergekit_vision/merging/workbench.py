@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
@@ -67,8 +68,18 @@ class Workbench:
                 for images in evaluator.data.proxy_loader(task):
                     running.encoder(images.to(runtime.device))
 
-        share = partial(runtime.team.spread, device=device)
-        return MergeInputs(self.base, experts, evaluator.encoder.linears, device, run_proxies, choose_scale, track, share)
+        return MergeInputs(
+            self.base,
+            experts,
+            evaluator.encoder.linears,
+            device,
+            run_proxies,
+            choose_scale,
+            track,
+            partial(runtime.team.spread, device=device),
+            evaluator.encoder.norms,
+            _Streams(evaluator, device),
+        )
 
     @torch.no_grad()
     def merge(
@@ -92,6 +103,34 @@ class Workbench:
             if not value.isfinite().all():
                 raise InputError(f"{name} returned NaN or infinity for {key}")
         return merged
+
+
+@dataclass(frozen=True, eq=False)
+class _Streams:
+    """Runs proxy images block by block with the evaluator's encoder; see :class:`~mergekit_vision.merger.Streams`.
+
+    Attributes:
+        evaluator: whose encoder, which has its own weights again after every call, and images.
+        device: where tokens and observed inputs are wanted.
+    """
+
+    evaluator: Evaluator
+    device: torch.device
+
+    def embed(self, task: str, weights: Weights) -> Tensor:
+        """The tokens that enter block 0."""
+        with self.evaluator.with_weights(weights) as running:
+            device = running.runtime.device
+            loader = running.data.proxy_loader(task)
+            return torch.cat([running.encoder.embed(images.to(device)).to(self.device) for images in loader])
+
+    def block(self, index: int, weights: Weights, tokens: Tensor, observers: Mapping[str, Observer]) -> Tensor:
+        """The tokens that leave a block."""
+        moved = {name: _moving(observer, self.device) for name, observer in observers.items()}
+        with self.evaluator.with_weights(weights, index) as running, capture_inputs(running.encoder, moved):
+            device, run = running.runtime.device, running.encoder.run_block
+            parts = torch.split(tokens, running.data.batch_size)
+            return torch.cat([run(index, part.to(device)).to(self.device) for part in parts])
 
 
 def _moving(observer: Observer, device: torch.device) -> Observer:

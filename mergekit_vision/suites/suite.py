@@ -116,6 +116,9 @@ class _Experts(Mapping[str, CheckpointWeights]):
             self._opened[task] = open_weights(self._paths[task])
         return self._opened[task]
 
+    def __contains__(self, task: object) -> bool:
+        return task in self._paths  # the inherited one would open the file
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
 

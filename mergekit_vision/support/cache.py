@@ -76,7 +76,7 @@ class Cache(Generic[Value]):
         path = None if parts is None else self._path(parts)
         known = self._team.broadcast(self._read(path) if self._team.rank == 0 else None, 0)
         if known is None:
-            known = self._form.encode(compute())
+            known = self._team.broadcast(self._form.encode(compute()), 0)
             if path is not None and self._team.rank == 0:
                 _keep(path, known)
         return self._form.decode(known)

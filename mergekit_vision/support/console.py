@@ -43,7 +43,8 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         shown = getattr(record, "table", None)
-        console.print(record.getMessage() if shown is None else shown, highlight=False, markup=False)
+        # the cells of a table are markup, in which whoever made it has escaped what comes from elsewhere
+        console.print(record.getMessage() if shown is None else shown, highlight=False, markup=shown is not None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mergekit_vision.checkpoints import open_weights, save_safetensors
 from mergekit_vision.errors import InputError
 
-WEIGHTS = {"conv1.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "proj": torch.randn(4, 2, dtype=torch.float64).half()}
+WEIGHTS = {"conv1.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "proj": torch.linspace(-1, 1, 8).view(4, 2).half()}
 TEXT = {"text_projection": torch.zeros(3, 3), "logit_scale": torch.tensor(1.0)}
 
 
@@ -130,7 +130,7 @@ def test_torchscript_is_refused_with_the_remedy(tmp_path: Path):
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "legacy.pt"])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.95])
 def test_truncated_files_are_named(tmp_path: Path, name: str, kept: float):
-    path = write(tmp_path / name, {"visual.proj": torch.randn(100, 100)}, legacy=name.startswith("legacy"))
+    path = write(tmp_path / name, {"visual.proj": torch.arange(1e4).view(100, 100)}, legacy=name.startswith("legacy"))
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(InputError, match=path.name):

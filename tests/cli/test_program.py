@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 
 import mergekit_vision
-from mergekit_vision.__main__ import main
+from mergekit_vision.cli.main import main
 from mergekit_vision.suites.suite import Suite
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_two_processes_count_what_one_counts(tiny_suite: Path, tmp_path: Path) -
         (["frobnicate"], "the commands are merge"),
         (["test"], "--suite is missing"),
         (["test", "--suite", "nowhere.yaml", "--model.merger", "TSVM"], "nowhere.yaml: cannot be read"),
-        (["test", "--suite", "SUITE"], "--model.merger NAME"),
+        (["test", "--suite", "SUITE"], "give one of --model.merger"),
         (["test", "--suite", "SUITE", "--model.merger", "TSMV"], "Did you mean TSVM"),
         (["test", "--suite", "SUITE", "--model.merger", "nowhere.Method"], "nowhere"),
         (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.merger.density", "2"], "density is 2"),
@@ -306,7 +306,7 @@ def test_a_merged_model_is_evaluated_without_its_experts(
 
 
 def test_help_and_version_need_nothing_heavy() -> None:
-    script = "import sys; from mergekit_vision.__main__ import main; main([sys.argv[1]]); print('torch' in sys.modules)"
+    script = "import sys; from mergekit_vision.cli.main import main; main([sys.argv[1]]); print('torch' in sys.modules)"
     for option, expected in (("--help", "usage: mergekit-vision COMMAND"), ("--version", mergekit_vision.__version__)):
         printed = subprocess.run([sys.executable, "-c", script, option], capture_output=True, text=True, check=True).stdout
         assert expected in printed

@@ -26,6 +26,7 @@ from mergekit_vision.encoders.heads import zero_shot_head
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.opening import open_source
+from mergekit_vision.suites.checks import check_suite
 from mergekit_vision.suites.suite import Suite
 
 HOME = Path(demo.__file__).parent
@@ -44,7 +45,7 @@ def pixels(task: demo_tasks.DemoTask, indices) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_depends_on_nothing_but_split_index_and_seed(name: str):
+def test_a_picture_depends_on_nothing_but_split_index_and_seed(name: str) -> None:
     task = task_of(name, "test")
     in_order = pixels(task, range(6))
     torch.manual_seed(1)
@@ -55,7 +56,7 @@ def test_a_picture_depends_on_nothing_but_split_index_and_seed(name: str):
     assert task[3][0].size == (32, 32)
 
 
-def test_drawing_leaves_the_global_random_state_alone():
+def test_drawing_leaves_the_global_random_state_alone() -> None:
     import random
 
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -66,7 +67,7 @@ def test_drawing_leaves_the_global_random_state_alone():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_splits_share_no_picture(name: str):
+def test_splits_share_no_picture(name: str) -> None:
     hashes = {
         split: {hashlib.sha256(picture.tobytes()).digest() for picture in pixels(task_of(name, split), range(120))}
         for split in demo_tasks.SIZES
@@ -75,7 +76,7 @@ def test_splits_share_no_picture(name: str):
     assert len(set.union(*hashes.values())) == 360
 
 
-def test_splits_share_no_handwriting():
+def test_splits_share_no_handwriting() -> None:
     opened = {split: demo_tasks.Digits(split) for split in demo_tasks.SIZES}
     rows = [{task._row(index) for index in range(len(task))} for task in opened.values()]
     assert len(set.union(*rows)) == sum(map(len, rows))
@@ -84,7 +85,7 @@ def test_splits_share_no_handwriting():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_classes_are_balanced(name: str, split: str):
+def test_classes_are_balanced(name: str, split: str) -> None:
     task = task_of(name, split)
     counts = np.bincount(task.targets, minlength=len(task.classes))
     assert len(task) == demo_tasks.SIZES[split]
@@ -94,12 +95,12 @@ def test_classes_are_balanced(name: str, split: str):
         assert counts.max() - counts.min() <= 1
 
 
-def test_an_unknown_split_is_refused():
+def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(InputError, match="demo task shapes: no split 'tset'; it has train, val, test"):
         demo_tasks.Shapes("tset")
 
 
-def test_difficulty_adds_noise():
+def test_difficulty_adds_noise() -> None:
     def roughness(difficulty: float) -> float:
         empty = [np.asarray(Canvas(Random(seed), difficulty).finish(), dtype=float) for seed in range(10)]
         return float(np.abs(np.diff(empty, axis=1)).mean())
@@ -108,7 +109,7 @@ def test_difficulty_adds_noise():
     assert roughness(1.0) > 2 * roughness(0.3) > 0
 
 
-def test_a_frame_is_turned_clockwise_about_its_center():
+def test_a_frame_is_turned_clockwise_about_its_center() -> None:
     """The point (0, -1), straight up, turned by 90 degrees lies to the right (y points down)."""
     canvas = Canvas(Random("a"), 0.0)
     canvas._angle = math.pi / 2
@@ -117,7 +118,7 @@ def test_a_frame_is_turned_clockwise_about_its_center():
     assert all(math.hypot(*point) == pytest.approx(0.5) for point in ring(7, 0.5))
 
 
-def test_captions_name_what_they_mean():
+def test_captions_name_what_they_mean() -> None:
     """The class, or both colors."""
     for _, caption, meaning in (captioned(0, index) for index in range(200)):
         concept, _, name = meaning.partition(": ")
@@ -127,7 +128,7 @@ def test_captions_name_what_they_mean():
     assert HARDEST < 1
 
 
-def test_ink_is_darker_than_paper():
+def test_ink_is_darker_than_paper() -> None:
     for seed in range(100):
         canvas = Canvas(Random(seed), 1.0)
         assert sum(COLORS[canvas.ink]) < sum(COLORS[canvas.paper])
@@ -137,17 +138,17 @@ def test_ink_is_darker_than_paper():
 # ------------------------------------------------------------------------------------------------- weights
 
 
-def test_the_suite_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_suite_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     suite = Suite.load("demo")
     assert (suite.name, suite.path, tuple(suite.tasks)) == ("demo", HOME / "suite.yaml", NAMES)
     assert all(task.classes == CONCEPTS[name].classes for name, task in suite.tasks.items())
-    suite.check(describe_backbone(suite.backbone).shapes, ["train", "val", "test"])
+    check_suite(suite, describe_backbone(suite.backbone).shapes, ["train", "val", "test"])
     with pytest.raises(InputError, match=r"suite demoo: neither a file nor a built-in suite \(demo\) \(did you mean `demo`\?\)"):
         Suite.load("demoo")
 
 
-def test_a_file_of_that_name_goes_first(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_of_that_name_goes_first(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo").write_text(tiny_suite.read_text().replace("name: tiny", "name: mine"))
     monkeypatch.chdir(tmp_path)
     assert Suite.load("demo").name == "mine"
@@ -156,14 +157,14 @@ def test_a_file_of_that_name_goes_first(tiny_suite: Path, tmp_path: Path, monkey
     assert Suite.load("demo").path == HOME / "suite.yaml"
 
 
-def test_everything_fits_into_12_megabytes():
+def test_everything_fits_into_12_megabytes() -> None:
     files = [path for path in HOME.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
     weights = sorted(path.stem for path in (HOME / "experts").iterdir())
     assert weights == sorted(NAMES)
 
 
-def test_the_wheel_holds_the_data():
+def test_the_wheel_holds_the_data() -> None:
     """``setup.cfg`` lists every file beside the modules."""
     import configparser
 
@@ -180,7 +181,7 @@ def suite() -> Suite:
     return Suite.load("demo")
 
 
-def test_open_clip_alone_loads_the_backbone(suite: Suite):
+def test_open_clip_alone_loads_the_backbone(suite: Suite) -> None:
     import open_clip
 
     model, transform = open_clip.create_model_from_pretrained(suite.backbone)
@@ -194,7 +195,7 @@ def test_open_clip_alone_loads_the_backbone(suite: Suite):
     assert float(texts[0] @ texts[1]) < 0.9
 
 
-def test_experts_are_far_above_zero_shot(suite: Suite):
+def test_experts_are_far_above_zero_shot(suite: Suite) -> None:
     """On the first 60 test images of each task; the whole split's figures stand in the README."""
     clip = load_clip(suite.backbone)
     import open_clip
@@ -241,16 +242,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_script_writes_a_whole_suite(built: Path):
+def test_the_script_writes_a_whole_suite(built: Path) -> None:
     suite = Suite.load(built / "suite.yaml")
     assert suite.backbone == f"local-dir:{built / 'model'}"
-    suite.check(describe_backbone(suite.backbone).shapes, ["test"])
+    check_suite(suite, describe_backbone(suite.backbone).shapes, ["test"])
     base = open_weights(built / "model" / "open_clip_model.safetensors")
     for task in suite.tasks.values():
         assert any(not torch.equal(open_weights(task.expert)[key], base[key]) for key in describe_backbone(suite.backbone).shapes)
 
 
-def test_unseen_tokens_have_no_embedding(built: Path):
+def test_unseen_tokens_have_no_embedding(built: Path) -> None:
     import open_clip
 
     table = load_clip(f"local-dir:{built / 'model'}").get_parameter("token_embedding.weight")
@@ -260,10 +261,10 @@ def test_unseen_tokens_have_no_embedding(built: Path):
     assert len(seen) > 20
 
 
-def test_optimize_goes_through_every_image_in_every_epoch_and_learns():
+def test_optimize_goes_through_every_image_in_every_epoch_and_learns() -> None:
     torch.manual_seed(0)
     model, target, seen = nn.Linear(3, 1), torch.tensor([[1.0, -2.0, 0.5]]), []
-    images = torch.randn(40, 3)
+    images = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
         seen.append(batch)
@@ -276,7 +277,7 @@ def test_optimize_goes_through_every_image_in_every_epoch_and_learns():
     assert float(F.mse_loss(model(images), images @ target.T).detach()) < 0.05 * start
 
 
-def test_a_handwritten_source_opens_like_any_other():
+def test_a_handwritten_source_opens_like_any_other() -> None:
     source = open_source({"torchvision": "mergekit_vision.demo.tasks.Digits", "args": {"split": "val"}})
     assert source.names == CONCEPTS["digits"].classes
     assert len(source) == len(source.labels()) == demo_tasks.SIZES["val"]

@@ -1,9 +1,12 @@
 """Energy curves and task-vector similarity against the formulas written out in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from synthetic import LINEARS, Zoo, weight_key
+from synthetic import INFOS, LINEARS, Zoo, weight_key
 
+from mergekit_vision.merger import LinearInfo
 from mergekit_vision.merging.analysis import energy_curves, expert_analysis, task_similarity
 
 
@@ -20,9 +23,10 @@ def shares(zoo: Zoo, task: str, linear: str, directions: torch.Tensor) -> torch.
     return torch.stack(kept) / shift.square().sum()
 
 
-@pytest.mark.parametrize("linear", LINEARS[:4])
-def test_energy_curves_are_those_of_projected_shifts(zoo: Zoo, linear: str) -> None:
-    curve = energy_curves(zoo.inputs(), [linear])[linear]
+@pytest.mark.parametrize("info", INFOS[:4], ids=lambda info: info.kind)
+def test_energy_curves_are_those_of_projected_shifts(zoo: Zoo, info: LinearInfo) -> None:
+    linear = info.name
+    curve = energy_curves(zoo.inputs(), [info])[info.name]
     esd, svd = [], []
     for task in zoo.experts:
         delta = (zoo.experts[task][weight_key(linear)] - zoo.base[weight_key(linear)]).double()
@@ -38,11 +42,11 @@ def test_energy_curves_are_those_of_projected_shifts(zoo: Zoo, linear: str) -> N
 def test_an_expert_without_changes_counts_in_no_curve(zoo: Zoo) -> None:
     same = Zoo(tasks=3)
     same.experts["task1"] = dict(same.base)
-    curve = energy_curves(same.inputs(), LINEARS[:1])[LINEARS[0]]
-    others = [energy_curves(zoo.inputs([index]), LINEARS[:1])[LINEARS[0]] for index in (0, 2)]
+    curve = energy_curves(same.inputs(), INFOS[:1])[LINEARS[0]]
+    others = [energy_curves(zoo.inputs([index]), INFOS[:1])[LINEARS[0]] for index in (0, 2)]
     torch.testing.assert_close(curve.esd, (others[0].esd + others[1].esd) / 2)
     same.experts["task0"] = same.experts["task2"] = dict(same.base)
-    assert energy_curves(same.inputs(), LINEARS[:1]) == {}
+    assert energy_curves(same.inputs(), INFOS[:1]) == {}
 
 
 def test_similarity_is_the_cosine_of_flattened_task_vectors(zoo: Zoo) -> None:
@@ -57,17 +61,18 @@ def test_similarity_with_an_unchanged_expert_is_zero() -> None:
     assert task_similarity(zoo.inputs()).tolist() == [[0, 0], [0, pytest.approx(1)]]
 
 
-def test_description_without_proxy_images(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = zoo.inputs()
-    found = expert_analysis(type(inputs)(inputs.base, inputs.experts, inputs.linears))
+def test_description_without_proxy_images(zoo: Zoo, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="mergekit_vision"):
+        found = expert_analysis(replace(zoo.inputs(), run_proxies=None))
     assert found["energy"] == {}
-    assert "proxy images" in capsys.readouterr().out
+    (record,) = caplog.records
+    assert "proxy images" in record.getMessage()
     assert found["similarity"]["tasks"] == list(zoo.experts)
 
 
 def test_description_samples_the_curves(zoo: Zoo) -> None:
     energy = expert_analysis(zoo.inputs())["energy"]
     assert list(energy) == list(LINEARS), "two blocks are the first and the last"
-    curve = energy_curves(zoo.inputs(), LINEARS[:1])[LINEARS[0]]
+    curve = energy_curves(zoo.inputs(), INFOS[:1])[LINEARS[0]]
     assert energy[LINEARS[0]]["esd"] == [curve.esd[k - 1] for k in energy[LINEARS[0]]["directions"]]
     assert energy[LINEARS[0]]["per_task"] == 72 // 3

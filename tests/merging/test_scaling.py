@@ -1,18 +1,15 @@
+"""The search itself, on scores with a known top."""
+
 import math
-from contextlib import nullcontext
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-import torch
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merged
 from mergekit_vision.merging.scaling import ScaleSearch, search_scale
-from mergekit_vision.merging.workbench import Workbench
 
 
-def bump(top: float, width: float = 0.5):
+def bump(top: float, width: float = 0.5) -> Callable[[float], float]:
     """Rises from the left, one broad top, broken (and flat) far to the right: the shape of a coefficient's accuracy."""
     return lambda c: math.exp(-((math.log(c / top) / width) ** 2))
 
@@ -52,40 +49,3 @@ def test_the_smaller_of_equal_coefficients_wins() -> None:
 def test_refuses_a_meaningless_range(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         ScaleSearch(**wrong)
-
-
-def test_a_search_runs_the_model_with_its_routed_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing: Any = None
-    bench = Workbench(nothing, nothing, {"a": torch.zeros(3)}, nothing, nothing, torch.device("cpu"))
-    routed: Any = {"layer": object()}
-    ran: list[tuple[float, Any]] = []
-
-    def using(self: Workbench, weights: dict[str, torch.Tensor], experts: Any = None) -> Any:
-        ran.append((float(weights["a"][0]), experts))
-        return nullcontext(SimpleNamespace(accuracy=lambda task, split: 0.25))
-
-    monkeypatch.setattr(Workbench, "using", using)
-    found = bench.search(Merged({"a": torch.ones(3)}, routed=routed), ScaleSearch(halvings=0), {"task": 0.5})
-    assert found[0]["normalized"] == 0.5
-    assert sorted(coefficient for coefficient, _ in ran) == sorted(row["coefficient"] for row in found)
-    assert all(experts is routed for _, experts in ran)
-
-
-def test_what_was_searched_once_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing: Any = None
-    bench = Workbench(nothing, nothing, {}, nothing, nothing, torch.device("cpu"))
-    calls: list[float] = []
-
-    def count(self: Workbench, merged: Merged, search: ScaleSearch, experts: dict[str, float]) -> list[dict[str, float]]:
-        calls.append(float(merged.update["a"].sum()))
-        return [{"coefficient": calls[-1]}]
-
-    monkeypatch.setattr(Workbench, "_search", count)
-    one, same, other = (Merged({"a": torch.full((3,), value)}) for value in (1.0, 1.0, 2.0))
-    found = [bench.search(merged, ScaleSearch(), {"task": 0.5}) for merged in (one, same, other)]
-    assert found[0] == found[1] != found[2]
-    assert calls == [3.0, 6.0]
-    bench.search(one, ScaleSearch(halvings=1), {"task": 0.5})
-    bench.search(one, ScaleSearch(), {"task": 0.6})
-    bench.search(Merged({"a": torch.ones(3)}, fixed=frozenset("a")), ScaleSearch(), {"task": 0.5})
-    assert len(calls) == 5

@@ -2,13 +2,16 @@
 
 import inspect
 import typing
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
-from synthetic import LINEARS, Zoo, shapes
+from synthetic import LINEARS, Zoo, shapes, weight_key
 from torch import Tensor
 
-from mergekit_vision.merger import Merged
+from mergekit_vision.errors import InputError
+from mergekit_vision.merger import Merged, Merger, Observer
 from mergekit_vision.registry import broken, mergers
 from mergekit_vision.routers import LowRankExperts
 
@@ -31,17 +34,22 @@ def assert_same(a: Merged, b: Merged, exactly: bool = True) -> None:
         assert x.equal(y) if exactly else (x - y).norm() <= 1e-5 * y.norm()
 
 
+def says_something(merged: Merged) -> bool:
+    """Whether a model differs from the backbone at all."""
+    return any(value.any() for value in merged.update.values()) or any(added(e).any() for e in merged.routed.values())
+
+
 def tensors(zoo: Zoo) -> list[Tensor]:
     weights = [tensor for expert in (zoo.base, *zoo.experts.values()) for tensor in expert.values()]
     return weights + [x for layers in zoo.layer_inputs.values() for x in layers.values()]
 
 
-def test_every_registered_merger_can_be_imported():
+def test_every_registered_merger_can_be_imported() -> None:
     assert not broken()
 
 
 @every_merger
-def test_inputs_are_not_changed_and_the_result_is_repeatable(cls):
+def test_inputs_are_not_changed_and_the_result_is_repeatable(cls: type[Merger]) -> None:
     zoo = Zoo(tasks=3)
     before = [tensor.clone() for tensor in tensors(zoo)]
     merger = cls()
@@ -52,17 +60,22 @@ def test_inputs_are_not_changed_and_the_result_is_repeatable(cls):
 
 
 @every_merger
-def test_the_update_owns_its_memory(cls):
+def test_the_update_owns_its_memory(cls: type[Merger]) -> None:
     zoo = Zoo(tasks=1)
     before = [tensor.clone() for tensor in tensors(zoo)]
-    for value in cls().merge(zoo.inputs()).update.values():
+    merged = cls().merge(zoo.inputs())
+    assert merged.update or merged.routed
+    for value in merged.update.values():
         value.fill_(7.0)
+    for experts in merged.routed.values():
+        experts.up.fill_(7.0)
+        experts.down.fill_(7.0)
     assert all(tensor.equal(copy) for tensor, copy in zip(tensors(zoo), before, strict=True))
 
 
 @every_merger
 @pytest.mark.parametrize("tasks", [1, 2, 3, 7, 30])
-def test_any_number_of_tasks(cls, tasks):
+def test_any_number_of_tasks(cls: type[Merger], tasks: int) -> None:
     """1 to 3 ask some methods for more directions than there are, 7 divides no width, 30 is more than the width."""
     merged = cls().merge(Zoo(tasks=tasks).inputs())
     expected = shapes()
@@ -72,7 +85,7 @@ def test_any_number_of_tasks(cls, tasks):
         assert (tuple(value.shape), value.dtype) == (expected[key], torch.float32)
         assert value.isfinite().all(), key
         assert not value.requires_grad
-    assert any(value.any() for value in merged.update.values()) or merged.routed
+    assert says_something(merged)
     for name, experts in merged.routed.items():
         assert name in LINEARS
         assert len(experts.up) == len(experts.down) == tasks
@@ -82,7 +95,7 @@ def test_any_number_of_tasks(cls, tasks):
 
 @every_merger
 @pytest.mark.parametrize("tasks", [2, 5])
-def test_the_order_of_the_tasks_does_not_matter(cls, tasks):
+def test_the_order_of_the_tasks_does_not_matter(cls: type[Merger], tasks: int) -> None:
     zoo = Zoo(tasks=tasks)
     order = [*range(1, tasks), 0]
     merged, permuted = cls().merge(zoo.inputs()), cls().merge(zoo.inputs(order))
@@ -94,24 +107,67 @@ def test_the_order_of_the_tasks_does_not_matter(cls, tasks):
 
 @every_merger
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_experts_that_changed_nothing_give_nothing(cls, tasks):
+def test_experts_that_changed_nothing_give_nothing(cls: type[Merger], tasks: int) -> None:
     merged = cls().merge(Zoo(tasks=tasks, change=0.0).inputs())
     assert all(not value.any() for value in merged.update.values()), "an update, or NaN, of nothing"
     assert all(not added(experts).any() for experts in merged.routed.values())
+    assert says_something(cls().merge(Zoo(tasks=tasks).inputs())), "of experts that changed something, there is one"
 
 
 @every_merger
-def test_a_parameter_that_no_expert_changed_stays(cls):
+def test_a_parameter_that_no_expert_changed_stays(cls: type[Merger]) -> None:
     zoo = Zoo(tasks=3)
     frozen = ["visual.proj", "visual.conv1.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight"]
     for expert in zoo.experts.values():
         expert.update({key: zoo.base[key].clone() for key in frozen})
-    update = cls().merge(zoo.inputs()).update
+    merged = cls().merge(zoo.inputs())
+    update = merged.update
     assert all(key not in update or not update[key].any() for key in frozen)
+    for name, experts in merged.routed.items():
+        assert bool(added(experts).any()) == (weight_key(name) not in frozen), name
+    if cls.kind == "static":
+        assert any(value.any() for value in update.values()), "and something else is merged"
 
 
 @every_merger
-def test_hyper_parameters_are_typed_kept_and_shown(cls):
+def test_it_says_what_it_is(cls: type[Merger]) -> None:
+    assert cls.title
+    assert cls.title == cls.title.strip()
+    assert cls.needs in ("none", "proxies", "labels")
+    assert cls.kind in ("static", "dynamic")
+    assert isinstance(cls.paper, str)
+    assert not {"title", "paper", "needs", "kind"} & inspect.signature(cls).parameters.keys(), "which are no hyper-parameters"
+
+
+@every_merger
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_its_kind_says_whether_experts_are_routed(cls: type[Merger], tasks: int) -> None:
+    merged = cls().merge(Zoo(tasks=tasks).inputs())
+    assert bool(merged.routed) == (cls.kind == "dynamic")
+    assert says_something(merged)
+
+
+@every_merger
+def test_it_looks_at_proxy_images_only_where_it_says_so(cls: type[Merger]) -> None:
+    zoo = Zoo(tasks=3)
+    seen: list[str] = []
+
+    def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
+        seen.append(task)
+        zoo.run_proxies(task, observers, model)
+
+    merged = cls().merge(replace(zoo.inputs(), run_proxies=run_proxies))
+    if cls.needs == "none":
+        assert seen == []
+        assert_same(merged, cls().merge(replace(zoo.inputs(), run_proxies=None)))
+    else:
+        assert set(seen) == zoo.experts.keys()
+        with pytest.raises(InputError, match="proxy images"):
+            cls().merge(replace(zoo.inputs(), run_proxies=None))
+
+
+@every_merger
+def test_hyper_parameters_are_typed_kept_and_shown(cls: type[Merger]) -> None:
     parameters = inspect.signature(cls).parameters
     hints = typing.get_type_hints(cls.__init__)
     merger = cls()

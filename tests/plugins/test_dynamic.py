@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synthetic import LINEARS, TOKENS, Zoo, relative_error, weight_key
+from synthetic import LINEARS, TOKENS, Zoo, bias_key, relative_error, weight_key
 from torch import Tensor, nn
 
 from mergekit_vision.encoders.routed import RoutedLinear, Routing
@@ -23,10 +23,6 @@ T = 4
 @pytest.fixture(scope="module")
 def zoo() -> Zoo:
     return Zoo(tasks=T)
-
-
-def bias_key(name: str) -> str:
-    return weight_key(name).replace("weight", "bias")
 
 
 def residuals(zoo: Zoo, name: str, base: Merged, scale: float) -> Tensor:

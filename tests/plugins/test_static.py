@@ -1,6 +1,9 @@
 """Every plugin against its published formula in float64, on whole (small) models."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import formulas
 import pytest
@@ -9,19 +12,18 @@ from safetensors.torch import load_file
 from synthetic import LINEARS, Zoo, relative_error, weight_key
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import MergeInputs
+from mergekit_vision.merger import MergeInputs, Merger
 from mergekit_vision.plugins.average import Average
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.plugins.tsvm import TSVM
 
-ZOO = Path(__file__).parents[2] / "shared" / "zoo"
 TASKS = [3, 4, 8]
 
 
 @pytest.fixture(scope="module", params=TASKS, ids=lambda tasks: f"T={tasks}")
-def zoo(request):
+def synthetic(request: pytest.FixtureRequest) -> Zoo:
     return Zoo(tasks=request.param)
 
 
@@ -40,12 +42,12 @@ def is_matrix(zoo: Zoo, key: str) -> bool:
 # --- Average and task arithmetic
 
 
-def test_average_and_task_arithmetic(zoo):
-    average, arithmetic = Average().merge(zoo.inputs()), TaskArithmetic().merge(zoo.inputs())
+def test_average_and_task_arithmetic(synthetic: Zoo) -> None:
+    average, arithmetic = Average().merge(synthetic.inputs()), TaskArithmetic().merge(synthetic.inputs())
     assert (average.scale, arithmetic.scale) == (1.0, 0.3)
-    for key in zoo.base:
-        assert relative_error(average.update[key], zoo.delta64(key).mean(0)) < 1e-6
-        assert relative_error(arithmetic.update[key], zoo.delta64(key).sum(0)) < 1e-6
+    for key in synthetic.base:
+        assert relative_error(average.update[key], synthetic.delta64(key).mean(0)) < 1e-6
+        assert relative_error(arithmetic.update[key], synthetic.delta64(key).sum(0)) < 1e-6
 
 
 # --- TIES
@@ -57,16 +59,16 @@ def flat(zoo: Zoo) -> torch.Tensor:
 
 @pytest.mark.parametrize("aggregate", ["mean", "sum", "max"])
 @pytest.mark.parametrize("percent", [20, 100])
-def test_ties(zoo, aggregate, percent):
-    merged = TIES(density=percent / 100, aggregate=aggregate).merge(zoo.inputs())
-    found = torch.cat([merged.update[key].flatten() for key in zoo.base])
-    expected = formulas.ties(flat(zoo), percent, aggregate)
+def test_ties(synthetic: Zoo, aggregate: str, percent: int) -> None:
+    merged = TIES(density=percent / 100, aggregate=aggregate).merge(synthetic.inputs())
+    found = torch.cat([merged.update[key].flatten() for key in synthetic.base])
+    expected = formulas.ties(flat(synthetic), percent, aggregate)
     assert relative_error(found, expected) < 1e-6
     assert ((found != 0) == (expected != 0)).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_ties_gives_exact_cancellations_the_majority_sign_of_the_whole_model(sign):
+def test_ties_gives_exact_cancellations_the_majority_sign_of_the_whole_model(sign: int) -> None:
     """Experts on a coarse grid cancel exactly, here and there, before the majority is known."""
     zoo = Zoo(tasks=4, seed=2)
     for expert in zoo.experts.values():
@@ -80,7 +82,7 @@ def test_ties_gives_exact_cancellations_the_majority_sign_of_the_whole_model(sig
     assert relative_error(found, expected) < 1e-6
 
 
-def test_ties_counts_frozen_entries():
+def test_ties_counts_frozen_entries() -> None:
     zoo = Zoo(tasks=3)
     frozen = 5000
     padded = torch.cat([flat(zoo), torch.zeros(3, frozen, dtype=torch.float64)], 1)
@@ -93,40 +95,39 @@ def test_ties_counts_frozen_entries():
 # --- TSV-M
 
 
-def test_tsvm(zoo):
-    merged = TSVM().merge(zoo.inputs())
+def test_tsvm(synthetic: Zoo) -> None:
+    merged = TSVM().merge(synthetic.inputs())
     assert (merged.scale, merged.fixed) == (1.0, frozenset())
-    for key in zoo.base:
-        deltas = zoo.delta64(key)
-        if is_matrix(zoo, key) and min(zoo.base[key].shape) // zoo.tasks == 0:
+    for key in synthetic.base:
+        deltas = synthetic.delta64(key)
+        if is_matrix(synthetic, key) and min(synthetic.base[key].shape) // synthetic.tasks == 0:
             assert not merged.update[key].any()
         else:
-            expected = formulas.tsvm(deltas) if is_matrix(zoo, key) else deltas.mean(0)
+            expected = formulas.tsvm(deltas) if is_matrix(synthetic, key) else deltas.mean(0)
             assert relative_error(merged.update[key], expected) < 1e-5, key
 
 
-def test_tsvm_options(zoo):
-    merged = TSVM(rank=2, other="mean").merge(zoo.inputs())
-    for key in zoo.base:
+def test_tsvm_options(synthetic: Zoo) -> None:
+    merged = TSVM(rank=2, other="mean").merge(synthetic.inputs())
+    for key in synthetic.base:
         block = key in {weight_key(linear) for linear in LINEARS}
-        expected = formulas.tsvm(zoo.delta64(key), 2) if block else zoo.delta64(key).mean(0)
+        expected = formulas.tsvm(synthetic.delta64(key), 2) if block else synthetic.delta64(key).mean(0)
         assert relative_error(merged.update[key], expected) < 1e-5, key
 
 
-def test_tsvm_may_leave_the_average_unscaled(zoo):
-    scaled, fixed = TSVM().merge(zoo.inputs()), TSVM(scale_average=False).merge(zoo.inputs())
+def test_tsvm_may_leave_the_average_unscaled(synthetic: Zoo) -> None:
+    scaled, fixed = TSVM().merge(synthetic.inputs()), TSVM(scale_average=False).merge(synthetic.inputs())
     assert not scaled.fixed
-    assert fixed.fixed == {key for key in zoo.base if not is_matrix(zoo, key)}
-    assert all(torch.equal(scaled.update[key], fixed.update[key]) for key in zoo.base)
+    assert fixed.fixed == {key for key in synthetic.base if not is_matrix(synthetic, key)}
+    assert all(torch.equal(scaled.update[key], fixed.update[key]) for key in synthetic.base)
 
 
-@pytest.mark.skipif(not ZOO.exists(), reason="the zoo of real experts is not there")
-def test_tsvm_on_real_experts():
+def test_tsvm_on_real_experts(zoo: Path) -> None:
     names = ("mnist", "kmnist", "gtsrb", "dtd10", "flowers5")
-    experts = {name: load_file(ZOO / "experts" / f"{name}.safetensors") for name in names}
+    experts = {name: load_file(zoo / "experts" / f"{name}.safetensors") for name in names}
     layers = ("0.attn.in_proj_weight", "3.attn.out_proj.weight", "1.mlp.c_fc.weight", "5.mlp.c_proj.weight")
     keys = ["visual.proj", "visual.positional_embedding", *(f"visual.transformer.resblocks.{layer}" for layer in layers)]
-    backbone = load_file(ZOO / "base" / "open_clip_model.safetensors")
+    backbone = load_file(zoo / "base" / "open_clip_model.safetensors")
     inputs = MergeInputs({key: backbone[key] for key in keys}, experts)
     merged = TSVM().merge(inputs)
     for key in keys:
@@ -136,7 +137,9 @@ def test_tsvm_on_real_experts():
 # --- ESM
 
 
-def esm_formula(zoo: Zoo, *, inter_layer: float = 2.0, out_proj: str = "tsvm", other: str = "tsvm", **options) -> dict:
+def esm_formula(
+    zoo: Zoo, *, inter_layer: float = 2.0, out_proj: str = "tsvm", other: str = "tsvm", **options: Any
+) -> dict[str, torch.Tensor]:
     """The merged update of the whole model."""
     expected = {}
     for key in zoo.base:
@@ -153,7 +156,7 @@ def esm_formula(zoo: Zoo, *, inter_layer: float = 2.0, out_proj: str = "tsvm", o
     return expected
 
 
-def check_esm(merger: ESM, zoo: Zoo, **options) -> None:
+def check_esm(merger: ESM, zoo: Zoo, **options: Any) -> None:
     found, expected = merger.merge(zoo.inputs()).update, esm_formula(zoo, **options)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -164,12 +167,12 @@ def check_esm(merger: ESM, zoo: Zoo, **options) -> None:
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 7, 8])
-def test_esm(tasks):
+def test_esm(tasks: int) -> None:
     """T below 4 asks for more directions than there are; 7 does not divide the widths."""
     check_esm(ESM(), Zoo(tasks=tasks))
 
 
-def test_esm_constants():
+def test_esm_constants() -> None:
     own = ESM(eigenvalue_power=0.5, inter_task=1.5, inter_dimension=0.7, inter_layer=1.1, gain=3.0, rank=4, norm="truncated")
     options = {"power": 0.5, "task": 1.5, "dimension": 0.7, "inter_layer": 1.1, "gain": 3.0, "k": 4, "norm": "truncated"}
     check_esm(own, Zoo(tasks=5), **options)
@@ -177,11 +180,11 @@ def test_esm_constants():
 
 @pytest.mark.parametrize("out_proj", ["tsvm", "esd", "mean"])
 @pytest.mark.parametrize("other", ["tsvm", "mean"])
-def test_esm_options(out_proj, other):
+def test_esm_options(out_proj: str, other: str) -> None:
     check_esm(ESM(out_proj=out_proj, other=other), Zoo(tasks=4), out_proj=out_proj, other=other)
 
 
-def test_esm_fixes_all_but_the_essential_keys():
+def test_esm_fixes_all_but_the_essential_keys() -> None:
     merged = ESM().merge(Zoo(tasks=4).inputs())
     essential = {weight_key(linear) for linear in LINEARS if not linear.endswith("out_proj")}
     assert merged.scale == 1.0
@@ -190,7 +193,7 @@ def test_esm_fixes_all_but_the_essential_keys():
     assert with_out_proj.update.keys() - with_out_proj.fixed == {weight_key(linear) for linear in LINEARS}
 
 
-def test_esm_gain_is_a_reparametrization_of_the_scale():
+def test_esm_gain_is_a_reparametrization_of_the_scale() -> None:
     zoo = Zoo(tasks=4)
     once, twice = ESM().merge(zoo.inputs()), ESM(gain=4.0).merge(zoo.inputs())
     for key in zoo.base:
@@ -198,19 +201,19 @@ def test_esm_gain_is_a_reparametrization_of_the_scale():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def test_esm_does_not_depend_on_the_size_of_the_proxy_batches():
+def test_esm_does_not_depend_on_the_size_of_the_proxy_batches() -> None:
     whole, parts = (ESM().merge(Zoo(tasks=4, batch=batch).inputs()).update for batch in (40, 3))
     for key in whole:
         torch.testing.assert_close(whole[key], parts[key], rtol=1e-5, atol=1e-8)
 
 
-def test_esm_needs_proxy_images():
+def test_esm_needs_proxy_images() -> None:
     zoo = Zoo(tasks=2)
     with pytest.raises(InputError, match="proxy images"):
-        ESM().merge(MergeInputs(zoo.base, zoo.experts, LINEARS))
+        ESM().merge(replace(zoo.inputs(), run_proxies=None))
 
 
-def test_esm_with_a_layer_that_only_some_tasks_changed():
+def test_esm_with_a_layer_that_only_some_tasks_changed() -> None:
     """An expert without a task vector is not run for that layer, and has no part in the result."""
     zoo = Zoo(tasks=4)
     frozen, key = LINEARS[2], weight_key(LINEARS[2])
@@ -225,13 +228,13 @@ def test_esm_with_a_layer_that_only_some_tasks_changed():
 
 
 @pytest.mark.parametrize("merger", [Average(), TIES(density=1.0), TIES(density=1.0, aggregate="max")])
-def test_identical_experts_merge_into_that_expert(merger):
+def test_identical_experts_merge_into_that_expert(merger: Merger) -> None:
     zoo = identical(tasks=3)
     for key, value in merger.merge(zoo.inputs()).update.items():
         assert relative_error(value, zoo.delta64(key)[0]) < 1e-6
 
 
-def test_task_arithmetic_of_identical_experts_is_their_multiple():
+def test_task_arithmetic_of_identical_experts_is_their_multiple() -> None:
     zoo = identical(tasks=3)
     for key, value in TaskArithmetic().merge(zoo.inputs()).update.items():
         assert relative_error(value, 3 * zoo.delta64(key)[0]) < 1e-6
@@ -255,6 +258,6 @@ def test_task_arithmetic_of_identical_experts_is_their_multiple():
         (lambda: ESM(other="esd"), "other"),
     ],
 )
-def test_hyper_parameters_out_of_range_are_refused(make, named):
+def test_hyper_parameters_out_of_range_are_refused(make: Callable[[], Merger], named: str) -> None:
     with pytest.raises(InputError, match=f": {named} is "):
         make()

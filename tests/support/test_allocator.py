@@ -9,7 +9,7 @@ import pytest
 FREED = """
 from pathlib import Path
 import torch
-from mergekit_vision.allocator import release_freed_memory
+from mergekit_vision.support.allocator import release_freed_memory
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()

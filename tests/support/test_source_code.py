@@ -1,20 +1,34 @@
 """When the hash of a class's code changes, and when it does not."""
 
 import importlib
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import mergekit_vision
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
-from mergekit_vision.support import source_code
-from mergekit_vision.support.source_code import _follow, _source, code_fingerprint
+from mergekit_vision.support.source_code import code_fingerprint
 
+METHOD = '''"""A method."""
+from . import helper  # one that helps
+import torch
+
+class Method:
+    """Does something."""
+
+    def run(self, x=1):
+        """Do it."""
+        from theirs.late import x
+        return x + 1
+'''
 FILES = {
     "__init__.py": "",
-    "method.py": "from . import helper\nimport torch\n\nclass Method:\n    def run(self):\n        from theirs.late import x\n",
+    "method.py": METHOD,
     "helper.py": "import beside\n",
     "late.py": "x = 1\n",
     "unrelated.py": "",
@@ -22,7 +36,7 @@ FILES = {
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "theirs").mkdir()
     for name, text in FILES.items():
         (tmp_path / "theirs" / name).write_text(text)
@@ -31,6 +45,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     yield tmp_path
     for name in [name for name in sys.modules if name.partition(".")[0] in ("theirs", "beside")]:
         del sys.modules[name]
+
+
+def method() -> type:
+    found: type = importlib.import_module("theirs.method").Method
+    return found
 
 
 @pytest.mark.parametrize(
@@ -44,25 +63,92 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_code_that_a_class_imports_counts(package: Path, file: str, changes: bool) -> None:
-    method = importlib.import_module("theirs.method").Method
-    before = code_fingerprint([method])
-    (package / file).write_text((package / file).read_text() + "# changed\n")
-    assert (code_fingerprint([method]) != before) == changes
+    before = code_fingerprint([method()])
+    (package / file).write_text((package / file).read_text() + "changed = 1\n")
+    assert (code_fingerprint([method()]) != before) == changes
 
 
-def test_libraries_are_not_followed() -> None:
-    files: dict[str, Path] = {}
-    _follow(ESMPP.__module__, _source(ESMPP.__module__), files)
-    assert {"mergekit_vision.functional.linalg", "mergekit_vision.plugins.esm"} <= set(files)
-    assert {name.partition(".")[0] for name in files} == {"mergekit_vision"}
-    assert not {"mergekit_vision.plugins.smile", "mergekit_vision.workbench"} & set(files)
+@pytest.mark.parametrize("file", ["method.py", "helper.py", "late.py"])
+def test_comments_do_not_count(package: Path, file: str) -> None:
+    before = code_fingerprint([method()])
+    path = package / "theirs" / file
+    path.write_text(f"# first\n{path.read_text()}    # last\n")
+    assert code_fingerprint([method()]) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# one that helps", "# another remark"),
+        ('"""A method."""\n', ""),
+        ('"""Does something."""', '"""Does something else."""'),
+        ('    """Does something."""\n\n', ""),
+        ('        """Do it."""\n', ""),
+        ("import torch\n\n", "import torch\n\n\n"),
+        ("x + 1", "(x\n            + 1)"),
+        ("x=1", "x = 1"),
+    ],
+)
+def test_what_changes_no_behavior_does_not_count(package: Path, old: str, new: str) -> None:
+    """Remarks, docstrings and layout."""
+    before = code_fingerprint([method()])
+    assert METHOD.count(old) == 1
+    (package / "theirs" / "method.py").write_text(METHOD.replace(old, new))
+    assert code_fingerprint([method()]) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("x + 1", "x + 2"), ("x + 1", "x - 1"), ("x=1", "x=2"), ("run", "walk"), ("x + 1", '"""Do it."""'), ("import torch", "")],
+)
+def test_what_changes_behavior_counts(package: Path, old: str, new: str) -> None:
+    before = code_fingerprint([method()])
+    assert METHOD.count(old) == 1
+    (package / "theirs" / "method.py").write_text(METHOD.replace(old, new))
+    assert code_fingerprint([method()]) != before
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This package under another name, where its files may be changed."""
+    home = tmp_path / "their_copy"
+    shutil.copytree(Path(mergekit_vision.__file__).parent, home, ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    shutil.copytree(Path(sys.modules[ESM.__module__].__file__ or "").parent, home / "plugins", dirs_exist_ok=True)
+    for path in home.rglob("*.py"):
+        path.write_text(path.read_text().replace("mergekit_vision.", "their_copy."))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield home
+    for name in [name for name in sys.modules if name.partition(".")[0] == "their_copy"]:
+        del sys.modules[name]
+
+
+def test_a_method_depends_on_what_it_uses_and_not_on_its_neighbors(copied: Path) -> None:
+    cls = importlib.import_module("their_copy.plugins.esmpp").ESMPP
+    before = code_fingerprint([cls])
+    for file, changes in (
+        ("functional/linalg.py", True),
+        ("plugins/esm.py", True),
+        ("routers.py", True),
+        ("plugins/smile.py", False),
+        ("merging/workbench.py", False),
+        ("runs/module.py", False),
+        ("encoders/vision.py", False),
+    ):
+        text = (copied / file).read_text()
+        (copied / file).write_text(text + "\nCHANGED = 1\n")
+        assert (code_fingerprint([cls]) != before) == changes, file
+        (copied / file).write_text(text)
+        assert code_fingerprint([cls]) == before
 
 
 def test_a_class_of_torch_does_not_read_all_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(source_code, "_imported", lambda module, file: read.append(module) or [])
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or read_bytes(self))
     assert code_fingerprint([VisionEncoder])
-    assert read == ["mergekit_vision.encoder"]
+    homes = {path.parents[1].name if path.parent.name != "mergekit_vision" else path.parent.name for path in read}
+    assert homes == {"mergekit_vision"}
+    assert any(path.name == "vision.py" for path in read)
 
 
 def test_methods_differ() -> None:
@@ -70,6 +156,8 @@ def test_methods_differ() -> None:
 
 
 def test_a_class_without_a_file_has_none() -> None:
-    space: dict = {"__name__": "nowhere"}
+    space: dict[str, object] = {"__name__": "nowhere"}
     exec("class Typed: pass", space)
-    assert code_fingerprint([space["Typed"]]) is None
+    typed = space["Typed"]
+    assert isinstance(typed, type)
+    assert code_fingerprint([typed]) is None

@@ -1,0 +1,22 @@
+"""Refresh the table of methods in README.md and docs/methods.md from the methods themselves: ``python docs/update.py``."""
+
+import re
+from pathlib import Path
+
+from mergekit_vision.cli.methods import markdown_table
+from mergekit_vision.registry import mergers, methods
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+
+
+def updated(text: str) -> str:
+    """A page with the table between its two comments as it should be; methods of other packages are left out."""
+    own = [method for method in methods() if mergers()[method.name].__module__.startswith("mergekit_vision.")]
+    table = f"<!-- methods:begin -->\n{markdown_table(own)}\n<!-- methods:end -->"
+    return re.sub(r"<!-- methods:begin -->.*?<!-- methods:end -->", lambda _: table, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Short names of the options that matter, and checks of what was typed before the parser sees it."""
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from mergekit_vision import registry
+from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import closest
+
+
+class Short(NamedTuple):
+    """A short name of an option.
+
+    Attributes:
+        names: the short names, one of them with two dashes.
+        full: the option they stand for; parts of it may follow either name, as in ``--merger.rank``.
+        value: placeholder of its value.
+        text: what it does.
+        commands: that have it; all where empty.
+    """
+
+    names: tuple[str, ...]
+    full: str
+    value: str
+    text: str
+    commands: tuple[str, ...] = ()
+
+
+_MERGING = ("merge", "validate", "test", "predict")
+
+SHORT = (
+    Short(("-s", "--suite"), "--suite", "FILE", "suite: backbone, tasks and experts; `demo` comes with the package"),
+    Short(("-m", "--merger"), "--model.merger", "NAME", "merging method; --merger.rank 8 sets its parameter rank", _MERGING),
+    Short(("--merged",), "--model.merged", "DIR", "a model merged before, instead of --merger", _MERGING[1:]),
+    Short(("--mergers",), "--mergers", "LIST", "methods to compare: '[TIES, ESM]'; all unless given", ("compare",)),
+    Short(("--task",), "--task", "NAME", "task whose classes are predicted", ("predict",)),
+    Short(("--images",), "--images", "PATH", "directory of images, or one image", ("predict",)),
+    Short(("--scale",), "--model.scale", "VALUE", "scaling coefficient: a number, merger (the method's own) or search"),
+    Short(("--experts",), "--model.experts", "LIST", "merge the experts of these tasks only: '[mnist, gtsrb]'"),
+    Short(("--route",), "--model.route", "RULE", "dynamic models: router, oracle (the true task's expert) or base"),
+    Short(("--proxies",), "--data.proxies.n", "N", "unlabeled proxy images a task; --proxies.split and others set the rest"),
+    Short(("--tasks",), "--data.tasks", "LIST", "evaluate these tasks only", ("validate", "test", "compare")),
+    Short(("--devices",), "--trainer.devices", "N", "processes of a machine, one a device"),
+    Short(("--precision",), "--trainer.precision", "KIND", "of evaluation: 32-true, bf16-mixed or 16-mixed"),
+    Short(("-o", "--output"), "--output", "DIR", "directory of everything that is written; runs/latest unless given"),
+)
+
+_PARTS = {"--data.proxies.n": "--data.proxies"}  # what parts follow: --proxies.split is --data.proxies.split
+_FREE = {"help", "class_path", "init_args", "dict_kwargs"}  # the parser's own words in a path
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Arguments with short names written out.
+
+    >>> from mergekit_vision.cli.options import expanded
+    >>> expanded(["-m", "ESM", "--merger.rank=8", "--proxies.split", "train"])
+    ['--model.merger', 'ESM', '--model.merger.rank=8', '--data.proxies.split', 'train']
+    """
+    known = {name: short.full for short in SHORT for name in short.names}
+    return [_expanded(argument, known) for argument in arguments]
+
+
+def _expanded(argument: str, known: Mapping[str, str]) -> str:
+    word, equals, value = argument.partition("=")
+    name, dot, parts = word.partition(".")
+    if name not in known:
+        return argument
+    full = known[name]
+    return f"{_PARTS.get(full, full)}.{parts}{equals}{value}" if dot else f"{full}{equals}{value}"
+
+
+def summary(command: str) -> str:
+    """The options that matter to a command, a line each."""
+    lines = []
+    for short in SHORT:
+        if not short.commands or command in short.commands:
+            names = ", ".join(short.names) if len(short.names) > 1 else f"    {short.names[0]}"
+            lines.append(f"  {f'{names} {short.value}':<22}{short.text}")
+    return "\n".join(["options that matter:", *lines])
+
+
+def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
+    """Refuse options that do not exist, and methods that are not installed, each with the nearest right name.
+
+    Args:
+        arguments: of the command, with full names.
+        known: the option strings of its parser.
+
+    Raises:
+        InputError: for the first that is wrong.
+    """
+    values = dict(_pairs(arguments))
+    if (name := values.get("--model.merger", "")) and _is_name(name):
+        registry.get(name)
+    for option in values:
+        if option not in known and option != "--":
+            _check_part(option, known, values)
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Options with their values, as they were typed."""
+    for argument, following in pairwise([*arguments, ""]):
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            yield option, value if equals else following
+
+
+def _check_part(option: str, known: Collection[str], values: Mapping[str, str]) -> None:
+    """Check an option that the parser knows only by its beginning: a parameter of a class that was named before."""
+    owner, _, part = option.rpartition(".")
+    while owner and owner not in known and owner not in values:
+        owner, _, before = owner.rpartition(".")
+        part = f"{before}.{part}"
+    first = part.partition(".")[0]
+    if not owner:
+        raise InputError(f"unknown option {option}{closest(option, known)}")
+    if _FREE & set(part.split(".")):
+        return
+    if not owner.startswith("--model.merger"):
+        if not any(name.startswith(f"{owner}.") for name in known if not name.endswith(".help")):
+            return  # a parameter of one of Lightning's own classes
+        raise InputError(f"unknown option {option}{closest(option, known)}")
+    if not _is_name(name := values.get(owner, "")):
+        return  # the method stands in a configuration file
+    merger = registry.get(name)
+    parameters = list(inspect.signature(merger).parameters)
+    if first not in parameters:
+        takes = f"takes {', '.join(parameters)}" if parameters else "takes no parameters"
+        hint = closest(f"{owner}.{first}", [f"{owner}.{key}" for key in parameters])
+        raise InputError(f"unknown option {option}{hint}; {merger.__name__} {takes}")
+    if not values.get(option) or values[option].startswith("--"):
+        raise InputError(f"{option} needs a value")
+
+
+def _is_name(value: str) -> bool:
+    """Whether a value names a class, and is no file or mapping."""
+    return value.replace(".", "").isidentifier() and not value.endswith((".yaml", ".yml", ".json"))

@@ -1,0 +1,80 @@
+"""How a run ends: exit status, the one line on standard error, and what is left behind in the process."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from mergekit_vision.cli.main import in_options, main
+from mergekit_vision.errors import InputError
+from mergekit_vision.plugins.average import Average
+
+
+@pytest.fixture
+def command(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["mergekit-vision"])
+    monkeypatch.chdir(tmp_path)
+    return ["test", "--suite", str(tiny_suite), "--merger", "Average", "--output", "out"]
+
+
+def fail(*_: object) -> None:
+    raise ZeroDivisionError("nobody thought of this")
+
+
+def test_a_bug_is_one_line_that_names_the_file_of_its_traceback(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Average, "merge", fail)
+    assert main(command) == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ZeroDivisionError: nobody thought of this" in line
+    assert "bug" in line
+    file = Path(re.search(r"traceback in (\S+) ", line)[1])
+    text = file.read_text()
+    file.unlink()
+    assert "Traceback" in text
+    assert "in fail" in text
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_debug_shows_the_traceback_wherever_it_stands(
+    command: list[str], place: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Average, "merge", fail)
+    command.insert(place if place >= 0 else len(command), "--debug")
+    assert main(command) == 70
+    assert "in fail" in capsys.readouterr().err
+
+
+def test_debug_shows_where_a_mistake_was_found(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--experts", "[moon]", "--debug"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("mergekit-vision: error: --model.experts ['moon']")
+
+
+def test_an_error_of_the_library_names_arguments_and_that_of_the_program_options() -> None:
+    error = InputError("give one of `merger` and `merged`", of="model")
+    assert str(error) == "give one of `merger` and `merged`"
+    assert in_options(error) == "give one of --model.merger and --model.merged"
+    assert in_options(InputError("`default_root_dir` x: is a file", of="trainer")) == "--output x: is a file"
+    assert in_options(InputError("a source is `parquet`")) == "a source is `parquet`"
+
+
+def test_nothing_is_left_behind_in_the_process(command: list[str]) -> None:
+    def state() -> tuple[object, ...]:
+        mask = os.umask(0)
+        os.umask(mask)
+        loggers = [logging.getLogger(name) for name in ("", "mergekit_vision", "lightning.pytorch", "lightning.fabric")]
+        levels = [(each.level, list(each.handlers), list(each.filters)) for each in loggers]
+        return sys.argv.copy(), sys.path.copy(), mask, logging.root.manager.disable, levels, list(warnings.filters)
+
+    main(command)  # what torch and Lightning leave behind at their first use is theirs
+    before = state()
+    assert main(command) == 0
+    assert main([*command, "--scale", ".inf"]) == 1
+    assert state() == before

@@ -1,0 +1,88 @@
+"""Short names, and the nearest right name of a misspelled option."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mergekit_vision.cli.main import main
+from mergekit_vision.cli.options import SHORT, check_options, expanded
+from mergekit_vision.errors import InputError
+
+KNOWN = ["--suite", "--model.merger", "--model.scale", "--model.search.halvings", "--data.proxies.n", "--trainer.logger"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "full"),
+    [
+        (["-s", "demo", "-o", "out"], ["--suite", "demo", "--output", "out"]),
+        (["-m", "ESMPP", "--merger.base", "TSVM"], ["--model.merger", "ESMPP", "--model.merger.base", "TSVM"]),
+        (["--merger=ESM", "--merger.rank=8"], ["--model.merger=ESM", "--model.merger.rank=8"]),
+        (["--proxies", "8", "--proxies.split", "train"], ["--data.proxies.n", "8", "--data.proxies.split", "train"]),
+        (["--mergers", "[ESM]", "--merged", "x"], ["--mergers", "[ESM]", "--model.merged", "x"]),
+        (["--model.scale", "1", "--images", "a.b"], ["--model.scale", "1", "--images", "a.b"]),
+    ],
+)
+def test_short_names_stand_for_full_ones(typed: list[str], full: list[str]) -> None:
+    assert expanded(typed) == full
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.scael", "1"], r"unknown option --model\.scael \(did you mean `--model\.scale`\?\)$"),
+        (["--model.search.halvngs", "1"], "did you mean `--model.search.halvings`"),
+        (["--data.proxies.m", "1"], "did you mean `--data.proxies.n`"),
+        (["--bogus"], r"unknown option --bogus$"),
+        (["--model.merger", "TSMV"], "Did you mean TSVM"),
+        (["--model.merger", "ESM", "--model.merger.rnak", "4"], "did you mean `--model.merger.rank`.*ESM takes eigenvalue_power"),
+        (["--model.merger", "ESMPP", "--model.merger.base", "ESM", "--model.merger.base.rnk", "4"], "merger.base.rank"),
+        (["--model.merger", "Average", "--model.merger.rank", "4"], "Average takes no parameters"),
+        (["--model.merger", "ESM", "--model.merger.rank"], r"--model\.merger\.rank needs a value"),
+    ],
+)
+def test_what_is_misspelled_is_answered_with_the_nearest_name(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_options(arguments, KNOWN)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--model.merger", "ESM", "--model.merger.rank", "4"],
+        ["--model.merger", "mergekit_vision.plugins.esm.ESM", "--model.merger.rank=4"],
+        ["--model.merger", "merger.yaml", "--model.merger.anything", "4"],
+        ["--model.merger", "ESM", "--model.merger.init_args.rank", "4"],
+        ["--model.merger.help", "ESM"],
+        ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"],
+    ],
+)
+def test_what_is_right_passes(arguments: list[str]) -> None:
+    check_options(arguments, KNOWN)
+
+
+@pytest.mark.parametrize("command", ["merge", "validate", "test", "predict", "compare"])
+def test_help_begins_with_the_options_that_matter(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mergekit-vision"])
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: mergekit-vision {command} --suite SUITE.yaml [options]\n")
+    assert text.index("options that matter:") < text.index("--model.search.low") < text.index("--trainer.accelerator")
+    for short in SHORT:
+        mine = not short.commands or command in short.commands
+        assert (f" {short.names[-1]} {short.value} " in text) == mine, short
+        assert not mine or f"{short.full} " in text, "each stands for an option that there is"
+
+
+def test_short_names_run(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mergekit-vision"])
+    options = ["-m", "TIES", "--merger.density", "0.5", "--scale", "0.7", "--tasks", "[stripes]", "-o", str(tmp_path / "out")]
+    assert main(["test", "-s", str(tiny_suite), *options]) == 0
+    text = (tmp_path / "out" / "results.json").read_text()
+    assert '"density": 0.5' in text
+    assert '"scale": 0.7' in text
+    assert "grays" not in text.partition('"mean"')[0].partition('"tasks"')[2]

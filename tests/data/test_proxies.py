@@ -1,0 +1,69 @@
+"""Which images are proxies, and what they look like to a merger."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loading import process, whole_split
+from pictures import row_groups_read
+from tiny import TASKS, picture
+
+from mergekit_vision.data.checks import Needs
+from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.data.proxies import Proxies
+from mergekit_vision.errors import InputError
+
+
+@pytest.mark.parametrize("label", [None, 1])
+def test_proxies_are_the_documented_draw(tiny_suite: Path, label: int | None) -> None:
+    images, labels = whole_split(tiny_suite, "colors", "val")
+    pool = images if label is None else images[labels == label]
+    chosen = np.random.RandomState(5).choice(len(pool), 6, replace=False)
+    data = VisionTasks(str(tiny_suite), batch_size=4, proxies=Proxies(n=6, seed=5, label=label))
+    for _ in range(2):
+        batches = list(data.proxy_loader("colors"))
+        assert [len(batch) for batch in batches] == [4, 2]
+        assert torch.equal(torch.cat(batches), pool[np.sort(chosen)])
+
+
+def test_every_process_gets_all_proxies(tiny_suite: Path) -> None:
+    data = VisionTasks(str(tiny_suite), proxies=Proxies(n=100, split="test"))
+    data.trainer = process(world=2, rank=1)
+    (images,) = data.proxy_loader("grays")
+    everything = whole_split(tiny_suite, "grays", "test")[0]
+    assert torch.equal(images.sum((1, 2, 3)).sort().values, everything.sum((1, 2, 3)).sort().values)
+
+
+def test_proxies_from_another_data_set(tiny_suite: Path, tmp_path: Path) -> None:
+    elsewhere = Proxies(n=5, source={"parquet": "data/stripes/val.parquet"})
+    data = VisionTasks(str(tiny_suite), proxies=elsewhere)
+    data.check(Needs(proxies=True))
+    stripes = VisionTasks(str(tiny_suite), proxies=Proxies(n=5))
+    for task in TASKS:
+        assert torch.equal(next(iter(data.proxy_loader(task))), next(iter(stripes.proxy_loader("stripes"))))
+    for number in range(4):
+        picture("grays", number, np.random.RandomState(number)).save(tmp_path / f"{number}.png")
+    unlabeled = VisionTasks(str(tiny_suite), proxies=Proxies(source={"folder": str(tmp_path)}))
+    assert next(iter(unlabeled.proxy_loader("grays"))).shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ({"n": 0}, "`proxies.n` must be 1 or more, not 0"),
+        ({"seed": -1}, "proxies.seed"),
+        ({"label": -2}, "proxies.label"),
+        ({"source": {"foldr": "x"}}, "did you mean `folder`"),
+    ],
+)
+def test_bad_proxies(arguments: dict[str, object], hint: str) -> None:
+    with pytest.raises(InputError, match=hint):
+        Proxies(**arguments)
+
+
+def test_proxies_read_each_row_group_once(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = VisionTasks(str(tiny_suite), proxies=Proxies(n=30))  # of 37 images in three row groups, of which two are kept
+    reads = row_groups_read(monkeypatch)
+    list(data.proxy_loader("colors"))
+    assert reads == [0, 1, 2]

@@ -1,0 +1,74 @@
+"""Pre-trained models: what is known of one, and what is refused."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
+from mergekit_vision.errors import InputError
+from mergekit_vision.suites.suite import Suite
+
+
+@pytest.fixture
+def backbone(tiny_suite: Path) -> str:
+    return Suite.load(tiny_suite).backbone
+
+
+def test_description_reads_no_weight(backbone: str) -> None:
+    described, clip = describe_backbone(backbone), load_clip(backbone)
+    expected = {key: tuple(value.shape) for key, value in clip.state_dict().items() if key.startswith("visual.")}
+    assert described.shapes == expected
+    assert described.preprocess == clip.visual.preprocess_cfg
+    vit = describe_backbone("ViT-B-32-quickgelu", "openai")
+    assert vit.shapes["visual.proj"] == (768, 512)
+    assert vit.preprocess["mean"] == (0.48145466, 0.4578275, 0.40821073)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-32", "openai", "use ViT-B-32-quickgelu"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "tags"),
+        ("ViT-B-33", None, "does not know"),
+        ("RN50-quickgelu", "openai", "not one of open_clip's own ViTs"),
+        ("local-dir:nowhere", None, "nowhere"),
+    ],
+)
+def test_a_backbone_that_cannot_be_used_is_one_clear_error(name: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        describe_backbone(name, pretrained)
+
+
+def test_weights_must_be_named_for_a_built_in_model() -> None:
+    with pytest.raises(InputError, match="pretrained"):
+        load_clip("ViT-B-32-quickgelu")
+
+
+def test_a_loaded_model_is_float32_on_the_cpu_and_does_not_train(backbone: str) -> None:
+    clip = load_clip(backbone)
+    assert not clip.training
+    assert {(parameter.dtype, parameter.device.type, parameter.requires_grad) for parameter in clip.parameters()} == {
+        (torch.float32, "cpu", False)
+    }
+    assert load_tokenizer(backbone)(["a cat", "a dog"]).shape == (2, 24)
+
+
+def test_loading_says_nothing_and_leaves_logging_as_it_was(backbone: str, capfd: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), list(root.filters), logging.root.manager.disable
+    load_clip(backbone)
+    with pytest.raises(InputError):
+        describe_backbone("local-dir:nowhere")
+    assert (root.level, list(root.handlers), list(root.filters), logging.root.manager.disable) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_memory_that_runs_out_is_no_mistake_of_the_user(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("open_clip.create_model", full)
+    with pytest.raises(MemoryError):
+        load_clip(backbone)

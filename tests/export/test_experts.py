@@ -1,0 +1,48 @@
+"""Routed experts as tensors and plain data, and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from routed_encoder import KINDS, LINEARS, make_encoder, make_experts, make_routed, normal
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergekit_vision.encoders.routed import attach
+from mergekit_vision.errors import InputError
+from mergekit_vision.export.experts import pack_experts, unpack_experts
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return normal(7, 3, 16, 16, seed=9)
+
+
+@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_experts_come_back_bit_for_bit(kind: str, evidence: bool, images: Tensor, tmp_path: Path) -> None:
+    encoder, routing = make_routed(kind, evidence=evidence)
+    tensors, config = pack_experts({name: layer.experts for name, layer in routing.layers.items()})
+    save_file(tensors, tmp_path / "experts.safetensors")
+    again = unpack_experts(load_file(tmp_path / "experts.safetensors"), json.loads(json.dumps(config)))
+    fresh = make_encoder()
+    attach(fresh, again)
+    with torch.inference_mode():
+        assert torch.equal(fresh["visual"](images), encoder["visual"](images))
+
+
+def test_unpack_explains_what_is_wrong() -> None:
+    encoder = make_encoder()
+    tensors, config = pack_experts(make_experts(encoder, "cosine"))
+    name = LINEARS[0]
+    with pytest.raises(InputError, match=r"no tensor .*in_proj\.down"):
+        unpack_experts({key: value for key, value in tensors.items() if key != f"{name}.down"}, config)
+    for router, message in (
+        ("nowhere.Router", "cannot be imported.*; install the package that defines it"),
+        ("torch.nn.Linear", "is not a Router"),
+    ):
+        with pytest.raises(InputError, match=message):
+            unpack_experts(tensors, {name: {**config[name], "router": router}})
+    with pytest.raises(InputError, match="does not take its saved state"):
+        unpack_experts(tensors, {name: {**config[name], "arguments": {"size": 1}}})

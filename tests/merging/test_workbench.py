@@ -1,0 +1,117 @@
+"""Running mergers on a real encoder: what they get, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from loading import whole_split
+from tiny import TASKS
+from tolerances import assert_near, forward
+from torch import Tensor
+
+from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.data.proxies import Proxies
+from mergekit_vision.encoders.backbone import load_clip
+from mergekit_vision.encoders.vision import VisionEncoder
+from mergekit_vision.errors import InputError
+from mergekit_vision.evaluation.evaluator import Runtime
+from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.plugins.smile import SMILE
+from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+
+
+class Broken(Merger):
+    """Returns what a careless plugin might."""
+
+    def __init__(self, update: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        self.update = update
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        return Merged(self.update(inputs.deltas("visual.proj").sum(0)))
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (lambda proj: {"visual.nothing": proj}, "visual.nothing, which the encoder does not have"),
+        (lambda proj: {"visual.proj": proj[:1]}, r"wrong shape for visual\.proj: \(1, 32\), not \(32, 32\)"),
+        (lambda proj: {"visual.proj": proj * float("nan")}, r"NaN or infinity for visual\.proj"),
+    ],
+)
+def test_what_a_plugin_must_not_return(bench: Workbench, update: Callable[[Tensor], dict[str, Tensor]], message: str) -> None:
+    with pytest.raises(InputError, match=f"Broken returned .*{message}"):
+        bench.merge(Broken(update), bench.evaluator.data.suite.experts)
+
+
+def test_the_backbone_is_whole_and_apart_from_what_runs(bench: Workbench, tiny_suite: Path) -> None:
+    clip = load_clip(bench.evaluator.data.suite.backbone)
+    state = clip.state_dict()
+    assert {**bench.base, **bench.text}.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in {**bench.base, **bench.text}.items())
+    bench.merge(TaskArithmetic(), bench.evaluator.data.suite.experts)
+    assert all(torch.equal(value, state[key]) for key, value in bench.evaluator.encoder.weights().items())
+
+
+@torch.no_grad()
+def inputs_of(encoder: VisionEncoder, images: Tensor, layer: str) -> Tensor:
+    """Reference: what a layer gets when the images run through."""
+    seen: list[Tensor] = []
+    handle = encoder.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    encoder(images)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_observers_see_the_experts_inputs_on_its_own_proxy_images(tiny_suite: Path, batch_size: int) -> None:
+    data = VisionTasks(str(tiny_suite), batch_size=batch_size, proxies=Proxies(n=10))
+    bench = Workbench.open(data, Runtime(torch.device("cpu")))
+    experts, name = data.suite.experts, bench.evaluator.encoder.linears[5].name
+    inputs, seen = bench.inputs(experts), list[Tensor]()
+    with torch.no_grad():
+        inputs.observe("grays", {name: lambda x: seen.append(x.clone())})
+    assert [len(x) for x in seen] == ([4, 4, 2] if batch_size == 4 else [10])
+    images = torch.cat(list(data.proxy_loader("grays")))
+    other = VisionEncoder(load_clip(data.suite.backbone).visual)
+    other.assign(experts["grays"])
+    assert_near(torch.cat(seen), inputs_of(other, images, name), forward(2 * 8 + 2, 128))
+    base = VisionEncoder(load_clip(data.suite.backbone).visual)
+    assert not torch.allclose(torch.cat(seen), inputs_of(base, images, name))
+
+
+def test_observers_can_watch_a_merged_model_with_its_routed_experts(bench: Workbench) -> None:
+    experts = bench.evaluator.data.suite.experts
+    merged, inputs = bench.merge(SMILE(rank=4), experts), bench.inputs(experts)
+    name, seen = bench.evaluator.encoder.linears[-1].name, list[Tensor]()
+    models = (Merged({}), Merged({}, routed=merged.routed))
+    with torch.no_grad():
+        for model in models:
+            inputs.observe("grays", {name: lambda x: seen.append(x.clone())}, model)
+    plain, routed = seen
+    images = torch.cat(list(bench.evaluator.data.proxy_loader("grays")))
+    assert_near(plain, inputs_of(bench.evaluator.encoder, images, name), forward(2 * 8 + 2, 128))
+    assert not torch.allclose(routed, plain)
+
+
+def test_a_merger_sees_the_suite_in_its_order(bench: Workbench, tiny_suite: Path) -> None:
+    experts = bench.evaluator.data.suite.experts
+    inputs = bench.inputs({task: experts[task] for task in ("stripes", "colors")})
+    assert inputs.tasks == ("stripes", "colors")
+    assert inputs.linears == bench.evaluator.encoder.linears
+    assert inputs.base is bench.base
+    assert set(inputs.base) == {key for key in bench.base if key.startswith("visual.")} == set(experts["grays"])
+    delta = experts["stripes"]["visual.proj"] - bench.base["visual.proj"]
+    assert torch.equal(inputs.deltas("visual.proj")[0], delta)
+    labels = whole_split(tiny_suite, "colors", "val")[1]
+    assert len(labels) == bench.evaluator.data.size("colors", "val")
+
+
+def test_heads_are_not_built_unless_something_is_evaluated(
+    bench: Workbench, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.merge(TaskArithmetic(), bench.evaluator.data.suite.experts)
+    assert not (cache / "heads").exists()
+    bench.evaluator.accuracy("grays", "val")
+    assert len(list((cache / "heads").iterdir())) == len(TASKS)

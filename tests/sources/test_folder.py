@@ -1,0 +1,37 @@
+"""Directories of images, labeled and not."""
+
+from pathlib import Path
+
+import pytest
+from pictures import numbered
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.sources.checks import check_source
+from mergekit_vision.sources.folder import FlatFolder
+from mergekit_vision.sources.opening import open_source
+
+
+def test_image_folder(folder: Path) -> None:
+    source = open_source({"folder": str(folder)})
+    assert (source.names, list(source.labels()), len(source)) == (("ant", "cat"), [0, 1, 1], 3)
+    assert source[2][0].mode == "RGB"
+    assert check_source({"folder": str(folder)}, numbered(2)) == []
+    assert check_source({"folder": str(folder)}, numbered(3)) == ["the data has 2 classes, but there are 3 under `classes`"]
+    (folder / "cat" / "2.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"cat/2\.png: not a readable image"):
+        source[2]
+    with pytest.raises(InputError, match="nowhere: not an image folder"):
+        open_source({"folder": str(folder / "nowhere")})
+
+
+def test_flat_folder(folder: Path) -> None:
+    (folder / "cat" / "notes.txt").write_text("")
+    source = FlatFolder(folder / "cat")
+    assert [path.name for path in source.paths] == ["1.png", "2.png"]
+    assert [source[index][1] for index in range(len(source))] == [0, 1]
+    assert source[0][0].mode == "RGB"
+    assert FlatFolder(folder / "cat" / "2.png").paths == (folder / "cat" / "2.png",)
+    assert isinstance(open_source({"folder": str(folder / "cat")}, labeled=False), FlatFolder)
+    for place in (folder, folder / "none"):
+        with pytest.raises(InputError, match=str(place)):
+            FlatFolder(place)

@@ -1,0 +1,76 @@
+"""Layout of suite files: every fault is found and named."""
+
+from pathlib import Path
+
+import pytest
+from suite_faults import faults_of
+from tiny import content_of, write_file
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.suites.suite import Suite
+
+
+def test_every_fault_of_the_layout_is_listed(root: Path) -> None:
+    content = content_of(root)
+    content["bakcbone"] = content.pop("backbone")
+    colors, grays, stripes = content["tasks"].values()
+    colors["experts"] = colors.pop("expert")
+    colors["classes"] = ["red", False, 3]
+    grays["templates"] = ["a gray", "a {} grey"]
+    grays["data"]["val"] = {"parqet": "x.parquet"}
+    grays["data"]["test"] = {"parquet": 3, "lable": "y"}
+    stripes["data"] = []
+    content["tasks"]["a task"] = stripes
+    content["tasks"]["nothing"] = None
+    lines = faults_of(Suite.load, write_file(root, content))
+    assert lines == [
+        "the file: unknown key `bakcbone` (did you mean `backbone`?)",
+        "the file: `backbone` is missing",
+        "tasks.colors: unknown key `experts` (did you mean `expert`?)",
+        "tasks.colors: `expert` is missing",
+        "tasks.colors.classes: entry 1 must be text, not the bool False; put it in quotes",
+        "tasks.colors.classes: entry 2 must be text, not the int 3; put it in quotes",
+        "tasks.grays.data.val: unknown key `parqet` (did you mean `parquet`?); "
+        "a source is one of parquet, hub, folder, torchvision",
+        "tasks.grays.data.test: unknown key `lable` (did you mean `label`?); known are parquet, image, label",
+        "tasks.grays.data.test: `parquet` must be a text, not 3",
+        "tasks.grays.templates: 'a gray' has no {} for the class name",
+        "tasks.stripes.data: must be a mapping of splits (val, test, train) to data sources, not the list []",
+        "tasks: task name 'a task' must be text of letters, digits, `_` and `-` (quote a number)",
+        "tasks.nothing: must be a mapping with the keys expert, data, not empty",
+    ]
+
+
+def test_other_braces_in_a_template_are_text(root: Path) -> None:
+    content = content_of(root)
+    content["tasks"]["grays"]["templates"] = ["a {} {shade} }{", "{} and {}"]
+    assert Suite.load(write_file(root, content)).tasks["grays"].templates == ("a {} {shade} }{", "{} and {}")
+    content["tasks"]["grays"]["templates"] = ["a {shade}", "a { }"]
+    assert len(faults_of(Suite.load, write_file(root, content))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("", "must be a mapping with the keys backbone, tasks, not empty"),
+        ("a: [", "not valid YAML"),
+        ("backbone: x\nbackbone: y\n", "key 'backbone' is given twice"),
+        ("backbone: x\ntasks: {}\n", "with one task at least"),
+        ("backbone: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("backbone: local-dir:x\npretrained: openai\ntasks: {a: {expert: e, data: {val: {folder: f}}}}", "remove `pretrained`"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, text: str, hint: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(InputError, match=hint):
+        Suite.load(tmp_path / "s.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        Suite.load(tmp_path / "missing.yaml")
+
+
+def test_classes_missing_from_suite_and_data(root: Path) -> None:
+    content = content_of(root)
+    del content["tasks"]["grays"]["classes"]
+    content["tasks"]["grays"]["data"] = {"val": {"parquet": "data/none.parquet"}}
+    lines = faults_of(Suite.load, write_file(root, content))
+    assert lines == [f"tasks.grays.classes: not given, and not found in the data: {root}/data/none.parquet: no such file"]

@@ -1,0 +1,113 @@
+"""Values kept on disk: read again, spoiled, not writable, shared by processes."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergekit_vision.support.cache import TENSOR, Cache, json_form
+from mergekit_vision.support.team import Team
+
+
+def share(value: Any) -> float:
+    if not isinstance(value, float):
+        raise ValueError("not a share")
+    return value
+
+
+SHARES = Cache("shares", json_form(share))
+
+
+def counting(values: list[Any]) -> Callable[[], Any]:
+    """Gives the next of ``values`` at each call, so that what is left says how often it was called."""
+    return lambda: values.pop(0)
+
+
+def test_a_value_is_computed_once_for_the_same_parts() -> None:
+    values = [0.625, 0.5]
+    assert [SHARES.recall(["a", "b"], counting(values)) for _ in range(3)] == [0.625] * 3
+    assert SHARES.recall(["a", "c"], counting(values)) == 0.5
+    assert values == []
+
+
+def test_parts_are_told_apart_and_so_are_folders() -> None:
+    values = list(range(5))
+    caches = [Cache(folder, json_form(int)) for folder in ("one", "two")]
+    found = [cache.recall(parts, counting(values)) for cache in caches for parts in (["a", "b"], ["b", "a"])]
+    assert found == [0, 1, 2, 3]
+    assert [cache.recall(["a", "b"], counting(values)) for cache in caches] == [0, 2]
+
+
+def test_what_depends_on_something_unknown_is_not_kept(cache: Path) -> None:
+    values = [0.1, 0.2]
+    assert [SHARES.recall(None, counting(values)) for _ in range(2)] == [0.1, 0.2]
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("spoiled", [b"", b"{", b"[]", b"null", b'"0.5"', b"\xff\xfe", b"\x00" * 100])
+def test_a_spoiled_entry_is_computed_again_and_mended(cache: Path, spoiled: bytes) -> None:
+    values = [0.5, 0.75]
+    SHARES.recall(["key"], counting(values))
+    (file,) = (cache / "shares").iterdir()
+    file.write_bytes(spoiled)
+    assert [SHARES.recall(["key"], counting(values)) for _ in range(2)] == [0.75, 0.75]
+
+
+def test_a_directory_that_cannot_be_written_to_is_one_warning_and_the_value_all_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = cache / "a file"
+    blocked.touch()
+    monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(blocked))
+    values = [0.1, 0.2, 0.3]
+    with caplog.at_level(logging.WARNING, logger="mergekit_vision"):
+        assert [SHARES.recall(["key"], counting(values)) for _ in range(3)] == [0.1, 0.2, 0.3]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"{blocked}: cannot be written to (")
+
+
+def test_plain_values_come_back_in_their_order(cache: Path) -> None:
+    value = {"z": [1, 2.5, None], "a": {"y": True, "b": "text"}}
+    entries = Cache("entries", json_form(dict[str, Any]))
+    found = [entries.recall(["key"], counting([value])), entries.recall(["key"], counting([]))]
+    assert [json.dumps(entry) for entry in found] == [json.dumps(value)] * 2
+    (file,) = (cache / "entries").iterdir()
+    assert json.loads(file.read_text()) == value
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(6.0).view(2, 3).T, torch.zeros(0, 4), torch.ones(2, dtype=torch.bfloat16)])
+def test_a_tensor_comes_back_bit_for_bit(cache: Path, tensor: torch.Tensor) -> None:
+    tensors = Cache("tensors", TENSOR)
+    for values in ([tensor], []):
+        found = tensors.recall(["key"], counting(values))
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+    (file,) = (cache / "tensors").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert torch.equal(tensors.recall(["key"], counting([tensor + 1])), tensor + 1)
+
+
+def test_the_first_time_gives_what_later_times_give() -> None:
+    """A tuple becomes a list on its way through JSON, at once and not only when it is read again."""
+    lists = Cache("lists", json_form(list))
+    assert lists.recall(["key"], lambda: (1, 2)) == lists.recall(["key"], lambda: pytest.fail("computed again")) == [1, 2]
+
+
+def test_all_processes_take_the_first_ones_value(cache: Path) -> None:
+    """Played in one process: what the first one sends, the second one receives. Only the first reads and writes."""
+    sent: list[Any] = []
+    first = Cache("shares", json_form(share), Team(0, 2, lambda value, _: sent.append(value) or value))
+    second = Cache("shares", json_form(share), Team(1, 2, lambda value, _: sent.pop(0)))
+    assert first.recall(["key"], lambda: 0.25) == 0.25
+    assert second.recall(["key"], lambda: 0.5) == 0.25, "nothing was known: both compute, and the first one's counts"
+    (file,) = (cache / "shares").iterdir()
+    assert first.recall(["key"], lambda: pytest.fail("it is known")) == 0.25
+    file.unlink()  # the second one's own directory may lie on another machine
+    assert second.recall(["key"], lambda: pytest.fail("the first process has it")) == 0.25
+    assert not file.exists()
+    assert sent == []

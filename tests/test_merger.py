@@ -1,0 +1,114 @@
+"""The contract's data: what mergers may ask for, and what a merged model is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from synthetic import INFOS, LINEARS, Zoo
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.merger import Merged, MergeInputs, linears_of_kind, merged_weights
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Zoo:
+    return Zoo(tasks=3)
+
+
+def test_merged_weights_scale_all_but_the_fixed_keys() -> None:
+    base = {"visual.a": torch.tensor([1.0]), "visual.b": torch.tensor([1.0]), "visual.c": torch.tensor([1.0])}
+    merged = Merged({"visual.a": torch.tensor([2.0]), "visual.b": torch.tensor([2.0])}, scale=0.5, fixed=frozenset({"visual.b"}))
+    assert {key: value.item() for key, value in merged_weights(base, merged).items()} == {
+        "visual.a": 2.0,
+        "visual.b": 3.0,
+        "visual.c": 1.0,
+    }
+    assert merged_weights(base, merged, 3.0)["visual.a"].item() == 7.0
+    assert base["visual.a"].item() == 1.0
+    assert merged.update["visual.a"].item() == 2.0
+
+
+def test_fixed_keys_must_be_updated() -> None:
+    with pytest.raises(ValueError, match=r"does not have: \['visual.b'\]"):
+        Merged({"visual.a": torch.zeros(1)}, fixed=frozenset({"visual.b"}))
+
+
+def test_what_is_fixed_cannot_be_scaled() -> None:
+    update = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    assert Merged(update).scalable
+    assert Merged(update, fixed=frozenset("a")).scalable
+    assert not Merged(update, fixed=frozenset("ab")).scalable
+    assert not Merged({}).scalable
+
+
+def test_task_vectors_are_float32_and_in_the_order_of_the_tasks(zoo: Zoo) -> None:
+    inputs, key = zoo.inputs([2, 0]), "visual.proj"
+    half = replace(inputs, experts={task: {key: weights[key].bfloat16()} for task, weights in inputs.experts.items()})
+    assert inputs.tasks == ("task2", "task0")
+    assert torch.equal(inputs.deltas(key), torch.stack([inputs.delta(task, key) for task in inputs.tasks]))
+    assert torch.equal(inputs.delta("task0", key), zoo.experts["task0"][key] - zoo.base[key])
+    assert half.deltas(key).dtype == half.delta("task0", key).dtype == torch.float32
+    assert torch.equal(half.delta("task0", key), zoo.experts["task0"][key].bfloat16().float() - zoo.base[key])
+
+
+def test_whether_an_expert_changed_a_parameter(zoo: Zoo) -> None:
+    frozen = {**zoo.experts, "task1": {**zoo.experts["task1"], "visual.proj": zoo.base["visual.proj"].clone()}}
+    inputs = replace(zoo.inputs(), experts=frozen)
+    assert [inputs.changed(task, "visual.proj") for task in inputs.tasks] == [True, False, True]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_expert_that_is_not_finite_is_named(zoo: Zoo, value: float) -> None:
+    spoiled = zoo.experts["task1"]["visual.proj"].clone()
+    spoiled[1, 2] = value
+    inputs = replace(zoo.inputs(), experts={**zoo.experts, "task1": {**zoo.experts["task1"], "visual.proj": spoiled}})
+    for ask in (lambda: inputs.delta("task1", "visual.proj"), lambda: inputs.deltas("visual.proj")):
+        with pytest.raises(InputError, match=r"the expert of task task1 holds NaN or infinity in visual\.proj"):
+            ask()
+    assert inputs.delta("task0", "visual.proj").isfinite().all()
+
+
+def test_only_layers_that_there_are_can_be_observed(zoo: Zoo) -> None:
+    seen: list[Tensor] = []
+    zoo.inputs().observe("task0", {LINEARS[0]: seen.append})
+    assert sum(map(len, seen)) == zoo.images
+    with pytest.raises(
+        InputError, match=r"not a Linear layer of this encoder: visual\.nothing; its layers are visual\.transformer"
+    ):
+        zoo.inputs().observe("task0", {LINEARS[0]: seen.append, "visual.nothing": seen.append})
+    with pytest.raises(InputError, match="needs proxy images, but none are configured"):
+        replace(zoo.inputs(), run_proxies=None).observe("task0", {LINEARS[0]: seen.append})
+
+
+def test_layers_are_chosen_by_their_kind() -> None:
+    assert [linear.name for linear in linears_of_kind(INFOS, ("c_fc", "in_proj"))] == [
+        name for name in LINEARS if name.endswith(("c_fc", "in_proj"))
+    ]
+    assert linears_of_kind(INFOS, ("c_proj",)) == [INFOS[3], INFOS[7]]
+    for kinds in ((), ("c_fd",), ("c_fc", "c_fd")):
+        with pytest.raises(InputError, match="but must name some of in_proj, out_proj, c_fc, c_proj"):
+            linears_of_kind(INFOS, kinds)
+    with pytest.raises(InputError, match="must name some"):
+        linears_of_kind(INFOS[:1], ("c_fc",))
+
+
+def test_the_coefficient_is_the_methods_own_unless_somebody_chooses(zoo: Zoo) -> None:
+    merged = Merged({"visual.proj": zoo.base["visual.proj"]}, scale=0.3)
+    assert zoo.inputs().coefficient(merged) == 0.3
+    assert replace(zoo.inputs(), choose_scale=lambda asked: 2 * asked.scale).coefficient(merged) == 0.6
+
+
+def test_work_is_shared_out_by_size() -> None:
+    seen: dict[str, int] = {}
+    base = {"visual.proj": torch.zeros(3, 4), "visual.bias": torch.zeros(5)}
+
+    def share(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
+        seen.update(items)
+        return {item: function(item) for item in items}
+
+    inputs = MergeInputs(base, {"task": base}, share=share)
+    assert inputs.spread(len, [*base, "task"], "counting") == {"visual.proj": 11, "visual.bias": 11, "task": 4}
+    assert seen == {"visual.proj": 12, "visual.bias": 5, "task": 1}
