@@ -142,7 +142,7 @@ class Comparison(LightningModule):
             "tasks": {task: {"images": size, "classes": len(suite.tasks[task].classes)} for task, size in sizes.items()},
             "split": TEST,
             "scale": recipe.scale,
-            "search": asdict(recipe.search) if recipe.scale == "search" else None,
+            "search": asdict(recipe.search) if recipe.scale in ("search", "agreement") else None,
             "route": recipe.route,
             "proxies": asdict(data.proxies),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")),

@@ -46,8 +46,10 @@ def of_experts(evaluator: Evaluator, experts: Mapping[str, CheckpointWeights]) -
 
 def of_recipe(evaluator: Evaluator, recipe: Recipe) -> list[str]:
     """What the coefficient and the routing depend on, besides the method."""
-    searched = [evaluator.data.fingerprint(task, split) for split in recipe.searched for task in recipe.chosen(evaluator.data.suite)]
-    return [str(recipe.scale), recipe.route, *([str(recipe.search), *searched] if searched else [])]
+    data, parts = evaluator.data, [str(recipe.scale), recipe.route]
+    if recipe.scale in ("search", "agreement"):
+        parts += [str(recipe.search), *(data.fingerprint(task, split) for split in recipe.searched for task in data.suite.tasks)]
+    return parts
 
 
 def of_merger(merger: Merger) -> list[str] | None:

@@ -45,9 +45,10 @@ class MergedCLIP(LightningModule):
     Args:
         merger: the merging method. ``compare`` alone does without: it has methods of its own.
         merged: directory of a model merged before, instead of ``merger``.
-        scale: scaling coefficient of the merged task vector: a number, ``merger`` for the method's own, or ``search`` to choose
-            it by the mean normalized accuracy on the ``val`` split.
-        search: how ``search`` goes about it.
+        scale: scaling coefficient of the merged task vector: a number; ``merger`` for the method's own; ``search`` to choose it
+            by the mean normalized accuracy on the ``val`` split; ``agreement`` to choose it without labels, by the agreement
+            with the experts on the proxy images.
+        search: range and effort of a search.
         experts: tasks whose experts are merged; all by default. Every task is evaluated all the same.
         route: how a dynamic model chooses its experts: by its ``router``, by the true task (``oracle``, the ceiling), or not at
             all (``base``).
@@ -65,7 +66,7 @@ class MergedCLIP(LightningModule):
         self,
         merger: Merger | None = None,
         merged: str | None = None,
-        scale: float | Literal["merger", "search"] = "merger",
+        scale: float | Literal["merger", "search", "agreement"] = "merger",
         search: ScaleSearch = _DEFAULT_SEARCH,
         experts: list[str] | None = None,
         route: Route = "router",
@@ -243,9 +244,10 @@ class MergedCLIP(LightningModule):
                 labels = {linear.name: f"{linear.block} {linear.kind}" for linear in encoder.linears}
                 save_png(draw_routing(results["routing"], labels), path.with_name("routing.png"))
         write_json(path, results)
-        merger, scale = self.record.get("merger", {}).get("name"), self.record.get("scale")
+        merger, scale = self.record.get("merger", {}), self.record.get("scale")
+        name = merger.get("recipe", merger.get("name"))  # models merged before had no recipe
         how = f", route {route}" if route != "router" else ""
-        show(results_table(results, f"{merger} at coefficient {scale:g}{how} on {split} → {path}"))
+        show(results_table(results, f"{name} at coefficient {scale:g}{how} on {split} → {path}"))
 
     # ------------------------------------------------------------------------------------------- prediction
 

@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from mergekit_vision.support.console import show
 from mergekit_vision.support.files import replacing
 from mergekit_vision.support.team import Team
-from mergekit_vision.support.console import show
 
 _SHOWN = 20
 

@@ -84,13 +84,13 @@ def test_the_backbone_is_what_coefficient_zero_gives(trainer: Trainer, tiny_suit
 def test_a_proxy_batch_size_changes_nothing(tmp_path: Path, tiny_suite: Path) -> None:
     encoders = []
     for batch_size in (3, 64):
-        model = MergedCLIP(ESM())
-        Trainer(default_root_dir=str(tmp_path), accelerator="cpu").merge(
-            model, VisionTasks(str(tiny_suite), batch_size=batch_size)
-        )
+        model, data = MergedCLIP(ESM()), VisionTasks(str(tiny_suite), batch_size=batch_size)
+        Trainer(default_root_dir=str(tmp_path), accelerator="cpu").merge(model, data)
         encoders.append(model.encoder.weights())
+    base = Workbench.open(data, Runtime(torch.device("cpu"))).base
     for key, value in encoders[0].items():
-        torch.testing.assert_close(encoders[1][key], value, rtol=1e-4, atol=1e-6)
+        update = value - base[key]
+        assert (encoders[1][key] - value).norm() <= forward(2 * 8 + 2, 128) * update.norm(), "as forward passes round"
 
 
 def test_arguments_that_contradict_each_other(trainer: Trainer, tiny_suite: Path) -> None:

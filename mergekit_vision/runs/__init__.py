@@ -1,0 +1,1 @@
+"""Runs: Lightning's module and trainer, and the comparison of methods."""

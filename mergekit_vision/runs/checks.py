@@ -1,0 +1,46 @@
+"""Checks of a run before any long work starts."""
+
+import os
+from pathlib import Path
+
+from mergekit_vision.encoders.backbone import describe_backbone
+from mergekit_vision.errors import InputError
+from mergekit_vision.export.directory import read_record
+from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.json_files import same
+
+
+def check_place(directory: Path) -> None:
+    """Refuse a directory that cannot be written into.
+
+    Raises:
+        InputError: when it, or what is above it, is a file or read-only.
+    """
+    nearest = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"`default_root_dir` {directory}: {nearest} is a file; name a directory", of="trainer")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"`default_root_dir` {directory}: {nearest} cannot be written to; name another directory", of="trainer")
+
+
+def check_merged(directory: Path, suite: Suite) -> None:
+    """Refuse a merged model that does not belong to a suite.
+
+    Raises:
+        InputError: when there is none, or it was merged from another backbone.
+    """
+    read_record(directory)
+    merged = describe_backbone(f"local-dir:{directory}")
+    backbone = describe_backbone(suite.backbone, suite.pretrained)
+    if merged.shapes != backbone.shapes or not same(merged.preprocess, backbone.preprocess):
+        raise InputError(f"{directory}: merged from another backbone than that of {suite.path} ({suite.backbone})")
+
+
+def check_processes(processes: int, images: int) -> None:
+    """Refuse more processes than images.
+
+    Raises:
+        InputError: when some process would have none.
+    """
+    if images < processes:
+        raise InputError(f"`devices`: {processes} processes for {images} images; take fewer", of="trainer")

@@ -1,0 +1,55 @@
+"""What is refused before any long work starts."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mergekit_vision import InputError, MergedCLIP, Trainer, VisionTasks
+from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+from mergekit_vision.runs.checks import check_merged, check_place, check_processes
+from mergekit_vision.suites.suite import Suite
+
+
+def test_a_directory_that_can_be_made_is_let_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_place(tmp_path)
+    check_place(tmp_path / "deep" / "down")
+    monkeypatch.chdir(tmp_path)
+    check_place(Path("relative"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "deep"):
+        with pytest.raises(
+            InputError, match=rf"^`default_root_dir` {place}: {tmp_path}/file is a file; name a directory$"
+        ) as caught:
+            check_place(place)
+        assert caught.value.of == "trainer"
+        with pytest.raises(InputError, match="is a file"):
+            Trainer(default_root_dir=str(place))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write anywhere")
+def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="cannot be written to; name another directory"):
+        check_place(tmp_path / "locked" / "deep")
+
+
+def test_more_processes_than_images() -> None:
+    check_processes(2, 2)
+    with pytest.raises(InputError, match="`devices`: 3 processes for 2 images; take fewer") as caught:
+        check_processes(3, 2)
+    assert caught.value.of == "trainer"
+
+
+def test_a_merged_model_belongs_to_its_suite(tiny_suite: Path, tmp_path: Path) -> None:
+    suite = Suite.load(tiny_suite)
+    with pytest.raises(InputError, match="not a merged model"):
+        check_merged(tmp_path, suite)
+    Trainer(default_root_dir=str(tmp_path), accelerator="cpu").merge(MergedCLIP(TaskArithmetic()), VisionTasks(str(tiny_suite)))
+    check_merged(tmp_path, suite)
+    with pytest.raises(InputError, match=r"merged from another backbone than that of .*suite\.yaml \(local-dir:"):
+        check_merged(tmp_path, Suite.load("demo"))
