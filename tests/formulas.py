@@ -1,7 +1,5 @@
 """The published formulas, written plainly in float64 with full SVDs; nothing of the package is used."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -30,20 +28,7 @@ def ties(vectors: Tensor, percent: int, aggregate: str) -> Tensor:
     return total / (agreeing != 0).sum(0).clamp(min=1) if aggregate == "mean" else total
 
 
-class Reference(NamedTuple):
-    """A merged matrix, and how much its polar factors amplify errors of what they are taken of."""
-
-    value: Tensor
-    condition: float
-
-
-def condition(*matrices: Tensor) -> float:
-    """Largest ratio of singular values, null ones left out, among matrices."""
-    spectra = [torch.linalg.svdvals(matrix) for matrix in matrices]
-    return max([1.0, *(float(S[0] / S[S > 1e-7 * S[0]][-1]) for S in spectra if S.any())])
-
-
-def tsvm(deltas: Tensor, k: int | None = None) -> Reference:
+def tsvm(deltas: Tensor, k: int | None = None) -> Tensor:
     """The leading singular vectors of all tasks, side by side, made orthogonal."""
     T, o, i = deltas.shape
     k = min(o, i) // T if k is None else k
@@ -51,7 +36,7 @@ def tsvm(deltas: Tensor, k: int | None = None) -> Reference:
     U = torch.cat([svd[0][:, :k] for svd in svds], 1)
     S = torch.cat([svd[1][:k] for svd in svds])
     V = torch.cat([svd[2][:k] for svd in svds])
-    return Reference(polar_svd(U)[0] @ torch.diag(S) @ polar_svd(V)[0], condition(U, V))
+    return polar_svd(U)[0] @ torch.diag(S) @ polar_svd(V)[0]
 
 
 def esm(
@@ -64,22 +49,16 @@ def esm(
     gain: float = 2.0,
     k: int | None = None,
     norm: str = "delta",
-) -> Reference:
-    """Steps 1 to 6 of ESM on one matrix: ``deltas`` is ``[T, o, i]``, ``rows[t]`` is ``[n, i]``.
-
-    The condition is that of the polar factors times that of the directions: how far the strongest shift that is possible lies
-    above the gap between the last direction that is kept and the next.
-    """
+) -> Tensor:
+    """Steps 1 to 6 of ESM on one matrix: ``deltas`` is ``[T, o, i]``, ``rows[t]`` is ``[n, i]``."""
     T, o, _ = deltas.shape
     k = o // T if k is None else k
-    Es, Cs, norms, gaps = [], [], [], [1.0]
+    Es, Cs, norms = [], [], []
     for delta, X in zip(deltas, rows, strict=True):
         Y = X @ delta.T
         _, S, Vh = torch.linalg.svd(Y, full_matrices=False)
         # k may exceed the rank of Y: null directions are left out
         kept = min(k, int((S / S[0] > 1e-9).sum()))
-        following = float(S[kept]) if kept < len(S) else 0.0
-        gaps.append(float(torch.linalg.matrix_norm(X, 2) * torch.linalg.matrix_norm(delta, 2)) / (float(S[kept - 1]) - following))
         eigenvalues, E = S[:kept] ** 2 / (len(Y) - 1), Vh[:kept].T
         C = E.T @ delta
         norms.append((delta if norm == "delta" else C).norm())
@@ -92,7 +71,7 @@ def esm(
     columns = C.norm(dim=0)
     C = C @ torch.diag((columns / columns.mean()) ** dimension)
     (polar_E, mean_E), (polar_C, mean_C) = polar_svd(E), polar_svd(C)
-    return Reference(gain * mean_E * mean_C * polar_E @ polar_C, max(gaps) * condition(E, C))
+    return gain * mean_E * mean_C * polar_E @ polar_C
 
 
 def inter_layer(layers: list[Tensor], power: float = 2.0) -> list[Tensor]:

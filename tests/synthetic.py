@@ -1,14 +1,16 @@
 """A small made-up encoder with T experts, as merge inputs: the keys, shapes and statistics of a CLIP vision tower."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Observer
+from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, NormInfo, Observer, Weights
 
-WIDTH, BLOCKS, TOKENS, PATCH, EMBED = 24, 2, 5, 4, 16
+WIDTH, BLOCKS, TOKENS, PATCH, EMBED, HEADS = 24, 2, 5, 4, 16, 2
 KINDS = {
     "attn.in_proj": (3 * WIDTH, WIDTH),
     "attn.out_proj": (WIDTH, WIDTH),
@@ -33,6 +35,12 @@ INFOS = tuple(
     for position, name in enumerate(LINEARS)
 )
 
+NORMS = tuple(
+    NormInfo(name, f"{name}.weight", f"{name}.bias", block)
+    for block in range(BLOCKS)
+    for name in (f"visual.transformer.resblocks.{block}.ln_{at}" for at in (1, 2))
+)
+
 
 def shapes() -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {
@@ -46,6 +54,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
         shape = KINDS[linear.split(".", 4)[-1]]
         found[weight_key(linear)] = shape
         found[bias_key(linear)] = shape[:1]
+    for norm in NORMS:
+        found[norm.weight] = found[norm.bias] = (WIDTH,)
     return found
 
 
@@ -62,7 +72,9 @@ def _spectral(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 class Zoo:
     """Weights of a backbone and of ``tasks`` experts, and each expert's layer inputs on its proxy images.
 
-    ``layer_inputs[task][linear]`` is ``[images, tokens, d_in]``, handed to observers ``batch`` images at a time.
+    ``layer_inputs[task][linear]`` is ``[images, tokens, d_in]``, handed to observers ``batch`` images at a time. They are made
+    up, so that their statistics are under control. As ``inputs().streams`` the zoo runs ``pictures[task]`` through real blocks
+    instead, in the precision of the weights that it is given. ``asked`` names the tasks whose proxies were run either way.
     """
 
     tasks: int
@@ -73,11 +85,15 @@ class Zoo:
     base: dict[str, Tensor] = field(init=False)
     experts: dict[str, dict[str, Tensor]] = field(init=False)
     layer_inputs: dict[str, dict[str, Tensor]] = field(init=False)
+    pictures: dict[str, Tensor] = field(init=False)
+    asked: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         names = [f"task{t}" for t in range(self.tasks)]
         self.base = {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes().items()}
+        for norm in NORMS:
+            self.base[norm.weight] += 1
         self.experts = {
             name: {
                 # tasks, and layers of one kind, change by different amounts
@@ -87,6 +103,8 @@ class Zoo:
             for t, name in enumerate(names)
         }
         self.layer_inputs = {name: {linear: self._activations(linear, generator) for linear in LINEARS} for name in names}
+        side = PATCH * round((TOKENS - 1) ** 0.5)
+        self.pictures = {name: torch.randn(self.images, 3, side, side, generator=generator) + t for t, name in enumerate(names)}
 
     def _activations(self, linear: str, generator: torch.Generator) -> Tensor:
         """Correlated, with a mean that dominates, as a transformer's are."""
@@ -95,9 +113,43 @@ class Zoo:
         return torch.randn(self.images, TOKENS, d, generator=generator) @ mixing + torch.randn(d, generator=generator)
 
     def run_proxies(self, task: str, observers: Mapping[str, Observer], model: Merged | None = None) -> None:
+        self.asked.add(task)
         for start in range(0, self.images, self.batch):
             for linear, observer in observers.items():
                 observer(self.layer_inputs[task][linear][start : start + self.batch])
+
+    def embed(self, task: str, weights: Weights) -> Tensor:
+        """The tokens that enter block 0."""
+        self.asked.add(task)
+        kernel = weights["visual.conv1.weight"]
+        patches = F.conv2d(self.pictures[task].to(kernel.dtype), kernel, stride=PATCH).flatten(2).transpose(1, 2)
+        first = weights["visual.class_embedding"].expand(len(patches), 1, WIDTH)
+        return torch.cat([first, patches], 1) + weights["visual.positional_embedding"]
+
+    def block(self, index: int, weights: Weights, tokens: Tensor, observers: Mapping[str, Observer]) -> Tensor:
+        """The tokens that leave a block: attention and MLP, each after a layer normalization and around a shortcut."""
+        start = f"visual.transformer.resblocks.{index}"
+        assert all(name.startswith(f"{start}.") for name in observers)
+
+        def seen(name: str, x: Tensor) -> Tensor:
+            if (name := f"{start}.{name}") in observers:
+                observers[name](x)
+            return x
+
+        def norm(name: str, x: Tensor) -> Tensor:
+            return F.layer_norm(seen(name, x), (WIDTH,), weights[f"{start}.{name}.weight"], weights[f"{start}.{name}.bias"])
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            key = f"{start}.{name}"
+            return F.linear(seen(name, x), weights[weight_key(key)], weights[bias_key(key)])
+
+        def run(x: Tensor) -> Tensor:
+            q, k, v = linear("attn.in_proj", norm("ln_1", x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            mixed = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+            x = x + linear("attn.out_proj", mixed.transpose(1, 2).flatten(2))
+            return x + linear("mlp.c_proj", F.gelu(linear("mlp.c_fc", norm("ln_2", x))))
+
+        return torch.cat([run(part) for part in tokens.split(self.batch)])
 
     def rows(self, task: str, linear: str) -> Tensor:
         """All input rows of a layer, ``[n, d_in]``, float64."""
@@ -105,11 +157,26 @@ class Zoo:
 
     def inputs(self, order: list[int] | None = None) -> MergeInputs:
         names = list(self.experts) if order is None else [list(self.experts)[i] for i in order]
-        return MergeInputs(self.base, {name: self.experts[name] for name in names}, INFOS, run_proxies=self.run_proxies)
+        experts = {name: self.experts[name] for name in names}
+        return MergeInputs(self.base, experts, INFOS, run_proxies=self.run_proxies, norms=NORMS, streams=self)
 
     def delta64(self, key: str) -> Tensor:
         """Task vectors ``[T, ...]`` in float64, of the float32 differences."""
         return torch.stack([expert[key] - self.base[key] for expert in self.experts.values()]).double()
+
+
+def moved(zoo: Zoo, seed: int, size: float) -> Zoo:
+    """The same model for formulas, with noise of a ``size`` relative to the norm of every task vector and layer input."""
+    generator, other = torch.Generator().manual_seed(seed), copy(zoo)
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + size * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    vars(other).update(
+        delta64=lambda key: torch.stack([noisy(delta) for delta in zoo.delta64(key)]),
+        rows=lambda task, linear: noisy(zoo.rows(task, linear)),
+    )
+    return other
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -43,10 +43,11 @@ def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_line_finds_it_by_name(installed: Path, tiny_suite: Path, tmp_path: Path) -> None:
-    options = ("--suite", str(tiny_suite), "--model.merger", "IsoC", "--model.merger.other", "mean", "--output", "out")
+    options = ("--suite", str(tiny_suite), "--model.merger", "Isotropic", "--model.merger.other", "mean", "--output", "out")
     python("-m", "mergekit_vision", "test", *options, where=tmp_path, packages=installed)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["merger"] == {"name": "IsoC", "class_path": "mergekit_vision_isoc.isoc.IsoC", "init_args": {"other": "mean"}}
+    path = "mergekit_vision_isotropic.method.Isotropic"
+    assert found["merger"] == {"name": "Isotropic", "recipe": "Isotropic", "class_path": path, "init_args": {"other": "mean"}}
     assert found["scale"] == 1.0
     assert 0 < found["mean"]["accuracy"] <= 1
 
@@ -57,5 +58,5 @@ def test_its_own_tests_pass(installed: Path, source: Path) -> None:
 
 def test_it_keeps_the_contract(installed: Path) -> None:
     """As its README says: the checkout's tests of the contract run every method that is installed."""
-    options = ("tests/plugins/test_contract.py", "-k", "IsoC", "-p", "no:cacheprovider")
+    options = ("tests/plugins/test_contract.py", "-k", "Isotropic", "-p", "no:cacheprovider")
     assert " passed" in python("-m", "pytest", *options, where=REPOSITORY, packages=installed)

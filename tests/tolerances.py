@@ -6,9 +6,10 @@ float64. They are relative to the result's norm or largest entry, and hold for e
 Stability of Numerical Algorithms, 2002.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from synthetic import Zoo, moved
 from torch import Tensor
 
 
@@ -84,3 +85,15 @@ def of_formula(formula: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dty
         moved = [x + eps(dtype) * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator).double() for x in inputs]
         change = max(change, float((formula(*moved) - exact).norm() / exact.norm()))
     return 8 * (change + eps(dtype))
+
+
+def of_model(formula: Callable[[Zoo], Mapping[str, Tensor]], zoo: Zoo) -> dict[str, float]:
+    """The same for each key of a whole model, by its task vectors and layer inputs."""
+    exact, changes = formula(zoo), []
+    for seed in range(3):
+        other = formula(moved(zoo, seed, eps()))
+        changes.append({key: float((other[key] - value).norm()) for key, value in exact.items()})
+    return {
+        key: 8 * (max(change[key] for change in changes) / norm + eps()) if (norm := float(value.norm())) else 0.0
+        for key, value in exact.items()
+    }

@@ -1,9 +1,13 @@
 """Short names of the options that matter, and checks of what was typed before the parser sees it."""
 
 import inspect
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from mergekit_vision import registry
 from mergekit_vision.errors import InputError
@@ -37,7 +41,7 @@ SHORT = (
     Short(("--mergers",), "--mergers", "LIST", "methods to compare: '[TIES, ESM]'; all unless given", ("compare",)),
     Short(("--task",), "--task", "NAME", "task whose classes are predicted", ("predict",)),
     Short(("--images",), "--images", "PATH", "directory of images, or one image", ("predict",)),
-    Short(("--scale",), "--model.scale", "VALUE", "scaling coefficient: a number, merger (the method's own) or search"),
+    Short(("--scale",), "--model.scale", "VALUE", "coefficient: a number, merger (the method's own), search or agreement"),
     Short(("--experts",), "--model.experts", "LIST", "merge the experts of these tasks only: '[mnist, gtsrb]'"),
     Short(("--route",), "--model.route", "RULE", "dynamic models: router, oracle (the true task's expert) or base"),
     Short(("--proxies",), "--data.proxies.n", "N", "unlabeled proxy images a task; --proxies.split and others set the rest"),
@@ -99,10 +103,52 @@ def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
             _check_part(option, known, values)
 
 
+def merger_names(arguments: Sequence[str]) -> list[str]:
+    """Names and class paths of the mergers that a command line and its configuration files give, bases included.
+
+    >>> from mergekit_vision.cli.options import merger_names
+    >>> merger_names(["--model.merger", "mine.Half", "--model.merger.base=TIES", "--model.merger.rank", "4"])
+    ['mine.Half', 'TIES']
+    """
+    found = []
+    for option, value in _pairs(arguments):
+        if (
+            option.startswith("--model.merger")
+            and option.rpartition(".")[2] in ("merger", "base", "class_path")
+            and _is_name(value)
+        ):
+            found.append(value)
+        elif option == "--mergers":
+            found += re.findall(r"[\w.]+", value)
+        elif option == "--config":
+            found += _named_in(value)
+    return found
+
+
+def _named_in(config: str) -> Iterator[str]:
+    """Class paths under ``model.merger`` of a configuration file; none where it cannot be read, which the parser says."""
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        yield from _class_paths(content["model"]["merger"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return
+
+
+def _class_paths(content: object) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            if key == "class_path" or isinstance(value, Mapping):
+                yield from _class_paths(value)
+
+
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Options with their values, as they were typed."""
     for argument, following in pairwise([*arguments, ""]):
-        if argument.startswith("--"):
+        if argument == "-c":
+            yield "--config", following
+        elif argument.startswith("--"):
             option, equals, value = argument.partition("=")
             yield option, value if equals else following
 

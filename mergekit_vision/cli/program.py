@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from mergekit_vision import registry
 from mergekit_vision.cli.commands import COMMANDS
 from mergekit_vision.cli.messages import Parser, explain
-from mergekit_vision.cli.options import check_options, expanded
+from mergekit_vision.cli.options import check_options, expanded, merger_names
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.directory import RECORD
@@ -99,8 +99,10 @@ def run(arguments: list[str]) -> None:
         InputError: for anything the user can mend.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    with _process_arguments([arguments[0], *expanded(arguments[1:])]), console_output(), quiet_lightning():
+    arguments = [arguments[0], *expanded(arguments[1:])]
+    with _process(arguments), console_output(), quiet_lightning():
         registry.mergers()  # their names become values of --model.merger
+        _import_mergers(arguments)
         try:
             MergeCLI(
                 MergedCLIP,
@@ -120,14 +122,32 @@ def run(arguments: list[str]) -> None:
 
 
 @contextmanager
-def _process_arguments(arguments: list[str]) -> Iterator[None]:
+def _process(arguments: list[str]) -> Iterator[None]:
     """The process's own arguments, with which Lightning starts the other processes of a node, and its import path.
 
-    The working directory comes last on the path: a class path may name a file beside the user, as with ``python -m``.
+    ``python -m`` puts the working directory first on the path, where a file there would stand in for any module that some library
+    looks for. It is left out; :func:`_import_mergers` alone looks there, last.
     """
     argv, path = sys.argv, sys.path
-    sys.argv, sys.path = [argv[0], *arguments], [*path, str(Path.cwd())]
+    here = path[:1] == [""] or (bool(path) and Path(path[0]).absolute() == Path.cwd())
+    sys.argv, sys.path = [argv[0], *arguments], path[1:] if here else path.copy()
     try:
         yield
     finally:
         sys.argv, sys.path = argv, path
+
+
+def _import_mergers(arguments: list[str]) -> None:
+    """Import the classes that the command line and its configuration files name as mergers; they may lie beside the user.
+
+    Raises:
+        InputError: when one is not there, or is no merger.
+    """
+    names = [name for name in merger_names(arguments) if "." in name]
+    path = sys.path
+    sys.path = [*path, str(Path.cwd())]
+    try:
+        for name in names:
+            registry.get(name)
+    finally:
+        sys.path = path

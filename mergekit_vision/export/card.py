@@ -47,7 +47,7 @@ library_name: open_clip
 tags: [clip, model-merging, mergekit-vision]
 {base}---
 
-# {record["suite"]} merged with {merger["name"]}
+# {record["suite"]} merged with {merger.get("recipe", merger["name"])}
 
 {len(record["experts"])} experts fine-tuned from `{backbone}` merged without training by mergekit-vision {__version__},
 at scaling coefficient {record["scale"]:g}.

@@ -3,8 +3,10 @@
 Nothing here knows a model, a file or a merger, and nothing but torch is imported.
 """
 
+from mergekit_vision.functional.dc import dc_merge
 from mergekit_vision.functional.esd import CompactSubspace, EssentialSubspace, RowGram, ShiftStatistic, essential_subspace
 from mergekit_vision.functional.esm import esm_merge, inter_layer_factors
+from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
 from mergekit_vision.functional.linalg import Polar, PolarProduct, TopSVD, pad_rank, polar, polar_product, top_svd
 from mergekit_vision.functional.ties import TiesMerge, magnitude_threshold, ties_merge
 from mergekit_vision.functional.tsvm import tsvm_merge
@@ -18,9 +20,12 @@ __all__ = [
     "ShiftStatistic",
     "TiesMerge",
     "TopSVD",
+    "dc_merge",
     "esm_merge",
     "essential_subspace",
+    "flat_spectrum",
     "inter_layer_factors",
+    "iso_cts_merge",
     "magnitude_threshold",
     "pad_rank",
     "polar",

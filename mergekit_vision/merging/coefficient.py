@@ -1,20 +1,31 @@
 """The choice of a merged model's scaling coefficient."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merged, merged_weights
+from mergekit_vision.merging.agreement import Agreement, ExpertTeachers
 from mergekit_vision.merging.scaling import ScaleSearch, search_scale
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.support.console import logger, track
 from mergekit_vision.support.fingerprints import digest, of_tensors
 
-Scale = float | Literal["merger", "search"]
+Scale = float | Literal["merger", "search", "agreement"]
 Curve = list[dict[str, float]]
-"""Coefficients that were tried, the best first, each with its mean ``accuracy`` and mean ``normalized`` accuracy in [0, 1]."""
+"""Coefficients that were tried, the best first: each with its mean ``accuracy`` and ``normalized`` accuracy on ``val``, or with
+the mean ``agreement`` with and ``divergence`` (nats) from the experts on proxy images; shares in [0, 1]."""
+
+
+class _Found(NamedTuple):
+    """What a search finds of one model: what it maximizes, what is kept, and what is said."""
+
+    score: float
+    row: dict[str, float]
+    text: str
 
 
 class ScaleChoice:
@@ -23,7 +34,8 @@ class ScaleChoice:
     Args:
         bench: measures accuracies.
         experts: tasks of the merged experts.
-        scale: a number, ``merger`` for the method's own, or ``search``.
+        scale: a number; ``merger`` for the method's own; ``search``, by accuracy on ``val``; ``agreement``, by that with the
+            experts on unlabeled proxy images.
         search: range and effort of a search.
 
     Attributes:
@@ -44,10 +56,13 @@ class ScaleChoice:
                 logger.info("this method has no scaling coefficient to set or search")
             return merged.scale
         self._used = True
-        if self._scale != "search":
+        if not isinstance(self._scale, str):
             return float(self._scale)
         start = time.perf_counter()
-        self.curve = search_coefficient(self._bench, merged, self._search, self._own_accuracies())
+        if self._scale == "agreement":
+            self.curve = search_agreement(self._bench, merged, self._search, self._experts)
+        else:
+            self.curve = search_coefficient(self._bench, merged, self._search, self._own_accuracies())
         self.seconds += time.perf_counter() - start
         logger.info("chosen: coefficient %.4g", self.curve[0]["coefficient"])
         return self.curve[0]["coefficient"]
@@ -72,27 +87,73 @@ def search_coefficient(bench: Workbench, merged: Merged, search: ScaleSearch, ex
         search: range and effort.
         experts: task -> the expert's own accuracy on ``val``, which normalizes.
     """
+
+    def measure(evaluator: Evaluator) -> _Found:
+        accuracy = {task: evaluator.accuracy(task, VAL) for task in experts}
+        mean = sum(accuracy.values()) / len(accuracy)
+        score = sum(value / experts[task] for task, value in accuracy.items()) / len(accuracy)
+        text = f"accuracy {100 * mean:.2f} %, normalized {100 * score:.2f} % on {VAL}"
+        return _Found(score, {"accuracy": mean, "normalized": score}, text)
+
+    conditions = (search, sorted(experts.items()))
+    return _remembered(bench, merged, conditions, lambda: _searched(bench, merged, search, list(experts), measure))
+
+
+def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, experts: Sequence[str]) -> Curve:
+    """Try scaling coefficients by the agreement with the experts on the proxy images; no label is read.
+
+    Args:
+        bench: runs the models.
+        merged: what is scaled; merged once.
+        search: range and effort.
+        experts: tasks of the merged experts.
+    """
+    teachers = ExpertTeachers(bench.evaluator, experts)
+    found: dict[float, Agreement] = {}
+
+    def measure(evaluator: Evaluator) -> _Found:
+        # the first process's figures: rounding differs between devices, and all must choose the same
+        agreement = evaluator.runtime.team.broadcast(teachers.agreement(evaluator), 0)
+        score = -agreement.mean_divergence
+        found[score] = agreement
+        text = f"agreement with the experts {100 * agreement.share:.2f} %, divergence {-score:.4f}"
+        return _Found(score, {"agreement": agreement.share, "divergence": -score}, text)
+
+    def run() -> Curve:
+        curve = _searched(bench, merged, search, experts, measure)
+        teachers.warn_below_backbone(found[max(found)])
+        return curve
+
+    return _remembered(bench, merged, (search, "agreement", tuple(experts)), run)
+
+
+def _remembered(bench: Workbench, merged: Merged, conditions: tuple[Any, ...], run: Callable[[], Curve]) -> Curve:
     if merged.routed:
-        return _searched(bench, merged, search, experts)
-    content = digest(search, sorted(experts.items()), sorted(merged.fixed), of_tensors(merged.update))
+        return run()
+    content = digest(*conditions, sorted(merged.fixed), of_tensors(merged.update))
     key = bench.evaluator.runtime.team.broadcast(content, 0)
     if key not in bench.curves:
-        bench.curves[key] = _searched(bench, merged, search, experts)
+        bench.curves[key] = run()
     return bench.curves[key]
 
 
-def _searched(bench: Workbench, merged: Merged, search: ScaleSearch, experts: Mapping[str, float]) -> Curve:
+def _searched(
+    bench: Workbench,
+    merged: Merged,
+    search: ScaleSearch,
+    experts: Sequence[str],
+    measure: Callable[[Evaluator], _Found],
+) -> Curve:
+    """Try coefficients by what ``measure`` finds of each model."""
     rows = {}
 
-    def normalized(coefficient: float) -> float:
+    def score(coefficient: float) -> float:
         weights = merged_weights(bench.base, merged, coefficient)
-        with bench.evaluator.with_model(weights, merged.routed, list(experts)) as evaluator:
-            accuracy = {task: evaluator.accuracy(task, VAL) for task in experts}
-        mean = sum(accuracy.values()) / len(accuracy)
-        score = sum(value / experts[task] for task, value in accuracy.items()) / len(accuracy)
-        rows[coefficient] = {"coefficient": coefficient, "accuracy": mean, "normalized": score}
-        logger.info("coefficient %.4g: accuracy %.2f %%, normalized %.2f %% on %s", coefficient, 100 * mean, 100 * score, VAL)
-        return score
+        with bench.evaluator.with_model(weights, merged.routed, experts) as evaluator:
+            found = measure(evaluator)
+        rows[coefficient] = {"coefficient": coefficient, **found.row}
+        logger.info("coefficient %.4g: %s", coefficient, found.text)
+        return found.score
 
-    best, _ = search_scale(normalized, search)
+    best, _ = search_scale(score, search)
     return [rows[best], *(row for coefficient, row in rows.items() if coefficient != best)]

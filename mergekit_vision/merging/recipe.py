@@ -40,13 +40,14 @@ class Recipe:
     """What is merged and how, apart from the method; for a single merge and for a comparison of many.
 
     Attributes:
-        scale: scaling coefficient of the merged task vector: a number, ``merger`` for the method's own, or ``search``.
-        search: how ``search`` goes about it.
+        scale: scaling coefficient of the merged task vector: a number; ``merger`` for the method's own; ``search``, by accuracy
+            on ``val``; ``agreement``, by that with the experts on unlabeled proxy images.
+        search: range and effort of a search.
         experts: tasks whose experts are merged; all of the suite where ``None``.
         route: how a dynamic model chooses its experts.
 
     Raises:
-        InputError: when ``scale`` is neither a finite number nor one of the two words.
+        InputError: when ``scale`` is neither a finite number nor one of the words.
     """
 
     scale: Scale = "merger"
@@ -55,8 +56,8 @@ class Recipe:
     route: Route = "router"
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, str) and self.scale not in ("merger", "search"):
-            raise InputError(f"`scale` is {self.scale!r}, but must be a number, merger or search", of="model")
+        if isinstance(self.scale, str) and self.scale not in ("merger", "search", "agreement"):
+            raise InputError(f"`scale` is {self.scale!r}, but must be a number, merger, search or agreement", of="model")
         if isinstance(self.scale, float) and not math.isfinite(self.scale):
             raise InputError(f"`scale` is {self.scale}, but must be a finite number", of="model")
 

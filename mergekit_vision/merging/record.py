@@ -8,10 +8,19 @@ from mergekit_vision.version import __version__
 
 
 def merger_record(merger: Merger) -> dict[str, Any]:
-    """A merger as data: its class and its hyper-parameters."""
+    """A merger as data: its class, its hyper-parameters, and in ``recipe`` the methods it is composed of.
+
+    >>> from mergekit_vision.merging.record import merger_record
+    >>> from mergekit_vision.plugins.esmpp import ESMPP
+    >>> from mergekit_vision.plugins.ties import TIES
+    >>> merger_record(ESMPP(base=TIES()))["recipe"]
+    'ESMPP(TIES)'
+    """
     parameters = {name: value for name, value in vars(merger).items() if not name.startswith("_")}
+    parts = [merger_record(value)["recipe"] for value in parameters.values() if isinstance(value, Merger)]
     return {
         "name": type(merger).__name__,
+        "recipe": f"{type(merger).__name__}({', '.join(parts)})" if parts else type(merger).__name__,
         "class_path": f"{type(merger).__module__}.{type(merger).__qualname__}",
         "init_args": {name: merger_record(value) if isinstance(value, Merger) else value for name, value in parameters.items()},
     }

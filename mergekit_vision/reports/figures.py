@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 INK, GRAY, RULE = "#24292f", "#6b7280", "#d5d9e0"
 COLORS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "experts": "#2d7d5f"}
 _LINES = ("#3a6ea5", "#d07a2d", "#2d7d5f", "#a5487a", "#7a6bb8", "#8a7a2d", "#4aa5a5", "#b8483a", "#6b7280")
+_DIVERGENCE = "divergence from the experts on proxy images, nats"
 _WIDTH = 5.2  # inches: readable when it is shrunk to a phone's width
 _STYLE = {
     "font.size": 10,
@@ -182,17 +183,19 @@ def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
 
 
 def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Mapping[str, float]) -> "Figure":
-    """Curves of the coefficient search: normalized accuracy on ``val`` by coefficient, the chosen ones marked.
+    """Curves of the coefficient search, the chosen ones marked: normalized accuracy on ``val``, or divergence from the experts.
 
     Args:
-        curves: method -> points with ``coefficient`` and ``normalized`` (in [0, 1]), ascending.
+        curves: method -> points with ``coefficient`` and ``normalized`` (in [0, 1]) or ``divergence`` (nats), ascending.
         chosen: method -> coefficient.
     """
+    labeled = any("normalized" in point for points in curves.values() for point in points)
+    key, factor, label = ("normalized", 100, "share of the experts on val, %") if labeled else ("divergence", 1, _DIVERGENCE)
     with _figure(_WIDTH, 4.0) as figure:
         axes = figure.add_subplot()
         for (name, points), color in zip(_joined(curves).items(), cycle(_LINES), strict=False):
             x = [point["coefficient"] for point in points]
-            y = [100 * point["normalized"] for point in points]
+            y = [factor * point[key] for point in points]
             axes.plot(x, y, color=color, linewidth=1.6, marker=".", markersize=4, label=name)
             best = x.index(chosen[name.split(", ")[0]])
             axes.plot(x[best], y[best], marker="o", markersize=8, color=color, markeredgecolor="white")
@@ -202,7 +205,7 @@ def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Map
         axes.minorticks_off()
         axes.grid(color=RULE, linewidth=0.7)
         axes.set_xlabel("scaling coefficient")
-        axes.set_ylabel("share of the experts on val, %")
+        axes.set_ylabel(label)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
     return figure
 

@@ -136,7 +136,7 @@ def _pictures(results: Results) -> dict[str, Picture]:
         chosen = {name: _top(points) for name, points in curves.items()}
         tops = "; ".join(f"{name} is best at {chosen[name]:g}" for name in curves)
         found["search"] = _picture(
-            figures.draw_search(curves, chosen), f"Line chart of normalized accuracy on val by scaling coefficient. {tops}."
+            figures.draw_search(curves, chosen), f"Line chart of what was searched for by scaling coefficient. {tops}."
         )
     if results["energy"]:
         layers = results["layers"]
@@ -150,7 +150,8 @@ def _pictures(results: Results) -> dict[str, Picture]:
 
 def _top(points: list[Any]) -> float:
     """Coefficient with the best score."""
-    return float(max(points, key=lambda point: point["normalized"])["coefficient"])
+    best = min(points, key=lambda point: point["divergence"] if "divergence" in point else -point["normalized"])
+    return float(best["coefficient"])
 
 
 def _routing(row: Mapping[str, Any], layers: Layers) -> Picture:

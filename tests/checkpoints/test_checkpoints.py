@@ -1,13 +1,14 @@
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mergekit_vision.checkpoints import open_weights, save_safetensors
+from mergekit_vision.checkpoints import CheckpointWeights, open_weights, save_safetensors
 from mergekit_vision.errors import InputError
 
 WEIGHTS = {"conv1.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "proj": torch.linspace(-1, 1, 8).view(4, 2).half()}
@@ -24,7 +25,7 @@ def write(path: Path, tensors: dict[str, Tensor], legacy: bool = False) -> Path:
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.pth", "x.bin", "x.ckpt", "legacy.pt"])
 @pytest.mark.parametrize("prefix", ["visual.", "model.visual.", ""])
-def test_keys_values_and_shapes_whatever_the_style(tmp_path: Path, name: str, prefix: str):
+def test_keys_values_and_shapes_whatever_the_style(tmp_path: Path, name: str, prefix: str) -> None:
     text = {prefix.removesuffix("visual.") + key: value for key, value in TEXT.items()} if prefix else {}
     stored = {prefix + key: value for key, value in WEIGHTS.items()}
     weights = open_weights(write(tmp_path / name, {**text, **stored}, legacy=name.startswith("legacy")))
@@ -38,19 +39,19 @@ def test_keys_values_and_shapes_whatever_the_style(tmp_path: Path, name: str, pr
         weights["visual.nothing"]
 
 
-def test_the_content_decides_over_the_suffix(tmp_path: Path):
+def test_the_content_decides_over_the_suffix(tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", WEIGHTS).rename(tmp_path / "x.pt")
     assert torch.equal(open_weights(path)["visual.proj"], WEIGHTS["proj"])
     path = write(tmp_path / "y.pt", WEIGHTS).rename(tmp_path / "y.weights")
     assert torch.equal(open_weights(path)["visual.proj"], WEIGHTS["proj"])
 
 
-def _sum(weights, results):
+def _sum(weights: CheckpointWeights, results: Any) -> None:
     results.put(float(weights["visual.conv1.weight"].sum()))
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "legacy.pt"])
-def test_survives_pickling_and_a_fork(tmp_path: Path, name: str):
+def test_survives_pickling_and_a_fork(tmp_path: Path, name: str) -> None:
     weights = open_weights(write(tmp_path / name, WEIGHTS, legacy=name.startswith("legacy")))
     expected = float(weights["visual.conv1.weight"].sum())
     assert float(pickle.loads(pickle.dumps(weights))["visual.conv1.weight"].sum()) == expected
@@ -63,7 +64,7 @@ def test_survives_pickling_and_a_fork(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize(("suffix", "legacy"), [(".safetensors", False), (".pt", False), (".pt", True)])
-def test_reading_large_files_takes_no_memory_of_its_own(tmp_path: Path, cache: Path, suffix: str, legacy: bool):
+def test_reading_large_files_takes_no_memory_of_its_own(tmp_path: Path, cache: Path, suffix: str, legacy: bool) -> None:
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("needs Linux's /proc")
@@ -84,7 +85,7 @@ def test_reading_large_files_takes_no_memory_of_its_own(tmp_path: Path, cache: P
     assert list(cache.iterdir()) == []
 
 
-def test_a_legacy_file_is_loaded_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_legacy_file_is_loaded_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = [open_weights(write(tmp_path / f"{number}.pt", WEIGHTS, legacy=True)) for number in range(2)]
     loads, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(options["mmap"]) or load(*args, **options))
@@ -94,7 +95,7 @@ def test_a_legacy_file_is_loaded_twice_at_most(tmp_path: Path, monkeypatch: pyte
     assert loads == [False, True] * 2
 
 
-def test_a_legacy_file_that_cannot_be_copied_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_legacy_file_that_cannot_be_copied_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = open_weights(write(tmp_path / "x.pt", WEIGHTS, legacy=True))
     (tmp_path / "file").touch()
     monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(tmp_path / "file" / "cache"))
@@ -102,7 +103,7 @@ def test_a_legacy_file_that_cannot_be_copied_says_so(tmp_path: Path, monkeypatch
         weights["visual.proj"]
 
 
-def test_pickled_model_is_refused_with_the_remedy(tmp_path: Path):
+def test_pickled_model_is_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "x.pt")
     with pytest.raises(InputError, match=r"x\.pt.*save `model\.state_dict\(\)`"):
         open_weights(tmp_path / "x.pt")
@@ -114,14 +115,14 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_not_run(tmp_path: Path, zipped: bool):
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, zipped: bool) -> None:
     torch.save({"visual.proj": Malicious()}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match="holds Python objects"):
         open_weights(tmp_path / "x.pt")
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript archive:UserWarning")
-def test_torchscript_is_refused_with_the_remedy(tmp_path: Path):
+def test_torchscript_is_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
     with pytest.raises(InputError, match="TorchScript"):
         open_weights(tmp_path / "x.pt")
@@ -129,7 +130,7 @@ def test_torchscript_is_refused_with_the_remedy(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "legacy.pt"])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.95])
-def test_truncated_files_are_named(tmp_path: Path, name: str, kept: float):
+def test_truncated_files_are_named(tmp_path: Path, name: str, kept: float) -> None:
     path = write(tmp_path / name, {"visual.proj": torch.arange(1e4).view(100, 100)}, legacy=name.startswith("legacy"))
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
@@ -137,7 +138,7 @@ def test_truncated_files_are_named(tmp_path: Path, name: str, kept: float):
         open_weights(path)
 
 
-def test_other_files_are_named(tmp_path: Path):
+def test_other_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a plain text file of some length")
     (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (tmp_path / "text.pt").write_text("<!DOCTYPE html> not a checkpoint")
@@ -164,13 +165,13 @@ def test_other_files_are_named(tmp_path: Path):
         (torch.zeros(2), "holds a Tensor"),
     ],
 )
-def test_not_a_state_dict(tmp_path: Path, content: object, hint: str):
+def test_not_a_state_dict(tmp_path: Path, content: object, hint: str) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(InputError, match=hint):
         open_weights(tmp_path / "x.pt")
 
 
-def test_save_safetensors_copes_with_views_and_shared_memory(tmp_path: Path):
+def test_save_safetensors_copes_with_views_and_shared_memory(tmp_path: Path) -> None:
     matrix = torch.arange(12.0).reshape(3, 4)
     tensors = {"a": matrix, "b": matrix, "c": matrix.T, "d": matrix[1], "e": nn.Parameter(torch.ones(2))}
     save_safetensors(tmp_path / "deep" / "x.safetensors", tensors, {"method": "test"})
@@ -183,7 +184,7 @@ def test_save_safetensors_copes_with_views_and_shared_memory(tmp_path: Path):
         assert file.metadata() == {"format": "pt", "method": "test"}
 
 
-def test_zoo_expert_opens_without_reading_tensors(zoo: Path):
+def test_zoo_expert_opens_without_reading_tensors(zoo: Path) -> None:
     backbone = open_weights(zoo / "base" / "open_clip_model.safetensors")
     assert open_weights(zoo / "experts" / "mnist.safetensors").shapes == backbone.shapes
     assert all(key.startswith("visual.") for key in backbone)

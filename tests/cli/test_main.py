@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,15 @@ import pytest
 from mergekit_vision.cli.main import in_options, main
 from mergekit_vision.errors import InputError
 from mergekit_vision.plugins.average import Average
+
+PLUGIN = """
+from helper import GAIN
+from mergekit_vision.merger import Merged, MergeInputs, Merger
+
+class Half(Merger):
+    def merge(self, inputs: MergeInputs) -> Merged:
+        return Merged({key: GAIN * inputs.deltas(key).sum(0) for key in inputs.base})
+"""
 
 
 @pytest.fixture
@@ -78,3 +88,16 @@ def test_nothing_is_left_behind_in_the_process(command: list[str]) -> None:
     assert main(command) == 0
     assert main([*command, "--scale", ".inf"]) == 1
     assert state() == before
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_nothing_beside_the_user_is_imported_but_a_merger(tiny_suite: Path, tmp_path: Path, module: bool) -> None:
+    for name in ("torch_xla", "tensorboard", "wandb"):  # what libraries look for
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
+    (tmp_path / "helper.py").write_text("GAIN = 0.5")
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    program = [sys.executable, "-m", "mergekit_vision"] if module else [str(Path(sys.executable).with_name("mergekit-vision"))]
+    options = ["--suite", str(tiny_suite), "--merger", "mine.Half", "--output", "out"]
+    subprocess.run([*program, "test", *options], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert '"mine.Half"' in (tmp_path / "out" / "results.json").read_text()
+    assert not (tmp_path / "imported").exists()

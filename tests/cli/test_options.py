@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_vision.cli.main import main
-from mergekit_vision.cli.options import SHORT, check_options, expanded
+from mergekit_vision.cli.options import SHORT, check_options, expanded, merger_names
 from mergekit_vision.errors import InputError
 
 KNOWN = ["--suite", "--model.merger", "--model.scale", "--model.search.halvings", "--data.proxies.n", "--trainer.logger"]
@@ -86,3 +86,12 @@ def test_short_names_run(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.M
     assert '"density": 0.5' in text
     assert '"scale": 0.7' in text
     assert "grays" not in text.partition('"mean"')[0].partition('"tasks"')[2]
+
+
+def test_mergers_named_anywhere_are_found(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {merger: {class_path: a.Outer, init_args: {base: {class_path: b.Inner, init_args: {rank: 4}}}}}")
+    assert merger_names(["--config", str(config)]) == ["a.Outer", "b.Inner"]
+    assert merger_names(["-c", str(config), "--mergers", "[TIES, c.Mine]"]) == ["a.Outer", "b.Inner", "TIES", "c.Mine"]
+    config.write_text("model: {merger: d.Short}")
+    assert merger_names([f"--config={config}", "--config", "nowhere.yaml"]) == ["d.Short"]

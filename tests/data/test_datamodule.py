@@ -111,7 +111,7 @@ class Count(LightningModule):
         self.place = place
         self.seen: dict[int, list[tuple[float, int]]] = {}
 
-    def test_step(self, batch, batch_idx, dataloader_idx=0) -> None:
+    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.seen.setdefault(dataloader_idx, []).extend(zip(batch[0].sum((1, 2, 3)).tolist(), batch[1].tolist(), strict=True))
 
     def on_test_end(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -37,7 +38,7 @@ def task_of(name: str, split: str, **arguments) -> demo_tasks.DemoTask:
     return getattr(demo_tasks, name.capitalize())(split, **arguments)
 
 
-def pixels(task: demo_tasks.DemoTask, indices) -> np.ndarray:
+def pixels(task: demo_tasks.DemoTask, indices: Iterable[int]) -> np.ndarray:
     return np.stack([np.asarray(task[index][0]) for index in indices])
 
 

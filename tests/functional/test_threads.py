@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,15 +8,15 @@ from mergekit_vision.functional.threads import in_threads
 
 
 @pytest.fixture(params=[1, 4])
-def threads(request):
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
 
 
-def test_shares_the_threads_out_and_gives_them_back(threads):
-    def look(_):
+def test_shares_the_threads_out_and_gives_them_back(threads: int) -> None:
+    def look(_: int) -> tuple[int, int, bool]:
         met.wait(timeout=30)  # passes only when all are at work at once
         return threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
 
@@ -27,7 +28,7 @@ def test_shares_the_threads_out_and_gives_them_back(threads):
     assert torch.is_grad_enabled()
 
 
-def test_keeps_the_order_and_passes_errors_on(threads):
+def test_keeps_the_order_and_passes_errors_on(threads: int) -> None:
     assert in_threads(lambda n: -n, iter(range(10))) == [-n for n in range(10)]
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda n: 1 / n, [1, 0])

@@ -1,9 +1,13 @@
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from tolerances import summed
+from torch import Tensor
 
 from mergekit_vision.functional import ties
-from mergekit_vision.functional.ties import magnitude_threshold, ties_merge
+from mergekit_vision.functional.ties import TiesMerge, magnitude_threshold, ties_merge
 
 
 def numbers(n: int, seed: int = 0, decades: float = 8) -> torch.Tensor:
@@ -11,22 +15,22 @@ def numbers(n: int, seed: int = 0, decades: float = 8) -> torch.Tensor:
     return torch.randn(n, generator=generator) * 10 ** (-decades * torch.rand(n, generator=generator))
 
 
-def threshold(pieces, density, **options):
+def threshold(pieces: Iterable[Tensor], density: float, **options: Any) -> float:
     return magnitude_threshold(lambda: ((piece, torch.zeros_like(piece)) for piece in pieces), density, **options)
 
 
-def merge(deltas, *options, **more):
+def merge(deltas: Tensor, *options: Any, **more: Any) -> TiesMerge:
     return ties_merge(list(deltas), torch.zeros_like(deltas[0]), [0.0] * len(deltas), *options, **more)
 
 
-def order_statistic(values, density):
+def order_statistic(values: Tensor, density: float) -> float:
     """By sorting; the number is counted from 1."""
     m = len(values) - int(len(values) * density)
     return values.abs().sort().values[m - 1].item()
 
 
 @pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads} threads")
-def small_pieces(request, monkeypatch):
+def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pieces and samples so small that a test's tensors have many of them, and ranges are missed now and then."""
     monkeypatch.setattr(ties, "_piece", lambda device: 512)
     monkeypatch.setattr(ties, "SAMPLE", 50)
@@ -37,7 +41,7 @@ def small_pieces(request, monkeypatch):
 
 
 @pytest.mark.parametrize("density", [0.001, 0.05, 0.2, 0.5, 0.999])
-def test_threshold_is_the_order_statistic_bit_for_bit(density):
+def test_threshold_is_the_order_statistic_bit_for_bit(density: float) -> None:
     values = numbers(10_007)
     expected = order_statistic(values, density)
     assert threshold([values[:13].view(13, 1), values[13:5000], values[5000:]], density) == expected
@@ -46,7 +50,7 @@ def test_threshold_is_the_order_statistic_bit_for_bit(density):
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("density", [0.0005, 0.05, 0.2, 0.5, 0.999])
-def test_threshold_from_many_pieces_and_a_sample_that_misleads(density):
+def test_threshold_from_many_pieces_and_a_sample_that_misleads(density: float) -> None:
     misleading = torch.ones(10_007)
     misleading[:: 6 * (10_007 // (6 * 50)) + 1] = 1e-3  # exactly the entries that are sampled
     rough = numbers(10_007).mul(4).round()
@@ -54,7 +58,7 @@ def test_threshold_from_many_pieces_and_a_sample_that_misleads(density):
         assert threshold(values.split([3, 4004, 6000]), density) == order_statistic(values, density)
 
 
-def test_threshold_of_rounded_weights_keeps_no_large_share_of_them_aside(monkeypatch):
+def test_threshold_of_rounded_weights_keeps_no_large_share_of_them_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most entries of a checkpoint in bfloat16 have changed by 0, 1 or 2 units in the last place."""
     base = numbers(100_000, decades=0).bfloat16()
     expert = (base.float() * (1 + numbers(100_000, seed=1, decades=0) / 200)).bfloat16()
@@ -68,7 +72,7 @@ def test_threshold_of_rounded_weights_keeps_no_large_share_of_them_aside(monkeyp
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 7, 9_999])
-def test_threshold_refuses_what_is_not_finite(wrong, place):
+def test_threshold_refuses_what_is_not_finite(wrong: float, place: int) -> None:
     values = numbers(10_000)
     values[place] = wrong
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -76,31 +80,31 @@ def test_threshold_refuses_what_is_not_finite(wrong, place):
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_threshold_refuses_many_that_are_not_finite(share):
+def test_threshold_refuses_many_that_are_not_finite(share: float) -> None:
     values = numbers(10_000)
     values[: int(share * len(values))] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
         threshold([values], 0.2)
 
 
-def test_threshold_among_equal_and_denormal_magnitudes():
+def test_threshold_among_equal_and_denormal_magnitudes() -> None:
     values = torch.tensor([0.0, -0.0, 1e-42, -2e-42, 3e-42, 1.0, -1.0, 1.0, 1.0, 2.0])
     for m in range(1, 10):
         assert threshold([values], 1 - m / 10 + 1e-9) == values.abs().sort().values[m - 1].item()
 
 
-def test_full_density_keeps_everything():
+def test_full_density_keeps_everything() -> None:
     assert threshold([numbers(10)], 1.0) == 0.0
 
 
-def test_frozen_entries_take_a_share_of_the_quota():
+def test_frozen_entries_take_a_share_of_the_quota() -> None:
     values = numbers(1000)
     frozen = torch.cat([values, torch.zeros(300)])
     assert threshold([values], 0.2, count_frozen=300) == threshold([frozen], 0.2)
     assert threshold([values], 0.2, count_frozen=5000) == 0.0
 
 
-def test_mean_sum_and_max_of_the_agreeing_entries():
+def test_mean_sum_and_max_of_the_agreeing_entries() -> None:
     deltas = torch.tensor([[[1.0, -4.0]], [[2.0, 5.0]], [[-2.5, 2.0]]])
     assert merge(deltas, "mean").merged.tolist() == [[1.5, 3.5]]
     assert merge(deltas, "sum").merged.tolist() == [[3.0, 7.0]]
@@ -108,7 +112,7 @@ def test_mean_sum_and_max_of_the_agreeing_entries():
     assert merge(-deltas, "max").merged.tolist() == [[-2.0, -5.0]]
 
 
-def test_cancellations_take_the_given_sign_and_are_reported():
+def test_cancellations_take_the_given_sign_and_are_reported() -> None:
     deltas = torch.tensor([[1.0, 3.0, 0.0], [-1.0, 1.0, 0.0]])
     assert [merge(deltas, tie_sign=sign).merged[0].item() for sign in (1, -1, 0)] == [1.0, -1.0, 0.0]
     result = merge(deltas)
@@ -116,7 +120,7 @@ def test_cancellations_take_the_given_sign_and_are_reported():
     assert not merge(deltas[:, 1:]).canceled
 
 
-def plainly(deltas, thresholds, aggregate, tie_sign):
+def plainly(deltas: Tensor, thresholds: list[float], aggregate: str, tie_sign: int) -> tuple[Tensor, int, bool]:
     """The formula, entry by entry sums in float64."""
     trimmed = deltas.double() * (deltas.abs() >= torch.tensor(thresholds).unsqueeze(1))
     total = trimmed.sum(0)
@@ -133,7 +137,7 @@ def plainly(deltas, thresholds, aggregate, tie_sign):
 @pytest.mark.parametrize("aggregate", ["mean", "sum", "max"])
 @pytest.mark.parametrize("tie_sign", [1, -1, 0])
 @pytest.mark.parametrize("tasks", [1, 2, 5, 20, 600])
-def test_many_pieces_against_the_plain_formula(aggregate, tie_sign, tasks):
+def test_many_pieces_against_the_plain_formula(aggregate: str, tie_sign: int, tasks: int) -> None:
     """Among them entries that cancel exactly, or all but: there a sum in float32 has the wrong sign, or none."""
     columns = 1009 if tasks < 100 else 91
     deltas = numbers(tasks * columns, seed=3, decades=2).view(tasks, columns)
@@ -148,7 +152,7 @@ def test_many_pieces_against_the_plain_formula(aggregate, tie_sign, tasks):
     assert (found.votes, found.canceled) == (votes, canceled)
 
 
-def test_weights_in_half_precision_are_subtracted_in_single():
+def test_weights_in_half_precision_are_subtracted_in_single() -> None:
     experts = [(numbers(999, seed).half() + 1) for seed in range(3)]
     base = numbers(999, 7, decades=0).bfloat16()
     expected = ties_merge([expert.float() - base.float() for expert in experts], torch.zeros(999), [0.1] * 3)

@@ -27,7 +27,7 @@ def test_a_coefficient_that_is_no_number_is_refused(scale: float) -> None:
     with pytest.raises(InputError, match=r"`scale` is .*, but must be a finite number") as caught:
         Recipe(scale)
     assert caught.value.of == "model"
-    with pytest.raises(InputError, match="`scale` is 'serch', but must be a number, merger or search"):
+    with pytest.raises(InputError, match="`scale` is 'serch', but must be a number, "):
         Recipe("serch")
 
 

@@ -2,20 +2,22 @@
 
 import inspect
 import typing
-from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 from synthetic import LINEARS, Zoo, shapes, weight_key
+from tolerances import eps
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merged, Merger, Observer
+from mergekit_vision.merger import Merged, Merger
 from mergekit_vision.registry import broken, mergers
 from mergekit_vision.routers import LowRankExperts
 
 MERGERS = [pytest.param(cls, id=name) for name, cls in mergers().items()]
+REORDERED = 100 * eps()
+"""Relative change by tasks in another order: sums round otherwise, which a method may amplify, on this model a hundredfold."""
 every_merger = pytest.mark.parametrize("cls", MERGERS)
 
 
@@ -31,7 +33,7 @@ def assert_same(a: Merged, b: Merged, exactly: bool = True) -> None:
     pairs = [(a.update[key], b.update[key]) for key in a.update]
     pairs += [(added(a.routed[name]), added(b.routed[name])) for name in a.routed]
     for x, y in pairs:
-        assert x.equal(y) if exactly else (x - y).norm() <= 1e-5 * y.norm()
+        assert x.equal(y) if exactly else (x - y).norm() <= REORDERED * y.norm()
 
 
 def says_something(merged: Merged) -> bool:
@@ -102,7 +104,7 @@ def test_the_order_of_the_tasks_does_not_matter(cls: type[Merger], tasks: int) -
     assert_same(Merged(permuted.update, permuted.scale, permuted.fixed), Merged(merged.update, merged.scale, merged.fixed), False)
     for name, experts in merged.routed.items():
         expected = added(experts)[order]
-        assert (added(permuted.routed[name]) - expected).norm() <= 1e-5 * expected.norm()
+        assert (added(permuted.routed[name]) - expected).norm() <= REORDERED * expected.norm()
 
 
 @every_merger
@@ -150,20 +152,15 @@ def test_its_kind_says_whether_experts_are_routed(cls: type[Merger], tasks: int)
 @every_merger
 def test_it_looks_at_proxy_images_only_where_it_says_so(cls: type[Merger]) -> None:
     zoo = Zoo(tasks=3)
-    seen: list[str] = []
-
-    def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
-        seen.append(task)
-        zoo.run_proxies(task, observers, model)
-
-    merged = cls().merge(replace(zoo.inputs(), run_proxies=run_proxies))
+    merged = cls().merge(zoo.inputs())
+    without = replace(zoo.inputs(), run_proxies=None, streams=None)
     if cls.needs == "none":
-        assert seen == []
-        assert_same(merged, cls().merge(replace(zoo.inputs(), run_proxies=None)))
+        assert zoo.asked == set()
+        assert_same(merged, cls().merge(without))
     else:
-        assert set(seen) == zoo.experts.keys()
+        assert zoo.asked == zoo.experts.keys()
         with pytest.raises(InputError, match="proxy images"):
-            cls().merge(replace(zoo.inputs(), run_proxies=None))
+            cls().merge(without)
 
 
 @every_merger

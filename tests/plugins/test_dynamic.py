@@ -1,10 +1,13 @@
 """ESM++ and SMILE against their formulas, written plainly in float64 with full SVDs."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from synthetic import LINEARS, TOKENS, Zoo, bias_key, relative_error, weight_key
+from synthetic import LINEARS, TOKENS, WIDTH, Zoo, bias_key, relative_error, weight_key
+from tolerances import forward, of_formula, summed
 from torch import Tensor, nn
 
 from mergekit_vision.encoders.routed import RoutedLinear, Routing
@@ -18,6 +21,8 @@ from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.routers import LowRankExperts
 
 T = 4
+LAYER = forward(2, 4 * WIDTH)
+"""Of a routed layer's output: the layer itself, and the experts."""
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,12 @@ def residuals(zoo: Zoo, name: str, base: Merged, scale: float) -> Tensor:
 
 def product(experts: LowRankExperts) -> Tensor:
     return experts.up.double() @ experts.down.double()
+
+
+def essential(delta: Tensor, rows: Tensor, rank: int, project: bool) -> Tensor:
+    """Projector on the leading directions of the shifts, or what it keeps of the matrix."""
+    B = torch.linalg.svd((rows @ delta.T).T)[0][:, :rank]
+    return B @ B.T @ delta if project else B @ B.T
 
 
 def run(zoo: Zoo, name: str, experts: LowRankExperts, x: Tensor, update: Tensor | float = 0.0, mode: str = "router") -> Tensor:
@@ -58,15 +69,16 @@ def test_esmpp(zoo: Zoo, kinds: tuple[str, ...], scale: float) -> None:
     assert not merged.scalable
     assert merged.scale == scale
     for key, update in merged.update.items():
-        assert relative_error(update, base.coefficient(key, scale) * base.update[key].double()) < 1e-6 or not update.any()
+        assert relative_error(update, base.coefficient(key, scale) * base.update[key].double()) < summed(1) or not update.any()
     for name in names:
         experts = merged.routed[name]
         for t, (task, delta) in enumerate(zip(zoo.experts, residuals(zoo, name, base, scale), strict=True)):
             X = zoo.rows(task, name)
-            B = torch.linalg.svd((X @ delta.T).T)[0][:, :rank]
-            assert relative_error(product(experts)[t], B @ B.T @ delta) < 1e-4
-            assert relative_error(experts.up[t].double() @ experts.up[t].double().T, B @ B.T) < 1e-4
-            assert relative_error(experts.router.prototypes[t], X.mean(0)) < 1e-6
+            projector, kept = (partial(essential, rank=rank, project=project) for project in (False, True))
+            up = experts.up[t].double()
+            assert relative_error(up @ up.T, projector(delta, X)) < of_formula(projector, delta, X)
+            assert relative_error(product(experts)[t], kept(delta, X)) < of_formula(kept, delta, X)
+            assert relative_error(experts.router.prototypes[t], X.mean(0)) < summed(TOKENS)
         assert experts.bias is None
         assert experts.evidence == "own"
 
@@ -81,7 +93,7 @@ def test_esmpp_routes_by_the_cosine_of_the_mean_token(zoo: Zoo) -> None:
     weight = zoo.base[weight_key(name)].double() + merged.update[weight_key(name)].double()
     dense = weight + product(merged.routed[name])[chosen]
     expected = x.double() @ dense.transpose(1, 2) + zoo.base[bias_key(name)].double()
-    assert relative_error(run(zoo, name, merged.routed[name], x, merged.update[weight_key(name)]), expected) < 1e-5
+    assert relative_error(run(zoo, name, merged.routed[name], x, merged.update[weight_key(name)]), expected) < LAYER
 
 
 def test_esmpp_of_full_rank_is_the_expert(zoo: Zoo) -> None:
@@ -89,15 +101,23 @@ def test_esmpp_of_full_rank_is_the_expert(zoo: Zoo) -> None:
     for name, experts in merged.routed.items():
         tuned = torch.stack([expert[weight_key(name)] for expert in zoo.experts.values()]).double()
         base = zoo.base[weight_key(name)].double() + merged.update[weight_key(name)].double()
-        assert relative_error(base + product(experts), tuned) < 1e-5
+        assert relative_error(base + product(experts), tuned) < summed(4 * WIDTH)
 
 
 def test_esmpp_does_not_depend_on_the_batches_of_proxies(zoo: Zoo) -> None:
     zoo, again = replace(zoo), replace(zoo, batch=7)
     one, two = (ESMPPBayes(rank=6).merge(z.inputs()).routed for z in (zoo, again))
+    base, kept = ESM().merge(zoo.inputs()), partial(essential, rank=6, project=True)
     for name in one:
-        assert relative_error(product(one[name]), product(two[name])) < 1e-4
-        torch.testing.assert_close(one[name].router.weight, two[name].router.weight)
+        deltas = residuals(zoo, name, base, 1.0)
+        pairs = zip(product(one[name]), product(two[name]), deltas, zoo.experts, strict=True)
+        for a, b, delta, task in pairs:
+            assert relative_error(a, b) < of_formula(kept, delta, zoo.rows(task, name))
+        router = two[name].router
+        axes = Axes(router.basis.double(), router.offset.double())
+        features = [pool_tokens(inputs[name].double(), router.pooling, axes) for inputs in zoo.layer_inputs.values()]
+        bound = of_formula(lambda *features: discriminant(features, 0.5).weight, *features)
+        assert relative_error(one[name].router.weight, router.weight.double()) < bound
 
 
 @pytest.mark.parametrize("rule", ["cosine", "centered", "discriminant"])
@@ -118,19 +138,25 @@ def test_discriminant_is_the_log_posterior_of_gaussians(zoo: Zoo) -> None:
     shrinkage = 0.3
     merged = ESMPP(rank=2, rule="discriminant", pooling=("mean", "deviation", "first"), shrinkage=shrinkage).merge(zoo.inputs())
     for name, experts in merged.routed.items():
-        groups = [inputs[name].double() for inputs in zoo.layer_inputs.values()]
-        groups = [torch.cat([x.mean(1), x.std(1, correction=0), x[:, 0]], 1) for x in groups]
-        means = [group.mean(0) for group in groups]
-        rest = torch.cat([group - mean for group, mean in zip(groups, means, strict=True)])
-        S = rest.T @ rest / (len(rest) - T)
-        S = (1 - shrinkage) * S + shrinkage * S.diag().diag()
-        x = zoo.layer_inputs["task1"][name]
-        f = torch.cat([x.mean(1), x.std(1, correction=0), x[:, 0]], 1).double()
-        gaussians = [torch.distributions.MultivariateNormal(mean, S) for mean in means]
-        expected = torch.stack([gaussian.log_prob(f) for gaussian in gaussians], 1).log_softmax(1)
+        *groups, seen = (
+            torch.cat([x.mean(1), x.std(1, correction=0), x[:, 0]], 1)
+            for x in (*(inputs[name].double() for inputs in zoo.layer_inputs.values()), zoo.layer_inputs["task1"][name].double())
+        )
         with torch.inference_mode():
-            found = experts.router.double()(x.double())[:, 0].log_softmax(1)
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+            found = experts.router.double()(zoo.layer_inputs["task1"][name].double())[:, 0].log_softmax(1)
+        expected = log_posteriors(seen, *groups, shrinkage=shrinkage)
+        bound = of_formula(partial(log_posteriors, shrinkage=shrinkage), seen, *groups)
+        assert relative_error(found, expected) < bound
+
+
+def log_posteriors(seen: Tensor, *groups: Tensor, shrinkage: float) -> Tensor:
+    """Of Gaussians that share one shrunk covariance."""
+    means = [group.mean(0) for group in groups]
+    rest = torch.cat([group - mean for group, mean in zip(groups, means, strict=True)])
+    S = rest.T @ rest / (len(rest) - T)
+    S = (1 - shrinkage) * S + shrinkage * S.diag().diag()
+    gaussians = [torch.distributions.MultivariateNormal(mean, S) for mean in means]
+    return torch.stack([gaussian.log_prob(seen) for gaussian in gaussians], 1).log_softmax(1)
 
 
 @pytest.mark.parametrize("statistics", ["experts", "base", "routed"])
@@ -183,14 +209,22 @@ def test_bayes_judges_by_images_left_out_and_branches_share_their_judgement() ->
         router = merged.routed[name].router
         tokens = torch.cat([zoo.rows(task, name) for task in zoo.experts])
         features = [pool_tokens(x[name].double(), router.pooling, fitted_axes(tokens)) for x in zoo.layer_inputs.values()]
-        fit = discriminant(features, 0.5)
-        assert router.temperature == pytest.approx(calibrate(fit.left_out, fit.labels), rel=1e-3)
+        assert relative_error(torch.tensor(router.temperature), temperature(*features)) < of_formula(temperature, *features)
         assert router.temperature > 1.5  # ten images are too few for the Gaussians' own word
-        scores = torch.cat(features) @ fit.weight.T + fit.bias
         x = torch.cat([x[name] for x in zoo.layer_inputs.values()])
-        assert relative_error(router(x)[:, 0].softmax(1), scores.softmax(1)) < 1e-2
+        assert relative_error(router(x)[:, 0].softmax(1), posteriors(*features)) < of_formula(posteriors, *features)
         held = merged.routed[name.replace("in_proj", "out_proj")]
         assert (held.evidence, held.router.temperature) == ("hold", router.temperature)
+
+
+def temperature(*features: Tensor) -> Tensor:
+    fit = discriminant(features, 0.5)
+    return torch.tensor(calibrate(fit.left_out, fit.labels), dtype=torch.float64)
+
+
+def posteriors(*features: Tensor) -> Tensor:
+    fit = discriminant(features, 0.5)
+    return (torch.cat(features) @ fit.weight.T + fit.bias).softmax(1)
 
 
 def fitted_axes(tokens: Tensor) -> Axes:
@@ -220,7 +254,7 @@ def test_smile(zoo: Zoo, top_k: int) -> None:
             expected = expected + shares[..., t, None] * (x @ low.T + shifts[t])
         found = run(zoo, name, experts, x.float())
         assert found.shape[:2] == (4 * T, TOKENS)
-        assert relative_error(found, expected) < 1e-5
+        assert relative_error(found, expected) < LAYER
 
 
 def test_smile_of_full_rank_is_the_expert(zoo: Zoo) -> None:
@@ -231,7 +265,7 @@ def test_smile_of_full_rank_is_the_expert(zoo: Zoo) -> None:
             zoo.layer_inputs[task][name][0] @ expert[weight_key(name)].T + expert[bias_key(name)]
             for task, expert in zoo.experts.items()
         ]
-        assert relative_error(run(zoo, name, experts, x, mode="oracle"), torch.stack(expected).double()) < 1e-5
+        assert relative_error(run(zoo, name, experts, x, mode="oracle"), torch.stack(expected).double()) < 2 * LAYER
 
 
 def test_smile_averages_the_rest_on_demand(zoo: Zoo) -> None:
@@ -239,7 +273,7 @@ def test_smile_averages_the_rest_on_demand(zoo: Zoo) -> None:
     routed = {key for name in LINEARS if name.endswith("c_fc") for key in (weight_key(name), bias_key(name))}
     assert merged.update.keys() == zoo.base.keys() - routed
     assert not merged.scalable
-    assert relative_error(merged.update["visual.proj"], zoo.delta64("visual.proj").mean(0)) < 1e-6
+    assert relative_error(merged.update["visual.proj"], zoo.delta64("visual.proj").mean(0)) < summed(T)
 
 
 # --- bad input, odd input
@@ -270,6 +304,6 @@ def test_an_expert_that_is_the_backbone_adds_nothing(merger: ESMPP | SMILE) -> N
         (lambda: ESMPP(decision="hold", held_layer=9).merge(Zoo(tasks=2).inputs()), "there are 4 routed layers"),
     ],
 )
-def test_bad_input(make: object, message: str) -> None:
+def test_bad_input(make: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()

@@ -97,7 +97,6 @@ def test_a_recipe_is_its_coefficient_its_route_and_what_it_is_searched_on(bench:
         Recipe(route="oracle"),
         Recipe("search"),
         Recipe("search", ScaleSearch(halvings=1)),
-        Recipe("search", experts=("grays",)),
     ]
     found = [tuple(of_recipe(bench.evaluator, recipe)) for recipe in recipes]
     assert len(set(found)) == len(found)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import image, numbered
+from PIL import Image
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import check_source
@@ -24,7 +25,7 @@ class Squares(torch.utils.data.Dataset):
     def __len__(self):
         return 3
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Image.Image, torch.Tensor]:
         return image(index, "L"), self.targets[index]
 
 
@@ -57,7 +58,7 @@ class Pairs(Squares):
     def __init__(self, root: str) -> None:
         self._samples = [("a.png", 1), ("b.png", 0), ("c.png", 1)]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Image.Image, torch.Tensor]:
         raise AssertionError("decoded")
 
 

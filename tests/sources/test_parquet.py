@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +45,7 @@ def test_parquet_reads_each_row_group_once_in_order_and_keeps_few(parquet: Path,
     assert len(reads) == 6, "and no others"
 
 
-def _first_red(source, results):
+def _first_red(source: ParquetImages, results: Any) -> None:
     results.put(source[8][0].getpixel((0, 0))[0])
 
 

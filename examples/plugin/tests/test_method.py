@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from mergekit_vision_isoc import IsoC, isoc, isotropic
+from mergekit_vision_isotropic import Isotropic, isotropic, method
 from torch import Tensor
 
 from mergekit_vision import InputError, registry
@@ -58,7 +58,7 @@ def test_the_formula(tasks: int, other: str) -> None:
     inputs = made_up(tasks)
     flat = {key for key in SHAPES if key.startswith("visual.transformer")}
     expected = by_formula(inputs, flat | {"visual.proj"} if other == "isotropic" else flat)
-    merged = IsoC(other=other).merge(inputs)  # type: ignore[arg-type]
+    merged = Isotropic(other=other).merge(inputs)  # type: ignore[arg-type]
     assert merged.scale == 1.0
     assert merged.update.keys() == expected.keys()
     for key, value in merged.update.items():
@@ -83,23 +83,23 @@ def test_what_no_expert_changed_is_left_out() -> None:
     inputs = made_up(2)
     for expert in inputs.experts.values():
         expert["visual.proj"] = inputs.base["visual.proj"].clone()  # type: ignore[index]
-    assert SHAPES.keys() - IsoC().merge(inputs).update.keys() == {"visual.proj"}
+    assert SHAPES.keys() - Isotropic().merge(inputs).update.keys() == {"visual.proj"}
 
 
 def test_a_wrong_parameter_is_refused() -> None:
     """The message names the parameter, its value and what it may be."""
     with pytest.raises(InputError, match="other is 'men', but must be one of isotropic, mean"):
-        IsoC(other="men")  # type: ignore[arg-type]
+        Isotropic(other="men")  # type: ignore[arg-type]
 
 
 def test_the_examples_in_docstrings() -> None:
     """They print what they say."""
-    found = doctest.testmod(isoc)
+    found = doctest.testmod(method)
     assert found.attempted
     assert not found.failed
 
 
 def test_the_registry_knows_it_by_name() -> None:
     """The package is installed, and its entry point works."""
-    assert registry.get("IsoC") is IsoC
-    assert registry.mergers()["IsoC"] is IsoC
+    assert registry.get("Isotropic") is Isotropic
+    assert registry.mergers()["Isotropic"] is Isotropic

@@ -34,7 +34,7 @@ def isotropic(M: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IsoC(Merger):
+class Isotropic(Merger):
     """Isotropic merging in the common subspace: the sum of the task vectors with a flat spectrum.
 
     The sum's few large singular values are what the tasks have in common; they drown the directions of single tasks. A flat
@@ -59,7 +59,7 @@ class IsoC(Merger):
 
     def __post_init__(self) -> None:
         if self.other not in get_args(Other):
-            raise InputError(f"IsoC: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+            raise InputError(f"Isotropic: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""

@@ -1,0 +1,124 @@
+"""Merging one Linear layer by least squares: the weights whose outputs on all tasks' inputs are nearest to the experts' own.
+
+With ``G_t`` the Gram matrix of task ``t``'s inputs, ``Σ_t ‖X_t Uᵀ - X_t Δ_tᵀ‖²`` is least where ``(Σ G_t) Uᵀ = Σ G_t Δ_tᵀ``.
+Everything is about the task vectors ``Δ_t``, so that what no expert changed stays exactly as it was.
+Sources: RegMean (ICLR 2023), RegMean++ (2025), LOT Merging (NeurIPS 2025), WUDI-Merging (ICML 2025).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.functional.esd import RowGram
+from mergekit_vision.functional.linalg import gram
+
+NULL = 1e-12
+"""Eigenvalues up to this share of the largest are round-off in the Gram matrix of float32 inputs: the square of 1e-6."""
+
+AT_ONCE = 8
+"""Tasks whose Gram matrices are held at once; several processes can share their work."""
+
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+
+class Normal(NamedTuple):
+    """Normal equations ``matrix @ Uᵀ = target`` of one layer, which add up over tasks.
+
+    Attributes:
+        matrix: ``[d_in, d_in]``, float64.
+        target: ``[d_in, d_out]``, float64.
+    """
+
+    matrix: Tensor
+    target: Tensor
+
+
+def total(tasks: Sequence[str], parts: Callable[[Sequence[str]], Mapping[str, Mapping[str, Parts]]]) -> dict[str, Parts]:
+    """Sums over tasks of tensors by key, for as many tasks at once as memory should hold Gram matrices of.
+
+    Args:
+        tasks: all of them.
+        parts: task -> key -> tensors, of some tasks; the totals take over their memory.
+    """
+    totals: dict[str, Parts] = {}
+    for start in range(0, len(tasks), AT_ONCE):
+        for part in parts(tasks[start : start + AT_ONCE]).values():
+            add_up(totals, part)
+    return totals
+
+
+def add_up(totals: dict[str, Parts], parts: Mapping[str, Parts]) -> None:
+    """Add tensors by key to the totals, which take over those of a key's first part."""
+    for key, part in parts.items():
+        if key not in totals:
+            totals[key] = part
+        else:
+            for tensor, more in zip(totals[key], part, strict=True):
+                tensor.add_(more)
+
+
+def shrunk(G: Tensor, keep: float) -> Tensor:
+    """A Gram matrix with its off-diagonal entries multiplied by ``keep``.
+
+    >>> shrunk(torch.tensor([[4.0, 2.0], [2.0, 9.0]]), 0.5)
+    tensor([[4., 1.],
+            [1., 9.]])
+    """
+    return G * keep + torch.diag(G.diagonal() * (1 - keep))
+
+
+def of_inputs(inputs: RowGram, delta: Tensor, keep: float = 1.0) -> Normal:
+    """A task's part in RegMean's normal equations.
+
+    Args:
+        inputs: Gram matrix of all rows of the layer's inputs.
+        delta: task vector, ``[d_out, d_in]``.
+        keep: as in :func:`shrunk`.
+    """
+    if inputs.matrix is None:
+        raise ValueError("no layer inputs were observed")
+    return _normal(inputs.matrix / inputs.rows, delta, keep)
+
+
+def of_delta(delta: Tensor, keep: float = 1.0) -> Normal | None:
+    """The same without inputs: a task vector ``[d_out, d_in]`` stands for them, ``G = Δᵀ Δ / ‖Δ‖²``; ``None`` if it is zero."""
+    D = delta.double()
+    energy = float(D.square().sum())
+    return _normal(gram(D) / energy, D, keep) if energy else None
+
+
+def _normal(G: Tensor, delta: Tensor, keep: float) -> Normal:
+    matrix = shrunk(G, keep)
+    return Normal(matrix, matrix @ delta.double().T)
+
+
+def solved(normal: Normal, ridge: float = 0.0) -> Tensor:
+    """The least squares solution ``U [d_out, d_in]``, float64; of many, the one of least norm.
+
+    Args:
+        normal: the normal equations, summed over tasks.
+        ridge: multiple of the matrix's mean diagonal entry that is added to its diagonal.
+
+    >>> normal = Normal(torch.diag(torch.tensor([4.0, 0.0])).double(), torch.tensor([[8.0], [0.0]]).double())
+    >>> solved(normal)
+    tensor([[2., 0.]], dtype=torch.float64)
+    """
+    G, target = normal
+    if ridge:
+        G = G + torch.diag(G.diagonal().mean() * ridge * torch.ones_like(G.diagonal()))
+    return semidefinite_solve(G, target).T
+
+
+def semidefinite_solve(G: Tensor, target: Tensor) -> Tensor:
+    """``G⁺ @ target`` of a positive semi-definite ``G``, float64: by Cholesky unless an eigenvalue is as good as zero."""
+    scale = G.diagonal().clamp(min=torch.finfo(G.dtype).tiny).rsqrt()  # a unit diagonal, whatever the inputs' units
+    root, failed = torch.linalg.cholesky_ex(scale[:, None] * G * scale)
+    if not failed and float(root.diagonal().min()) ** 2 > NULL:
+        solution: Tensor = torch.cholesky_solve(scale[:, None] * target, root).mul_(scale[:, None])
+        return solution
+    values, vectors = torch.linalg.eigh(G)
+    kept = values > NULL * values[-1].clamp(min=0)
+    least: Tensor = vectors[:, kept] @ ((vectors[:, kept].T @ target) / values[kept, None])
+    return least

@@ -1,0 +1,92 @@
+"""How well a merged model agrees with the experts on unlabeled proxy images, each expert the teacher of its own task."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.evaluation.evaluator import Evaluator
+from mergekit_vision.support.console import logger, track
+
+
+class Agreement(NamedTuple):
+    """Agreement of a model with the experts on the proxy images of their tasks.
+
+    Attributes:
+        classes: task -> share of its images on which model and expert name the same class, in [0, 1].
+        divergence: task -> mean Kullback-Leibler divergence of the model's class probabilities from its expert's, in nats. Both
+            are the softmax of zero-shot logits at the CLIP model's own logit scale.
+    """
+
+    classes: dict[str, float]
+    divergence: dict[str, float]
+
+    @property
+    def share(self) -> float:
+        """Mean share over the tasks."""
+        return sum(self.classes.values()) / len(self.classes)
+
+    @property
+    def mean_divergence(self) -> float:
+        """Mean divergence over the tasks: what a choice without labels minimizes.
+
+        The share alone is a coarse and flat curve on a few images a task; cosines of embeddings also count directions in which no
+        class differs. ``benchmarks/agreement.py`` compares them.
+        """
+        return sum(self.divergence.values()) / len(self.divergence)
+
+
+class ExpertTeachers:
+    """The experts' opinions of their own tasks' proxy images, asked for once.
+
+    Args:
+        evaluator: of the backbone.
+        experts: tasks whose experts are merged.
+
+    Attributes:
+        backbone: how well the backbone agrees with them.
+
+    Raises:
+        InputError: when a task has no proxy images.
+    """
+
+    def __init__(self, evaluator: Evaluator, experts: Sequence[str]) -> None:
+        self._opinions: dict[str, Tensor] = {}
+        for task in track(list(experts), "experts on proxies"):
+            with evaluator.with_weights(evaluator.data.suite.experts[task]) as expert:
+                self._opinions[task] = _log_probabilities(expert, task)
+        self.backbone = self.agreement(evaluator)
+
+    def agreement(self, model: Evaluator) -> Agreement:
+        """How well an evaluator's model agrees with the experts."""
+        classes, divergence = {}, {}
+        for task, expert in self._opinions.items():
+            found = _log_probabilities(model, task)
+            classes[task] = float((found.argmax(-1) == expert.argmax(-1)).double().mean())
+            divergence[task] = float((expert.exp() * (expert - found)).sum(-1, dtype=torch.float64).mean())
+        return Agreement(classes, divergence)
+
+    def warn_below_backbone(self, chosen: Agreement) -> None:
+        """Name the tasks on which a model agrees less with their experts than the backbone does."""
+        for task, share in chosen.classes.items():
+            if share < (before := self.backbone.classes[task]):
+                logger.warning(
+                    "task %s ends below the backbone: the merged model agrees with its expert on %.0f %% of the proxy images, "
+                    "the backbone on %.0f %%",
+                    task,
+                    100 * share,
+                    100 * before,
+                )
+
+
+@torch.inference_mode()
+def _log_probabilities(evaluator: Evaluator, task: str) -> Tensor:
+    """Log-probabilities of the classes for a task's proxy images, ``[n, classes]``."""
+    encoder, heads, device = evaluator.encoder, evaluator.heads(), evaluator.runtime.device
+    try:
+        logits = [heads(encoder(images.to(device)), task) for images in evaluator.data.proxy_loader(task)]
+    except InputError as error:
+        raise InputError(f"{error}; a coefficient chosen by agreement needs proxy images of every merged task") from error
+    return torch.cat(logits).log_softmax(-1)

@@ -1,0 +1,107 @@
+"""Iso-C and Iso-CTS merging."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
+from mergekit_vision.merger import Merged, MergeInputs, Merger
+
+Other = Literal["isotropic", "mean"]
+
+
+@dataclass(frozen=True)
+class _Isotropic(Merger):
+    """What Iso-C and Iso-CTS share: which parameters they merge, and how the others."""
+
+    paper: ClassVar[str] = (
+        "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, ICML 2025, "
+        "arXiv:2502.04959"
+    )
+
+    other: Other = "isotropic"
+    scale_average: bool = True
+
+    def __post_init__(self) -> None:
+        if self.other not in get_args(Other):
+            raise InputError(f"{type(self).__name__}: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+
+    @abstractmethod
+    def _merged(self, inputs: MergeInputs, key: str) -> Tensor:
+        """Merged task vector of one matrix."""
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
+        blocks = {linear.weight for linear in inputs.linears}
+        flat = {key for key in inputs.base if inputs.base[key].dim() == 2 and (key in blocks or self.other == "isotropic")}
+
+        def merged(key: str) -> Tensor | None:
+            if not any(inputs.changed(task, key) for task in inputs.tasks):
+                return None
+            return self._merged(inputs, key) if key in flat else inputs.deltas(key).mean(0)
+
+        found = inputs.spread(merged, inputs.base, "merging")
+        update = {key: value for key, value in found.items() if value is not None}
+        return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - flat)
+
+
+@dataclass(frozen=True)
+class IsoC(_Isotropic):
+    """Sum of the task vectors with a flat spectrum.
+
+    ``W = W_0 + scale * mean(σ) U Vᵀ`` for the sum ``Σ_t Δ_t = U diag(σ) Vᵀ``: a few directions that the tasks share dominate the
+    sum, and here all weigh the same.
+
+    Source: Marczak et al., "No Task Left Behind" (ICML 2025), Iso-C. Directions that the sum does not have stay zero; published
+    code gives them singular vectors at random. Parameters that are no matrices are averaged. The scaling coefficient is 1 by
+    default; the paper chooses it on validation data, up to 3.
+
+    Args:
+        other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged:
+            "isotropic" like the rest (published) or "mean".
+        scale_average: whether the scaling coefficient multiplies the averaged parameters too (published), or they are added as
+            they are.
+    """
+
+    title: ClassVar[str] = "Iso-C"
+
+    def _merged(self, inputs: MergeInputs, key: str) -> Tensor:
+        total = torch.zeros(inputs.base[key].shape, dtype=torch.float64, device=inputs.device)
+        for task in inputs.tasks:
+            total += inputs.delta(task, key)
+        return flat_spectrum(total).float()
+
+
+@dataclass(frozen=True)
+class IsoCTS(_Isotropic):
+    """Common directions of the sum plus directions of each task alone, orthogonalized, with a flat spectrum.
+
+    Source: Marczak et al., "No Task Left Behind" (ICML 2025), Iso-CTS. The leading ``common`` of the directions are those of the
+    summed task vectors. The rest is divided among the tasks; each fills its share with the leading directions of its task vector
+    outside of what the common ones span. All are made orthogonal, and get the mean singular value. Parameters that are no
+    matrices are averaged. The scaling coefficient is 1 by default; the paper chooses it on validation data, up to 3.
+
+    Args:
+        common: share of the directions that is common, in [0, 1]. Published: 0.8. With 1, or with too few directions to give each
+            task one, it is Iso-C.
+        other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged:
+            "isotropic" like the rest (published) or "mean".
+        scale_average: whether the scaling coefficient multiplies the averaged parameters too (published), or they are added as
+            they are.
+    """
+
+    title: ClassVar[str] = "Iso-CTS"
+
+    common: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.common <= 1:
+            raise InputError(f"IsoCTS: common is {self.common}, but must be a share of the directions in [0, 1], such as 0.8")
+
+    def _merged(self, inputs: MergeInputs, key: str) -> Tensor:
+        return iso_cts_merge(inputs.deltas(key), self.common)

@@ -1,0 +1,50 @@
+"""Routers: what they choose, and that they can be made again from what is saved of them."""
+
+import pytest
+import torch
+from routed_encoder import KINDS, WIDTH, make_router, normal
+
+from mergekit_vision.routers import Choice, CosineRouter, LowRankExperts
+
+
+def test_weights_of_all_experts_are_zero_where_not_chosen() -> None:
+    choice = Choice(torch.tensor([[[2, 0]], [[1, 2]]]), torch.tensor([[[0.75, 0.25]], [[0.5, 0.5]]]))
+    assert choice.dense(4).tolist() == [[[0.25, 0, 0.75, 0]], [[0, 0.5, 0.5, 0]]]
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (1, 0.01), (2, 1.0), (2, 5.0), (9, 1.0)])
+def test_the_best_are_mixed_by_the_softmax_of_their_scores(top_k: int, temperature: float) -> None:
+    scores = torch.tensor([[[1.0, 3.0, 2.0]]])
+    choice = CosineRouter(torch.eye(3), top_k=top_k, temperature=temperature).choose(scores)
+    best = [1, 2, 0][:top_k]
+    assert choice.experts.tolist() == [[best]]
+    assert torch.equal(choice.weight[0, 0], (scores[0, 0, best] / temperature).softmax(-1))
+    if top_k == 1:
+        assert choice.weight.tolist() == [[[1.0]]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_is_made_again_from_its_buffers_and_arguments(kind: str) -> None:
+    router, x = make_router(kind, WIDTH, seed=3), normal(4, 5, WIDTH)
+    again = type(router)(**dict(router.named_buffers()), **router.arguments())
+    assert again.arguments() == router.arguments()
+    assert torch.equal(again(x), router(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scores_of_an_image_depend_on_that_image_only(kind: str) -> None:
+    router, x = make_router(kind, WIDTH, seed=3), normal(4, 5, WIDTH)
+    changed = x.clone()
+    changed[1:] = 100.0
+    assert torch.equal(router(changed)[0], router(x)[0])
+    assert not torch.equal(router(changed)[1], router(x)[1])
+
+
+def test_factors_have_to_fit_each_other() -> None:
+    up, down, router = torch.zeros(2, 5, 3), torch.zeros(2, 3, 6), CosineRouter(torch.zeros(2, 6))
+    LowRankExperts(up, down, router, torch.zeros(2, 5))
+    for wrong in ((up[:1], down), (up, down[:, :2]), (up[0], down)):
+        with pytest.raises(ValueError, match="do not fit each other"):
+            LowRankExperts(*wrong, router)
+    with pytest.raises(ValueError, match=r"bias must be \[T, d_out\] = \[2, 5\], got \[2, 6\]"):
+        LowRankExperts(up, down, router, torch.zeros(2, 6))
