@@ -53,7 +53,7 @@ def in_options(error: InputError) -> str:
         full = f"{prefix}{name[1]}"
         return _LINKED.get(full, full)
 
-    return re.sub(r"`([\w.]+)`", option, str(error))
+    return re.sub(r"(?<!did you mean )`([\w.]+)`", option, str(error))
 
 
 def _run(arguments: list[str]) -> int:

@@ -48,6 +48,7 @@ SHORT = (
     Short(("--tasks",), "--data.tasks", "LIST", "evaluate these tasks only", ("validate", "test", "compare")),
     Short(("--devices",), "--trainer.devices", "N", "processes of a machine, one a device"),
     Short(("--precision",), "--trainer.precision", "KIND", "of evaluation: 32-true, bf16-mixed or 16-mixed"),
+    Short(("--allow-code",), "--data.allow_code", "", "import classes that a suite or a merged model names: trust it first"),
     Short(("-o", "--output"), "--output", "DIR", "directory of everything that is written; runs/latest unless given"),
 )
 
@@ -72,6 +73,8 @@ def _expanded(argument: str, known: Mapping[str, str]) -> str:
     if name not in known:
         return argument
     full = known[name]
+    if word == "--allow-code" and not equals:  # a flag
+        return f"{full}=true"
     return f"{_PARTS.get(full, full)}.{parts}{equals}{value}" if dot else f"{full}{equals}{value}"
 
 

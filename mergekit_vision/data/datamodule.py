@@ -42,6 +42,8 @@ class VisionTasks(LightningDataModule):
         tasks: the tasks to evaluate (all by default); merging takes all experts of the suite in any case.
         cache_mb: memory in MiB for decoded and resized pixels, so that later passes over a split do not decode it again; a split
             that no longer fits is decoded anew each time. 0 for none. It is of a whole machine: its processes share it equally.
+        allow_code: import and call classes that a suite or a merged model names, of data sets and routers, even if no installed
+            package registers them. Only for files that you trust.
 
     Raises:
         InputError: for a value out of range. The suite is read at first use.
@@ -55,6 +57,7 @@ class VisionTasks(LightningDataModule):
         proxies: Proxies = _DEFAULT_PROXIES,
         tasks: list[str] | None = None,
         cache_mb: int = 2048,
+        allow_code: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("cache_mb", cache_mb, 0)):
@@ -68,11 +71,12 @@ class VisionTasks(LightningDataModule):
         self._suite_path = suite
         self._chosen = tasks
         self._cache_mb = cache_mb
+        self._allow_code = allow_code
 
     @cached_property
     def suite(self) -> Suite:
         """The suite, read at first use."""
-        return Suite.load(Path(self._suite_path))
+        return Suite.load(Path(self._suite_path), self._allow_code)
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class SuiteImages:
                 raise InputError(
                     f"{path}: task {task} has no split {split}{closest(split, known.data)}; it has {', '.join(known.data)}"
                 )
-            source = open_source(known.data[split])
+            source = open_source(known.data[split], allow_code=self.suite.allow_code)
             if faults := content_faults(source, known.classes, known.named_by_data):
                 raise InputError(f"{path}: tasks.{task}.data.{split}: {'; '.join(faults)}")
             self._sources[task, split] = source
@@ -50,7 +50,8 @@ class SuiteImages:
             if self.proxies.source is None:
                 raise ValueError("the proxy images come from the suite's own splits")
             config = resolve(self.proxies.source, self.suite.path.parent)
-            self._sources[_ELSEWHERE] = open_source(config, labeled=self.proxies.label is not None)
+            labeled = self.proxies.label is not None
+            self._sources[_ELSEWHERE] = open_source(config, labeled, self.suite.allow_code)
         return self._sources[_ELSEWHERE]
 
     def proxy_images(self, task: str) -> tuple[ImageSource, Sequence[int]]:

@@ -72,8 +72,12 @@ def save_model(
             (directory / name).unlink(missing_ok=True)
 
 
-def load_experts(directory: Path) -> dict[str, LowRankExperts]:
+def load_experts(directory: Path, allow_code: bool = False) -> dict[str, LowRankExperts]:
     """The routed experts of a dynamic merged model; none for a static one.
+
+    Args:
+        directory: of the model.
+        allow_code: whether a router class that no installed package registers may be imported.
 
     Raises:
         InputError: when the experts' two files do not belong together.
@@ -87,7 +91,7 @@ def load_experts(directory: Path) -> dict[str, LowRankExperts]:
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{directory}: {EXPERTS} or {ROUTERS} is damaged ({error}); merge again") from error
     # in a file tensors start anywhere; matrix products off the usual boundaries in memory may round otherwise
-    return unpack_experts({name: tensor.clone() for name, tensor in tensors.items()}, routers)
+    return unpack_experts({name: tensor.clone() for name, tensor in tensors.items()}, routers, allow_code)
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -105,11 +109,12 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid JSON ({error}); merge again") from error
 
 
-def load(directory: str | Path) -> VisionEncoder:
+def load(directory: str | Path, allow_code: bool = False) -> VisionEncoder:
     """A merged vision encoder, ready for ``encode_image``.
 
     Args:
         directory: written by ``mergekit-vision merge``.
+        allow_code: import a router class even if no installed package registers it. Only for models that you trust.
 
     Returns:
         A plain ``nn.Module`` on the CPU, float32, in evaluation mode.
@@ -119,7 +124,7 @@ def load(directory: str | Path) -> VisionEncoder:
     """
     read_record(Path(directory))
     encoder = VisionEncoder(load_clip(f"local-dir:{directory}").visual).eval()  # type: ignore[arg-type]
-    encoder.route(load_experts(Path(directory)))
+    encoder.route(load_experts(Path(directory), allow_code))
     return encoder
 
 

@@ -5,9 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+from mergekit_vision import routers
 from mergekit_vision.errors import InputError
 from mergekit_vision.routers import LowRankExperts, Router
-from mergekit_vision.support.imports import import_by_path
+from mergekit_vision.support.imports import import_by_path, registered
+
+GROUP = "mergekit_vision.routers"
+"""Entry points of router classes."""
 
 
 def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -32,8 +36,15 @@ def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor
     return tensors, config
 
 
-def unpack_experts(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LowRankExperts]:
+def unpack_experts(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], allow_code: bool = False
+) -> dict[str, LowRankExperts]:
     """Rebuild what :func:`pack_experts` split, bit for bit.
+
+    Args:
+        tensors: by name.
+        config: what describes them.
+        allow_code: whether a router class that no installed package registers may be imported.
 
     Raises:
         InputError: when a tensor is missing, or a router's class cannot be imported or does not take its saved state.
@@ -46,18 +57,26 @@ def unpack_experts(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
             raise InputError(f"the experts' file has no tensor {missing[0]}; the file and its JSON do not belong together")
         buffers = {key.removeprefix("router."): part for key, part in parts.items() if key.startswith("router.")}
         try:
-            router = _router_class(entry["router"])(**buffers, **entry["arguments"])
+            router = _router_class(entry["router"], allow_code)(**buffers, **entry["arguments"])
         except TypeError as error:
             raise InputError(f"{name}: {entry['router']} does not take its saved state: {error}") from error
         routed[name] = LowRankExperts(parts["up"], parts["down"], router, parts.get("bias"), entry["evidence"])
     return routed
 
 
-def _router_class(path: str) -> Callable[..., Router]:
+def _router_class(path: str, allow_code: bool) -> Callable[..., Router]:
+    """A router's class: this package's own, one that an installed package registers, or with ``allow_code`` any."""
     try:
-        found = import_by_path(path)
+        own = path.rpartition(".")[0] == routers.__name__
+        found = getattr(routers, path.rpartition(".")[2], None) if own else registered(GROUP, path)
+        if found is None and not (own or allow_code):
+            raise InputError(
+                f"{path} is registered by no installed package, so it is not imported; install the package that defines it, or, "
+                "if you trust the model and the class, allow_code (command line: --allow-code)"
+            )
+        found = import_by_path(path) if found is None else found
     except InputError as error:
-        raise InputError(f"router {error}; install the package that defines it") from error
+        raise InputError(f"router {error}") from error
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise InputError(f"{path!r} is not a Router")
     return found

@@ -149,7 +149,7 @@ class MergedCLIP(LightningModule):
             return self.recipe.merge(bench, self.merger)
         if self.merged is None:
             raise InputError(_ONE_OF, of="model")
-        return MergedModel(bench.base, load_experts(self.merged), read_record(self.merged))
+        return MergedModel(bench.base, load_experts(self.merged, self.data.suite.allow_code), read_record(self.merged))
 
     def save(self, directory: Path) -> None:
         """Write the merged model, from the first process (see :func:`~mergekit_vision.export.directory.save_model`).

@@ -8,7 +8,7 @@ from mergekit_vision.sources.config import SourceConfig, kind_of
 from mergekit_vision.sources.opening import open_source
 
 
-def check_source(config: SourceConfig, classes: Sequence[str], exact: bool = False) -> list[str]:
+def check_source(config: SourceConfig, classes: Sequence[str], exact: bool = False, allow_code: bool = False) -> list[str]:
     """Faults of a well-formed source against the classes of its task; reads headers and label columns, never an image.
 
     The names that the data gives its classes may differ from those used in prompts, but a name that both use must stand for the
@@ -18,6 +18,7 @@ def check_source(config: SourceConfig, classes: Sequence[str], exact: bool = Fal
         config: the source.
         classes: name of each class index.
         exact: whether the data must name its classes so too: the names come from another split.
+        allow_code: as of :func:`~mergekit_vision.sources.opening.open_source`.
 
     A torchvision class is only imported and its arguments matched; of a hub data set only the description is fetched. For both
     :func:`content_faults` tells the rest once they are opened.
@@ -27,7 +28,7 @@ def check_source(config: SourceConfig, classes: Sequence[str], exact: bool = Fal
         if kind == "torchvision":
             from mergekit_vision.sources.class_path import import_class
 
-            import_class(config["torchvision"], config.get("args", {}))
+            import_class(config["torchvision"], config.get("args", {}), allow_code)
             return []
         if kind == "hub":
             return _name_faults(class_names(config), classes, exact)
@@ -75,7 +76,7 @@ def _name_faults(names: Sequence[str] | None, classes: Sequence[str], exact: boo
     return [f"class {moved[0]} is `{names[moved[0]]}` in the data, but `{classes[moved[0]]}` {theirs}{lacking}; {remedy}"]
 
 
-def class_names(config: SourceConfig) -> tuple[str, ...] | None:
+def class_names(config: SourceConfig, allow_code: bool = False) -> tuple[str, ...] | None:
     """Class names that a well-formed source knows, or ``None``; of a hub data set only the description is fetched.
 
     Raises:
@@ -85,4 +86,4 @@ def class_names(config: SourceConfig) -> tuple[str, ...] | None:
         from mergekit_vision.sources.hub import hub_class_names
 
         return hub_class_names(config)
-    return open_source(config).names
+    return open_source(config, allow_code=allow_code).names

@@ -11,14 +11,19 @@ from PIL import Image
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.support.fingerprints import digest, stamps
-from mergekit_vision.support.imports import import_by_path
+from mergekit_vision.support.imports import import_by_path, registered
+
+GROUP = "mergekit_vision.datasets"
+"""Entry points of data set classes."""
+
+_TORCHVISION, _OWN = "torchvision.datasets", "mergekit_vision.demo.tasks"
 
 
 class TorchvisionImages(ImageSource):
     """Any map-style data set class of ``(PIL image, class index)``, built from its class path and arguments."""
 
-    def __init__(self, class_path: str, args: Mapping[str, Any]) -> None:
-        build = import_class(class_path, args)
+    def __init__(self, class_path: str, args: Mapping[str, Any], allow_code: bool = False) -> None:
+        build = import_class(class_path, args, allow_code)
         self._where, self._args = class_path, dict(args)
         try:
             self._data = build(**args)
@@ -62,19 +67,48 @@ class TorchvisionImages(ImageSource):
         return [self[index][1] for index in range(len(self))]
 
 
-def import_class(class_path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
-    """Import a class and match arguments to its constructor, without calling it.
+def import_class(class_path: str, args: Mapping[str, Any], allow_code: bool = False) -> Callable[..., Any]:
+    """A data set class, with arguments matched to its constructor, which is not called.
+
+    A suite may be a stranger's. Without ``allow_code`` nothing is imported but torchvision's data sets, this package's own, and
+    those that installed packages register as entry points in the group ``mergekit_vision.datasets``, by name or class path.
+
+    Args:
+        class_path: of the class.
+        args: of its constructor.
+        allow_code: whether any other class may be imported and called.
 
     Raises:
-        InputError: when there is no such class, or it does not take these arguments.
+        InputError: when there is no such class, it is not allowed, it is no map-style data set, or these are not its arguments.
     """
-    try:
-        found = import_by_path(class_path)
-    except InputError as error:
-        raise InputError(f"{error}; give a class path like torchvision.datasets.MNIST") from error
+    found = _known(class_path)
+    if found is None and not allow_code:
+        raise InputError(
+            f"{class_path}: not a data set of torchvision or of an installed package, so it is not imported; give a class path "
+            "like torchvision.datasets.MNIST, or, if you trust the suite and the class, allow_code (command line: --allow-code)"
+        )
+    if found is None:
+        try:
+            found = import_by_path(class_path)
+        except InputError as error:
+            raise InputError(f"{error}; give a class path like torchvision.datasets.MNIST") from error
+    if not (isinstance(found, type) and hasattr(found, "__getitem__") and hasattr(found, "__len__")):
+        raise InputError(f"{class_path}: not a class of map-style data sets, with __getitem__ and __len__")
     try:
         inspect.signature(found).bind(**args)
     except TypeError as error:
         raise InputError(f"{class_path}: {error} (`args` holds {', '.join(args) or 'nothing'})") from error
     build: Callable[..., Any] = found
     return build
+
+
+def _known(class_path: str) -> Any:
+    """The class, where importing it runs no code but that of installed packages; ``None`` for any other."""
+    module, _, name = class_path.rpartition(".")
+    if module == _TORCHVISION:
+        import torchvision.datasets
+
+        return getattr(torchvision.datasets, name) if name in torchvision.datasets.__all__ else None
+    if module == _OWN:
+        return import_by_path(class_path)
+    return registered(GROUP, class_path)

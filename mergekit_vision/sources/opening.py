@@ -9,12 +9,13 @@ from mergekit_vision.sources.config import SourceConfig, config_faults, kind_of
 from mergekit_vision.sources.folder import FlatFolder, FolderImages
 
 
-def open_source(config: SourceConfig, labeled: bool = True) -> ImageSource:
+def open_source(config: SourceConfig, labeled: bool = True, allow_code: bool = False) -> ImageSource:
     """Open a source by its mapping.
 
     Args:
         config: the mapping, with absolute paths or paths relative to the working directory.
         labeled: whether the class indices are needed; ``False`` also opens a folder of images without class directories.
+        allow_code: whether a data set class that no installed package registers may be imported and called.
 
     Raises:
         InputError: when the mapping is malformed, or what it names is missing or of another layout.
@@ -35,7 +36,7 @@ def open_source(config: SourceConfig, labeled: bool = True) -> ImageSource:
     if kind == "torchvision":
         from mergekit_vision.sources.class_path import TorchvisionImages
 
-        return TorchvisionImages(config["torchvision"], config.get("args", {}))
+        return TorchvisionImages(config["torchvision"], config.get("args", {}), allow_code)
     directory = Path(config["folder"])
     if not labeled and directory.is_dir() and not any(entry.is_dir() for entry in directory.iterdir()):
         return FlatFolder(directory)

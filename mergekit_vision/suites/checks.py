@@ -35,7 +35,7 @@ def suite_faults(suite: Suite, shapes: Shapes, splits: Mapping[str, Collection[s
         if experts:
             faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(suite, task, shapes)]
         for split in dict.fromkeys(splits.get(task.name, ())):
-            faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(task, split)]
+            faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(suite, task, split)]
     return faults
 
 
@@ -58,10 +58,10 @@ def _expert_faults(suite: Suite, task: Task, shapes: Shapes) -> list[str]:
     return faults
 
 
-def _split_faults(task: Task, split: str) -> list[str]:
+def _split_faults(suite: Suite, task: Task, split: str) -> list[str]:
     if split not in task.data:
         return [f"missing{closest(split, task.data)}; the task has {', '.join(task.data)}"]
-    return check_source(task.data[split], task.classes, task.named_by_data)
+    return check_source(task.data[split], task.classes, task.named_by_data, suite.allow_code)
 
 
 def _shortened(items: Iterable[str]) -> str:

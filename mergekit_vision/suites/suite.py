@@ -62,6 +62,7 @@ class Suite:
         pretrained: tag or file of the backbone's weights, for an open_clip model name.
         tasks: name -> task, in the order of the file.
         path: the file.
+        allow_code: whether data set classes that no installed package registers may be imported and called.
     """
 
     name: str
@@ -69,9 +70,10 @@ class Suite:
     pretrained: str | None
     tasks: Mapping[str, Task]
     path: Path
+    allow_code: bool = False
 
     @classmethod
-    def load(cls, path: str | Path) -> "Suite":
+    def load(cls, path: str | Path, allow_code: bool = False) -> "Suite":
         """Read a suite file and check its layout.
 
         The name of a built-in suite, ``demo``, stands for its file, unless the working directory has a file of that name.
@@ -88,7 +90,7 @@ class Suite:
             classes, unnamed = task["classes"], task["classes"] is None
             if unnamed:
                 try:
-                    classes = _names_in_data(task["data"])
+                    classes = _names_in_data(task["data"], allow_code)
                 except InputError as error:
                     faults.append(f"tasks.{name}.classes: not given, and not found in the data: {error}")
                     continue
@@ -96,7 +98,7 @@ class Suite:
             expert = root / Path(task["expert"]).expanduser()
             tasks[name] = Task(name, expert, task["data"], tuple(classes), tuple(templates), unnamed)
         raise_faults(path, faults)
-        return cls(content["name"], content["backbone"], content["pretrained"], tasks, path)
+        return cls(content["name"], content["backbone"], content["pretrained"], tasks, path, allow_code)
 
     @cached_property
     def experts(self) -> Mapping[str, CheckpointWeights]:
@@ -126,9 +128,9 @@ class _Experts(Mapping[str, CheckpointWeights]):
         return len(self._paths)
 
 
-def _names_in_data(data: Mapping[str, Mapping[str, object]]) -> tuple[str, ...]:
+def _names_in_data(data: Mapping[str, Mapping[str, object]], allow_code: bool) -> tuple[str, ...]:
     """Class names by the first source; its kind tells where they stand."""
-    names = class_names(next(iter(data.values())))
+    names = class_names(next(iter(data.values())), allow_code)
     if names is None:
         raise InputError("it names no classes; list them under `classes`")
     return names

@@ -73,6 +73,7 @@ def test_an_error_of_the_library_names_arguments_and_that_of_the_program_options
     assert in_options(error) == "give one of --model.merger and --model.merged"
     assert in_options(InputError("`default_root_dir` x: is a file", of="trainer")) == "--output x: is a file"
     assert in_options(InputError("a source is `parquet`")) == "a source is `parquet`"
+    assert in_options(InputError("`tasks`: strips (did you mean `stripes`?)", of="data")).endswith("(did you mean `stripes`?)")
 
 
 def test_nothing_is_left_behind_in_the_process(command: list[str]) -> None:

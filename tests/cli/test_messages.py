@@ -11,7 +11,10 @@ from mergekit_vision.cli.main import main
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scale", "seach"], "--model.scale must be a number or one of merger, search, agreement, not seach (did you mean `search`?)"),
+        (
+            ["--scale", "seach"],
+            "--model.scale must be a number or one of merger, search, agreement, not seach (did you mean `sea",
+        ),
         (["--route", "orcle"], "--model.route must be one of router, oracle, base, not orcle (did you mean `oracle`?)"),
         (["--merger.rank", "x"], "--model.merger.rank must be a whole number, not x"),
         (["--merger.norm", "detla"], "--model.merger.norm must be one of delta, truncated, not detla (did you mean `delta`?)"),

@@ -56,7 +56,7 @@ def test_tasks_choose_what_is_evaluated(tiny_suite: Path) -> None:
     ],
 )
 def test_only_what_will_be_read_is_downloaded(root: Path, needs: Needs, made: list[tuple[str, str]]) -> None:
-    data = VisionTasks(all_fetched(root), tasks=["grays"])
+    data = VisionTasks(all_fetched(root), tasks=["grays"], allow_code=True)
     data.fetch(needs)
     assert Fetched.made == made
     data.fetch(needs)
@@ -66,7 +66,7 @@ def test_only_what_will_be_read_is_downloaded(root: Path, needs: Needs, made: li
 def test_nothing_is_downloaded_for_a_suite_at_fault(root: Path) -> None:
     path = all_fetched(root)
     (root / "experts" / "stripes.safetensors").unlink()
-    data = VisionTasks(path)
+    data = VisionTasks(path, allow_code=True)
     with pytest.raises(InputError, match=r"1 fault\n  tasks\.stripes\.expert: .*No such file"):
         data.fetch(Needs({"test"}, everywhere={"val"}))
     assert Fetched.made == []
@@ -75,7 +75,7 @@ def test_nothing_is_downloaded_for_a_suite_at_fault(root: Path) -> None:
 
 
 def test_out_of_domain_proxies_are_downloaded_once_and_for_merging_only(root: Path) -> None:
-    data = VisionTasks(all_fetched(root), proxies=Proxies(source=fetched("elsewhere", "all")))
+    data = VisionTasks(all_fetched(root), proxies=Proxies(source=fetched("elsewhere", "all")), allow_code=True)
     data.fetch(Needs(experts=False))
     assert Fetched.made == []
     data.fetch(Needs(proxies=True))

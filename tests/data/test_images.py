@@ -19,7 +19,7 @@ from mergekit_vision.suites.suite import Suite
 )
 def test_what_was_downloaded_is_checked(root: Path, labels: tuple[int, ...], hint: str) -> None:
     path = changed(root, lambda tasks: tasks["colors"]["data"].update(test=fetched("colors", "test", labels)))
-    data = VisionTasks(path)
+    data = VisionTasks(path, allow_code=True)
     data.check(Needs({"test"}))
     for use in (
         lambda: data.loader("colors", "test"),
@@ -34,7 +34,7 @@ def test_the_number_of_downloaded_classes_is_checked(root: Path, monkeypatch: py
     monkeypatch.setattr(Fetched, "classes", ["a", "b"], raising=False)
     path = changed(root, lambda tasks: tasks["colors"]["data"].update(val=fetched("colors", "val")))
     with pytest.raises(InputError, match=r"tasks\.colors\.data\.val: the data has 2 classes, but there are 3 under `classes`"):
-        VisionTasks(path).size("colors", "val")
+        VisionTasks(path, allow_code=True).size("colors", "val")
 
 
 def test_a_split_is_opened_once(tiny_suite: Path) -> None:

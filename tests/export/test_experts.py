@@ -1,6 +1,7 @@
 """Routed experts as tensors and plain data, and back."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,22 @@ def test_unpack_explains_what_is_wrong() -> None:
     with pytest.raises(InputError, match=r"no tensor .*in_proj\.down"):
         unpack_experts({key: value for key, value in tensors.items() if key != f"{name}.down"}, config)
     for router, message in (
-        ("nowhere.Router", "cannot be imported.*; install the package that defines it"),
+        ("nowhere.Router", "router nowhere.Router cannot be imported"),
         ("torch.nn.Linear", "is not a Router"),
+        ("os.system", "is not a Router"),
+        ("mergekit_vision.routers.Nothing", "cannot be imported"),
     ):
         with pytest.raises(InputError, match=message):
-            unpack_experts(tensors, {name: {**config[name], "router": router}})
+            unpack_experts(tensors, {name: {**config[name], "router": router}}, allow_code=True)
     with pytest.raises(InputError, match="does not take its saved state"):
         unpack_experts(tensors, {name: {**config[name], "arguments": {"size": 1}}})
+
+
+def test_only_registered_routers_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, config = pack_experts(make_experts(make_encoder(), "cosine"))
+    (tmp_path / "evil.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in ("evil.Router", "os.system", "torch.nn.Linear"):
+        with pytest.raises(InputError, match=f"router {path} is registered by no installed package.*--allow-code"):
+            unpack_experts(tensors, {LINEARS[0]: {**config[LINEARS[0]], "router": path}})
+    assert "evil" not in sys.modules

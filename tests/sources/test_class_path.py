@@ -1,5 +1,6 @@
 """Data set classes by their dotted path."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,26 +31,26 @@ class Squares(torch.utils.data.Dataset):
 
 
 def test_torchvision_by_class_path(tmp_path: Path) -> None:
-    source = open_source({"torchvision": f"{__name__}.Squares", "args": {"root": str(tmp_path)}})
+    source = open_source({"torchvision": f"{__name__}.Squares", "args": {"root": str(tmp_path)}}, allow_code=True)
     assert (source.names, list(source.labels()), len(source)) == (("one", "two"), [0, 1, 0], 3)
     assert (source[1][0].mode, source[1][1]) == ("RGB", 1)
     with pytest.raises(InputError, match="download=True"):
-        open_source({"torchvision": f"{__name__}.Squares", "args": {"root": "", "train": False}})
+        open_source({"torchvision": f"{__name__}.Squares", "args": {"root": "", "train": False}}, allow_code=True)
 
 
 def test_torchvision_fingerprint_follows_the_files_under_root(tmp_path: Path) -> None:
     config = {"torchvision": f"{__name__}.Squares", "args": {"root": str(tmp_path / "data")}}
-    found = [open_source(config).fingerprint()]  # no such directory
+    found = [open_source(config, allow_code=True).fingerprint()]  # no such directory
     nested = tmp_path / "data" / "raw" / "x.bin"
     nested.parent.mkdir(parents=True)
     for content in ("a", "bb"):
         nested.write_text(content)
-        found.append(open_source(config).fingerprint())
+        found.append(open_source(config, allow_code=True).fingerprint())
     nested.rename(nested.with_name("y.bin"))
-    found.append(open_source(config).fingerprint())
+    found.append(open_source(config, allow_code=True).fingerprint())
     assert len(set(found)) == 4
     (nested.with_name("broken")).symlink_to(tmp_path / "nowhere")
-    assert open_source(config).fingerprint() == found[-1]
+    assert open_source(config, allow_code=True).fingerprint() == found[-1]
 
 
 class Pairs(Squares):
@@ -63,7 +64,7 @@ class Pairs(Squares):
 
 
 def test_torchvision_labels_are_read_without_decoding() -> None:
-    assert open_source({"torchvision": f"{__name__}.Pairs", "args": {"root": ""}}).labels() == [1, 0, 1]
+    assert open_source({"torchvision": f"{__name__}.Pairs", "args": {"root": ""}}, allow_code=True).labels() == [1, 0, 1]
 
 
 def test_a_real_torchvision_data_set() -> None:
@@ -75,8 +76,10 @@ def test_a_real_torchvision_data_set() -> None:
 @pytest.mark.parametrize(
     ("config", "hint"),
     [
-        ({"torchvision": "torchvision.datasets.NoSuch"}, "cannot be imported"),
+        ({"torchvision": "torchvision.datasets.NoSuch"}, "give a class path like"),
         ({"torchvision": "MNIST"}, "give a class path like"),
+        ({"torchvision": "os.system", "args": {"command": "true"}}, "--allow-code"),
+        ({"torchvision": "torchvision.datasets.utils.download_url"}, "--allow-code"),
         ({"torchvision": "torchvision.datasets.MNIST"}, "missing a required argument: 'root'"),
         ({"torchvision": "torchvision.datasets.MNIST", "args": {"root": "x", "tran": True}}, "'tran'"),
     ],
@@ -86,3 +89,34 @@ def test_torchvision_is_checked_without_being_built(config: dict[str, object], h
     assert hint in fault
     arguments = {"root": "/nowhere", "download": True}
     assert check_source({"torchvision": "torchvision.datasets.MNIST", "args": arguments}, numbered(10)) == []
+
+
+@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "sys.exit", "evil.Images", f"{__name__}.Squares"])
+def test_what_a_suite_names_is_not_imported_unless_it_is_registered(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {"torchvision": path, "args": {"root": str(tmp_path)}}
+    (fault,) = check_source(config, numbered(2))
+    assert f"{path}: not a data set" in fault
+    with pytest.raises(InputError, match="--allow-code"):
+        open_source(config)
+    assert "evil" not in sys.modules
+
+
+def test_a_function_is_not_called_even_where_code_is_allowed() -> None:
+    with pytest.raises(InputError, match="not a class of map-style data sets"):
+        open_source({"torchvision": "os.system", "args": {"command": "exit 3"}}, allow_code=True)
+
+
+def test_an_entry_point_of_an_installed_package_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text("class Images(list):\n    classes = ['one']\n    targets = [0]\n")
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[mergekit_vision.datasets]\nTheirs = theirs:Images\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in ("Theirs", "theirs.Images"):
+        assert len(open_source({"torchvision": path, "args": {}})) == 0
+    sys.modules.pop("theirs")
