@@ -35,8 +35,9 @@ def mergers() -> dict[str, type[Merger]]:
         RegistryError: for two methods of one name, also if they differ only by case; a name that is not CamelCase or not its
             class's; an object that is no concrete ``Merger``. The message names the distributions that register them.
 
+    >>> from mergekit_vision.registry import mergers
     >>> list(mergers())[:2]
-    ['Average', 'ESM']
+    ['Average', 'Breadcrumbs']
     """
     return _load()[0]
 

@@ -23,7 +23,6 @@ def swudi_merge(deltas: Iterable[Tensor], time: float, share: float = 1.0) -> Te
     Returns:
         ``[d_out, d_in]``, float64.
 
-    >>> torch.set_printoptions(precision=3)
     >>> swudi_merge([torch.tensor([[2.0, 0.0]]), torch.tensor([[4.0, 0.0]])], time=1e9)  # a mean by ‖Δ‖², where the sum is 6
     tensor([[3., 0.]], dtype=torch.float64)
     """
