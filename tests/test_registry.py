@@ -175,7 +175,13 @@ def test_every_installed_method_says_what_it_is() -> None:
     ours = {
         name: method for name, method in found.items() if registry.get(name).__module__.startswith("mergekit_vision.plugins.")
     }
-    assert {name for name, method in ours.items() if method.needs == "proxies"} == {"ESM", "ESMPP", "ESMPPBayes", "FeatCal", "RegMean"}
+    assert {name for name, method in ours.items() if method.needs == "proxies"} == {
+        "ESM",
+        "ESMPP",
+        "ESMPPBayes",
+        "FeatCal",
+        "RegMean",
+    }
     assert {name for name, method in ours.items() if method.kind == "dynamic"} == {"ESMPP", "ESMPPBayes", "SMILE"}
     for method in found.values():
         assert method.title
