@@ -123,6 +123,7 @@ class MergeInputs:
         experts: task -> weights with the keys and shapes of ``base``, in the order of the suite.
         linears: the encoder's Linear layers in forward order.
         norms: the layer normalizations of its blocks, in forward order.
+        depths: key -> index of the block that the parameter lies in; -1 before the first block, their number behind the last.
         device: where deltas are put and merging computes.
         run_proxies: behind :meth:`observe`; ``None`` where there are no proxy images.
         choose_scale: behind :meth:`coefficient`; ``None`` takes the merger's own.
@@ -141,6 +142,7 @@ class MergeInputs:
     track: Callable[[Iterable[str], str], Iterable[str]] = _untracked
     share: Spread = _alone
     norms: tuple[NormInfo, ...] = ()
+    depths: Mapping[str, int] = field(default_factory=dict)
     streams: Streams | None = None
     change: Change | None = None
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -12,9 +11,6 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merged, MergeInputs, Merger, static_base
 
 Outer = Literal["first", "depth"]
-
-BEHIND = ("visual.ln_post.", "visual.attn_pool.", "visual.proj")
-"""Start of the keys of what follows the last block, in open_clip's names."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +70,7 @@ def _magnitude(value: Tensor) -> float:
 
 
 def _depths(inputs: MergeInputs, behind: float) -> dict[str, float]:
-    """Where each parameter lies, from 0 in the first block, and before it, to 1 in the last one.
-
-    A block's parameters are its Linear layers, its normalizations, and whatever else lies in the module that holds these.
-
-    Args:
-        inputs: whose parameters.
-        behind: of what lies behind the last block.
-    """
-    blocks: dict[int, list[str]] = {}
-    for layers in (inputs.linears, inputs.norms):
-        for layer in layers:
-            blocks.setdefault(layer.block, []).extend(key for key in (layer.weight, layer.bias) if key is not None)
-    last = max(blocks, default=0)
-    found = {key: behind if key.startswith(BEHIND) else 0.0 for key in inputs.base}
-    for block, keys in blocks.items():
-        levels = zip(*(key.split(".")[:-1] for key in keys), strict=False)
-        module = "".join(f"{names[0]}." for names in takewhile(lambda names: len(set(names)) == 1, levels))
-        alone = all(not key.startswith(module) for other in blocks if other != block for key in blocks[other])
-        own = [key for key in inputs.base if key in keys or (alone and len(blocks) > 1 and key.startswith(module))]
-        found.update(dict.fromkeys(own, block / max(1, last)))
-    return found
+    """Where each parameter lies: 0 in the first block and before it, 1 in the last one, and ``behind`` after that."""
+    blocks = 1 + max((linear.block for linear in inputs.linears), default=0)
+    found = {key: inputs.depths.get(key, -1) for key in inputs.base}
+    return {key: behind if depth == blocks else max(0, depth) / max(1, blocks - 1) for key, depth in found.items()}

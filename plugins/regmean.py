@@ -60,8 +60,8 @@ class RegMean(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Average what is no Linear layer's weight, then fit the Linear layers, block after block where inputs count."""
         weights = [linear.weight for linear in inputs.linears]
-        kept = ("visual.ln_post.",) if self.post_norm == "pretrained" else ()
-        rest = [key for key in inputs.base if key not in weights and not key.startswith(kept)]
+        kept = _post_norm(inputs) if self.post_norm == "pretrained" else set()
+        rest = [key for key in inputs.base if key not in weights and key not in kept]
         update = _found(inputs, lambda key: inputs.deltas(key).mean(0), rest, "averages")
         if self.gram == "delta":
             update |= _found(inputs, partial(self._without_inputs, inputs), weights, "merging")
@@ -102,6 +102,12 @@ class RegMean(Merger):
             stream.left(block, left)
         deltas = ((linear, inputs.delta(task, linear.weight)) for linear in linears)
         return {linear.weight: of_inputs(observers.pop(linear.name), delta, self.shrink) for linear, delta in deltas}
+
+
+def _post_norm(inputs: MergeInputs) -> set[str]:
+    """Keys of the normalization behind the last block: what is no matrix there."""
+    behind = 1 + max((linear.block for linear in inputs.linears), default=0)
+    return {key for key, value in inputs.base.items() if inputs.depths.get(key) == behind and value.dim() == 1}
 
 
 def _stream(inputs: MergeInputs, task: str, weights: Weights) -> Stream:

@@ -35,6 +35,8 @@ INFOS = tuple(
     for position, name in enumerate(LINEARS)
 )
 
+BEHIND = ("visual.proj", "visual.ln_post.weight")
+
 NORMS = tuple(
     NormInfo(name, f"{name}.weight", f"{name}.bias", block)
     for block in range(BLOCKS)
@@ -57,6 +59,12 @@ def shapes() -> dict[str, tuple[int, ...]]:
     for norm in NORMS:
         found[norm.weight] = found[norm.bias] = (WIDTH,)
     return found
+
+
+def depths() -> dict[str, int]:
+    """Where each parameter lies, from -1 before the blocks to their number behind them."""
+    outside = {key: BLOCKS if key in BEHIND else -1 for key in shapes()}
+    return outside | {key: int(key.split(".")[3]) for key in shapes() if "resblocks" in key}
 
 
 def _spectral(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -158,7 +166,7 @@ class Zoo:
     def inputs(self, order: list[int] | None = None) -> MergeInputs:
         names = list(self.experts) if order is None else [list(self.experts)[i] for i in order]
         experts = {name: self.experts[name] for name in names}
-        return MergeInputs(self.base, experts, INFOS, run_proxies=self.run_proxies, norms=NORMS, streams=self)
+        return MergeInputs(self.base, experts, INFOS, run_proxies=self.run_proxies, norms=NORMS, depths=depths(), streams=self)
 
     def delta64(self, key: str) -> Tensor:
         """Task vectors ``[T, ...]`` in float64, of the float32 differences."""

@@ -168,7 +168,8 @@ def merged_and_asked(merger: Merger) -> tuple[Merged, set[str]]:
         asked.add("track")
         return items
 
-    return merger.merge(dataclasses.replace(zoo.inputs(), run_proxies=proxies, share=share, track=track)), asked
+    merged = merger.merge(dataclasses.replace(zoo.inputs(), run_proxies=proxies, share=share, track=track))
+    return merged, asked | ({"proxies"} if zoo.asked else set())
 
 
 @every_method

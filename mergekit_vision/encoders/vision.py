@@ -50,6 +50,12 @@ class VisionEncoder(nn.Module):
         names = [(block, f"visual.transformer.resblocks.{block}.{norm}") for block in range(blocks) for norm in ("ln_1", "ln_2")]
         return tuple(NormInfo(name, f"{name}.weight", f"{name}.bias", block) for block, name in names)
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """Key of each parameter -> index of its block; -1 before the first block, the number of blocks behind the last."""
+        blocks = len(self.visual.transformer.resblocks)  # type: ignore[union-attr, arg-type]
+        return {key: _depth(key, blocks) for key in self.weights()}
+
     def embed(self, images: Tensor) -> Tensor:
         """The tokens that enter block 0, ``[N, L, d]``, of preprocessed images ``[N, 3, H, W]``."""
         return self.visual._embeds(images)  # type: ignore[operator, no-any-return]
@@ -105,6 +111,13 @@ def linearize(visual: nn.Module) -> nn.Module:
         if isinstance(block.attn, nn.MultiheadAttention):
             block.attn = LinearAttention.from_multihead(block.attn)
     return visual
+
+
+def _depth(key: str, blocks: int) -> int:
+    """See :attr:`VisionEncoder.depths`."""
+    if key.startswith("visual.transformer.resblocks."):
+        return int(key.split(".")[3])
+    return blocks if key.startswith(("visual.ln_post.", "visual.attn_pool", "visual.proj")) else -1
 
 
 def _open_clip_key(name: str) -> str:

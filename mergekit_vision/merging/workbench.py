@@ -78,6 +78,7 @@ class Workbench:
             track,
             partial(runtime.team.spread, device=device),
             evaluator.encoder.norms,
+            evaluator.encoder.depths,
             _Streams(evaluator, device),
         )
 

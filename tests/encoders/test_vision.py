@@ -51,6 +51,10 @@ def test_every_linear_is_hooked_in_forward_order(backbone: str) -> None:
     encoder(images())
     assert seen == names
     assert {key for linear in encoder.linears for key in (linear.weight, linear.bias)} <= set(encoder.weights())
+    depths = encoder.depths
+    assert depths.keys() == encoder.weights().keys()
+    assert all(depths[linear.weight] == linear.block for linear in encoder.linears)
+    assert [depths[f"visual.{key}"] for key in ("conv1.weight", "ln_pre.bias", "ln_post.bias", "proj")] == [-1, -1, 2, 2]
     assert [(linear.block, linear.kind) for linear in encoder.linears] == [
         (block, kind) for block in range(2) for kind in ("in_proj", "out_proj", "c_fc", "c_proj")
     ]

@@ -174,7 +174,9 @@ def deep(tasks: int = 2) -> MergeInputs:
     generator = torch.Generator().manual_seed(0)
     base = {key: torch.zeros(shape) for key, shape in shapes.items()}
     experts = {f"task{t}": {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()} for t in range(tasks)}
-    return MergeInputs(base, experts, tuple(linears), norms=tuple(norms))
+    behind = dict.fromkeys(("visual.proj", "visual.ln_post.weight", "visual.ln_post.bias"), DEPTH)
+    depths = {key: int(key.split(".")[3]) if "resblocks" in key else behind.get(key, -1) for key in shapes}
+    return MergeInputs(base, experts, tuple(linears), norms=tuple(norms), depths=depths)
 
 
 def depth(key: str) -> float:
@@ -245,14 +247,16 @@ def test_lines_with_what_the_base_holds_fixed() -> None:
 
 
 def test_lines_without_blocks_scales_all_alike() -> None:
-    inputs = replace(Zoo(tasks=2).inputs(), linears=(), norms=())
+    inputs = replace(Zoo(tasks=2).inputs(), linears=(), norms=(), depths={})
     sums, update = TaskArithmetic().merge(inputs).update, LiNeS(alpha=0.25).merge(inputs).update
     assert all(update[key].equal(value / 4) for key, value in sums.items())
 
 
 def test_lines_of_a_single_block() -> None:
     inputs = Zoo(tasks=2).inputs()
-    inputs = replace(inputs, linears=inputs.linears[:4], norms=())
+    inputs = replace(
+        inputs, linears=inputs.linears[:4], norms=(), depths=dict.fromkeys(("visual.proj", "visual.ln_post.weight"), 1)
+    )
     sums, update = TaskArithmetic().merge(inputs).update, LiNeS(alpha=0.25, outer="depth").merge(inputs).update
     for key, value in sums.items():
         assert update[key].equal((1.25 if key in ("visual.proj", "visual.ln_post.weight") else 0.25) * value), key
