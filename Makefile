@@ -4,7 +4,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-launch test-oldest lint style docs clean
+.PHONY: demo test test-all test-launch test-kernels test-oldest lint style docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -21,6 +21,12 @@ test-all: .venv/ready
 test-launch: .venv/ready
 	$(BIN)/pytest --numprocesses 0 -m slow tests/test_readme.py -k torchrun
 
+# as on other processors, whose kernels round otherwise: without vector instructions, with AVX2, and with two threads
+test-kernels: .venv/ready
+	ATEN_CPU_CAPABILITY=default $(BIN)/$(PYTEST)
+	MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/$(PYTEST)
+	OMP_NUM_THREADS=2 $(BIN)/pytest
+
 # with the lowest versions that setup.cfg admits
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/$(PYTEST)
@@ -31,7 +37,7 @@ lint: .venv/ready
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-# mends what lint finds, where that can be done by machine
+# fixes what lint finds, where that is automatic
 style: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -7,16 +7,17 @@ from mergekit_vision.cli.methods import markdown_table
 from mergekit_vision.registry import mergers, methods
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+PAGES = {ROOT / "README.md": False, ROOT / "docs" / "methods.md": True}
+"""Pages with a table of the methods, and whether it names their papers."""
 
 
-def updated(text: str) -> str:
+def updated(text: str, papers: bool) -> str:
     """A page with the table between its two comments as it should be; methods of other packages are left out."""
     own = [method for method in methods() if mergers()[method.name].__module__.startswith("mergekit_vision.")]
-    table = f"<!-- methods:begin -->\n{markdown_table(own)}\n<!-- methods:end -->"
+    table = f"<!-- methods:begin -->\n{markdown_table(own, papers)}\n<!-- methods:end -->"
     return re.sub(r"<!-- methods:begin -->.*?<!-- methods:end -->", lambda _: table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, papers in PAGES.items():
+        page.write_text(updated(page.read_text(encoding="utf-8"), papers), encoding="utf-8")

@@ -35,7 +35,7 @@ ModelKind = Literal["static", "dynamic"]
 
 _Result = TypeVar("_Result")
 
-_NO_PROXIES = "this merging method needs proxy images, but none are configured (see `proxies` of the data module)"
+_NO_PROXIES = "this merging method needs proxy images, but none are configured; give the data module proxies"
 
 
 LinearKind = Literal["in_proj", "out_proj", "c_fc", "c_proj"]

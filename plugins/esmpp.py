@@ -72,7 +72,7 @@ class ESMPP(Merger):
     """
 
     title: ClassVar[str] = "ESM++"
-    paper: ClassVar[str] = "Essential Subspace Merging, extended version, 2026, arXiv:2606.19164"
+    paper: ClassVar[str] = "Essential Subspace Merging, CVPR 2026, and its extended version, 2026, arXiv:2606.19164"
     needs: ClassVar[DataNeeds] = "proxies"
     kind: ClassVar[ModelKind] = "dynamic"
 
@@ -232,11 +232,10 @@ class ESMPPBayes(ESMPP):
         shrinkage: as for :class:`ESMPP`.
         top_k: as for :class:`ESMPP`.
         temperature: as for :class:`ESMPP`. Proxy images are few, so that log-posteriors are too sure of themselves, and the more
-            so the fewer they are: a constant would not do.
+            so the fewer they are, which no constant corrects.
     """
 
     title: ClassVar[str] = "ESM++ with a Bayes router"
-    paper: ClassVar[str] = ""
 
     rule: Rule = "discriminant"
     statistics: Statistics = "base"

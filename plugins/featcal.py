@@ -86,7 +86,7 @@ class FeatCal(Merger):
     def _fit(
         self, inputs: MergeInputs, weights: Weights, streams: Mapping[str, tuple[Stream, Stream]], layers: Layers, task: str
     ) -> Fits:
-        """What a task says about the layers of a block."""
+        """A task's part in the fits of the layers of a block."""
         moments = {layer: self._moments(inputs, layer) for layer in layers.values()}
         seen = {layer.name: moment.merged for layer, moment in moments.items()}
         paired = {layer.name: moment.expert for layer, moment in moments.items() if isinstance(moment, PairedInputs)}
@@ -111,7 +111,8 @@ class FeatCal(Merger):
     def _calibrate(self, inputs: MergeInputs, base: Merged, layers: Layers, fits: Fits, key: str) -> dict[str, Tensor]:
         """Updates of a layer's weight and bias; what no expert changed stays as it is."""
         rho = self.rho if self.rho is not None else 2.2 if self.base is None else 1.0
-        keys = [k for k in layers[key][1:3] if k is not None and any(inputs.changed(task, k) for task in inputs.tasks)]
+        parameters = (layers[key].weight, layers[key].bias)
+        keys = [k for k in parameters if k is not None and any(inputs.changed(task, k) for task in inputs.tasks)]
         if key not in keys:
             return {}
         anchor = [rho * base.update[k] if k in base.update else inputs.delta(inputs.tasks[0], k).zero_() for k in keys]

@@ -24,7 +24,7 @@ class SWUDI(Merger):
 
     Args:
         time: for which the flow runs, in units of one over the mean eigenvalue of ``Σ_t Δ_tᵀ Δ_t / ‖Δ_t‖²``. A short one stays
-            near the sum, a very long one ends in the minimum. Chosen here; the published one is not known to us.
+            near the sum, a very long one ends in the minimum. The default was chosen here.
         share: of the directions, those of the largest eigenvalues, that move at all; in (0, 1].
         other: what all other parameters get: the "mean" of the experts', or nothing, so that they stay as in the "base"
             (published code of WUDI-Merging).

@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import from; everythi
     "data": {"suites", "sources", "encoders", "support"},
     "evaluation": {"data", "encoders", "routers", "merger", "support"},
     "merging": {
-        "evaluation", "data", "suites", "encoders", "checkpoints", "merger", "routers", "functional", "support", "version"
+        "evaluation", "data", "suites", "encoders", "checkpoints", "merger", "routers", "functional", "support"
     },
     "export": {"encoders", "checkpoints", "merger", "routers", "support", "version"},
     "reports": {"support"},
@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import from; everythi
         "merging", "evaluation", "export", "reports", "registry", "data", "suites", "sources", "encoders", "checkpoints",
         "merger", "support"
     },
-    "cli": {"runs", "export", "data", "registry", "support", "version"},
+    "cli": {"runs", "export", "data", "registry", "merger", "support", "version"},
     "demo": {"suites", "sources", "encoders", "data", "support"},
 }  # fmt: skip
 

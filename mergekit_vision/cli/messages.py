@@ -1,12 +1,16 @@
 """What the argument parser says, in plain words."""
 
+import inspect
 import re
+from collections.abc import Collection
 from typing import Any, NoReturn, cast
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from mergekit_vision import registry
 from mergekit_vision.cli.options import summary
 from mergekit_vision.errors import InputError
+from mergekit_vision.merger import Merger
 from mergekit_vision.support.faults import closest
 
 _TYPES = {
@@ -38,7 +42,12 @@ class Parser(LightningArgumentParser):
         Raises:
             InputError: always.
         """
-        raise InputError(explain(message))
+        raise InputError(explain(message, self._option_strings()))
+
+    def _option_strings(self) -> set[str]:
+        """The options of this parser and of its commands."""
+        commands = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        return {option for parser in (self, *commands) for option in parser._option_string_actions}
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text."""
@@ -49,7 +58,7 @@ class Parser(LightningArgumentParser):
         return f"{start}\n{summary(self.command)}\n\nall options, by their full names:\n{rest}"
 
 
-def explain(message: str) -> str:
+def explain(message: str, known: Collection[str] = ()) -> str:
     r"""The part of a jsonargparse message that helps.
 
     >>> from mergekit_vision.cli.messages import explain
@@ -64,16 +73,26 @@ def explain(message: str) -> str:
         return f"{match[1]}: no option of this command"
     key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
     option = f"--{key[1]}" if key else ""
+    if unknown := re.search(r"does not accept option '([\w.]+)'", message):
+        return f"configuration: unknown option {unknown[1]}{closest(f'--{unknown[1]}', known)}"
     if key and re.search(r"Got value: None|is required", message):
         return f"{option} is missing"
     if nested := re.search(r"^ +- --([\w.]+) (.*)$", message, flags=re.MULTILINE):  # a parameter of a class, explained before
         return f"{option}.{nested[1]} {nested[2]}"
+    if (wrong_name := re.search(r"Option '(\w+)' is not accepted", message)) and (owner := _merger_in(message)):
+        return f"{option}: {owner.__name__} takes no {wrong_name[1]}{closest(wrong_name[1], inspect.signature(owner).parameters)}"
     if wrong := _wrong_value(message):
         return f"{option} {wrong}"
     reasons = re.findall(r"^ +- (.*)$", message.partition("Given value")[0], flags=re.MULTILINE)
     reasons = [reason for reason in reasons if not re.match("Expected an? (<class 'NoneType'>|path)", reason)]
     text = "; ".join(reasons) or re.sub(r'^Parser key "[\w.]+": *', "", message).strip() or message
     return f"{option}: {text}" if option else text
+
+
+def _merger_in(message: str) -> type[Merger] | None:
+    """The merging method that a refused value names."""
+    name = re.search(r"Given value: \{'class_path': '([\w.]+)'", message)
+    return registry.mergers().get(name[1].rpartition(".")[2]) if name else None
 
 
 def _wrong_value(message: str) -> str | None:

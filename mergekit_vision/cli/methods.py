@@ -27,7 +27,7 @@ def list_methods(arguments: list[str]) -> None:
     parser = _Parser("mergekit-vision methods", description="List the installed merging methods.", allow_abbrev=False)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON list of objects: name, title, paper, needs, kind")
-    form.add_argument("--markdown", action="store_true", help="print a Markdown table, as in README")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table, with what each does")
     chosen = parser.parse_args(arguments)
     if chosen.json:
         keys = ("name", "title", "paper", "needs", "kind")
@@ -38,13 +38,14 @@ def list_methods(arguments: list[str]) -> None:
         _show(methods())
 
 
-def markdown_table(listed: Iterable[Method]) -> str:
-    """The methods as a Markdown table, one line a method."""
-    rows = [
-        f"| `{method.name}` | {method.kind} | {method.needs.replace('none', '–')} | {method.summary} | {method.paper or '–'} |"
-        for method in listed
-    ]
-    return "\n".join(["| name | model | needs | what it does | paper |", "|---|---|---|---|---|", *rows])
+def markdown_table(listed: Iterable[Method], papers: bool = True) -> str:
+    """The methods as a Markdown table, one line a method; with or without a column of their papers."""
+    heads = ["name", "model", "needs", "what it does", *(["paper"] if papers else [])]
+    rows = [heads, ["---"] * len(heads)]
+    for method in listed:
+        needs = method.needs.replace("none", "–")
+        rows.append([f"`{method.name}`", method.kind, needs, method.summary, *([method.paper or "–"] if papers else [])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _show(listed: Iterable[Method]) -> None:

@@ -64,16 +64,16 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     ['--model.merger', 'ESM', '--model.merger.rank=8', '--data.proxies.split', 'train']
     """
     known = {name: short.full for short in SHORT for name in short.names}
-    return [_expanded(argument, known) for argument in arguments]
+    return [_expanded(argument, known, following) for argument, following in pairwise([*arguments, ""])]
 
 
-def _expanded(argument: str, known: Mapping[str, str]) -> str:
+def _expanded(argument: str, known: Mapping[str, str], following: str) -> str:
     word, equals, value = argument.partition("=")
     name, dot, parts = word.partition(".")
     if name not in known:
         return argument
     full = known[name]
-    if word == "--allow-code" and not equals:  # a flag
+    if word == "--allow-code" and not equals and following not in ("true", "false"):  # a flag
         return f"{full}=true"
     return f"{_PARTS.get(full, full)}.{parts}{equals}{value}" if dot else f"{full}{equals}{value}"
 
@@ -170,17 +170,22 @@ def _check_part(option: str, known: Collection[str], values: Mapping[str, str]) 
     if not owner.startswith("--model.merger"):
         if not any(name.startswith(f"{owner}.") for name in known if not name.endswith(".help")):
             return  # a parameter of one of Lightning's own classes
-        raise InputError(f"unknown option {option}{closest(option, known)}")
+        parts = {name.removeprefix(f"{owner}.") for name in known if name.startswith(f"{owner}.")}
+        raise InputError(f"unknown option {option}{_closest_part(part, owner, parts)}")
     if not _is_name(name := values.get(owner, "")):
         return  # the method stands in a configuration file
     merger = registry.get(name)
     parameters = list(inspect.signature(merger).parameters)
     if first not in parameters:
         takes = f"takes {', '.join(parameters)}" if parameters else "takes no parameters"
-        hint = closest(f"{owner}.{first}", [f"{owner}.{key}" for key in parameters])
-        raise InputError(f"unknown option {option}{hint}; {merger.__name__} {takes}")
+        raise InputError(f"unknown option {option}{_closest_part(first, owner, parameters)}; {merger.__name__} {takes}")
     if not values.get(option) or values[option].startswith("--"):
         raise InputError(f"{option} needs a value")
+
+
+def _closest_part(part: str, owner: str, known: Collection[str]) -> str:
+    """Hint for a misspelled last part of an option; what all of them begin with would make any of them look near."""
+    return closest(part, known).replace("`", f"`{owner}.", 1)
 
 
 def _is_name(value: str) -> bool:

@@ -38,7 +38,7 @@ class Proxies:
         if self.label is not None and self.label < 0:
             raise InputError(f"`proxies.label` must be a class index, 0 or more, not {self.label}", of="data")
         if self.source is not None and (faults := config_faults(self.source)):
-            raise InputError(f"proxies.source: {'; '.join(faults)}")
+            raise InputError(f"`proxies.source`: {'; '.join(faults)}", of="data")
 
     def draw(self, source: ImageSource) -> list[int]:
         """Indices of the images in ``source``, ascending: what is stored together is then read together.

@@ -12,6 +12,7 @@ from mergekit_vision.support.cache import TENSOR, Cache
 from mergekit_vision.support.console import track
 from mergekit_vision.support.fingerprints import of_tensors
 from mergekit_vision.support.json_files import to_json
+from mergekit_vision.support.source_code import code_fingerprint, versions
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -66,7 +67,7 @@ def build_heads(
     config: Mapping[str, Any],
     device: torch.device,
 ) -> ZeroShotHeads:
-    """Heads of all tasks, each computed once and remembered by the text tower, its configuration and the prompts.
+    """Heads of all tasks, each computed once and remembered by the text tower, its configuration, the prompts and the code.
 
     Args:
         clip: an open_clip model with its text tower, on the CPU; it is on ``device`` while heads are computed.
@@ -75,7 +76,7 @@ def build_heads(
         config: open_clip's ``model_cfg``: activation, pooling and tokenizer are not in the weights.
         device: where prompts are embedded, and of the heads.
     """
-    tower = [of_tensors(text_weights(clip)), to_json(dict(config))]
+    tower = [of_tensors(text_weights(clip)), to_json([dict(config), versions()]), code_fingerprint([ZeroShotHeads]) or ""]
     cache = Cache("heads", TENSOR)
 
     def head(task: str) -> Tensor:

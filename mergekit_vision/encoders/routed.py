@@ -1,4 +1,4 @@
-"""Layers of the merged encoder: attention made of plain Linears, and Linears with routed low-rank experts."""
+"""Linear layers with routed low-rank experts, and the routing that they share."""
 
 from collections.abc import Mapping
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""A CLIP vision tower in and out: load, linearize, put weights in, save."""
+"""A CLIP vision tower with plain Linear layers, in which weights are put and experts are routed."""
 
 from collections.abc import Mapping
 

@@ -1,6 +1,7 @@
 """Accuracy of an encoder on a task, exact over any number of processes."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.support.cache import Cache, json_form
 from mergekit_vision.support.fingerprints import fingerprint, of_tensors
 from mergekit_vision.support.json_files import to_json
+from mergekit_vision.support.source_code import code_fingerprint, versions
 from mergekit_vision.support.team import ALONE, Team
 
 
@@ -86,7 +88,7 @@ class Evaluator:
         return metric.accuracy(self.data.size(task, split))
 
     def expert_accuracy(self, task: str, split: str) -> float:
-        """Accuracy of a task's own expert, remembered by its file, the data, the head and the precision."""
+        """Accuracy of a task's own expert, remembered by its file, the data, the head, the code and where it runs."""
         expert = self.data.suite.experts[task]
         parts = (
             fingerprint(expert.path),
@@ -94,6 +96,8 @@ class Evaluator:
             of_tensors({"head": self.heads().weight(task)}),
             self.data.fingerprint(task, split),
             self.runtime.precision_name,
+            self.runtime.device.type,
+            *_code(),
         )
 
         def measure() -> float:
@@ -146,6 +150,12 @@ class Evaluator:
         counts = {} if routing is None else {layer: count.cpu() for layer, count in routing.counts.items()}
         parts = self.runtime.team.gather(counts)
         return {layer: torch.stack([part[layer] for part in parts]).sum(0) for layer in counts}
+
+
+@functools.cache
+def _code() -> tuple[str, str]:
+    """What measures: our code, and the libraries' versions."""
+    return code_fingerprint([Evaluator]) or "", to_json(versions())
 
 
 def _share(value: Any) -> float:

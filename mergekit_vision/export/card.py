@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_vision.support.json_files import readable
 from mergekit_vision.version import __version__
 
 _USE_STATIC = """```python
@@ -37,7 +38,7 @@ def model_card(record: Mapping[str, Any], dynamic: bool = False) -> str:
     hub = record["backbone"].startswith("hf-hub:")  # what stands here must be a model of the hub
     base = f"base_model: {record['backbone'].removeprefix('hf-hub:')}\n" if hub else ""
     rows = "\n".join(f"| {task} | {Path(file).name} |" for task, file in record["experts"].items())
-    arguments = "\n".join(f"- `{name}`: {value}" for name, value in merger["init_args"].items())
+    arguments = "\n".join(f"- `{name}`: {readable(value)}" for name, value in merger["init_args"].items())
     use = _USE_DYNAMIC if dynamic else _USE_STATIC
     papers = "\n".join(f"- {paper}" for paper in record.get("citation", ()))
     citation = f"\n## Citation\n\n{papers}\n" if papers else ""

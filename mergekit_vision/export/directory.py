@@ -102,7 +102,9 @@ def read_record(directory: Path) -> dict[str, Any]:
     """
     path = directory / RECORD
     if not path.is_file():
-        raise InputError(f"{directory}: not a merged model ({RECORD} is missing); make one with `mergekit-vision merge --output`")
+        raise InputError(
+            f"{directory}: not a merged model ({RECORD} is missing); make one with the trainer's or the command line's merge"
+        )
     try:
         return dict(json.loads(path.read_text()))
     except ValueError as error:

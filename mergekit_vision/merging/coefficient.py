@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from mergekit_vision.errors import InputError
@@ -108,10 +109,9 @@ def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, expe
         search: range and effort.
         experts: tasks of the merged experts.
     """
-    teachers = ExpertTeachers(bench.evaluator, experts)
     found: dict[float, Agreement] = {}
 
-    def measure(evaluator: Evaluator) -> _Found:
+    def measure(teachers: ExpertTeachers, evaluator: Evaluator) -> _Found:
         # the first process's figures: rounding differs between devices, and all must choose the same
         agreement = evaluator.runtime.team.broadcast(teachers.agreement(evaluator), 0)
         score = -agreement.mean_divergence
@@ -120,7 +120,8 @@ def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, expe
         return _Found(score, {"agreement": agreement.share, "divergence": -score}, text)
 
     def run() -> Curve:
-        curve = _searched(bench, merged, search, experts, measure)
+        teachers = ExpertTeachers(bench.evaluator, experts)
+        curve = _searched(bench, merged, search, experts, partial(measure, teachers))
         teachers.warn_below_backbone(found[max(found)])
         return curve
 

@@ -13,12 +13,13 @@ from mergekit_vision.encoders.routed import Route
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger, Weights, merged_weights
 from mergekit_vision.merging.coefficient import Scale, ScaleChoice
-from mergekit_vision.merging.record import citations, merger_record, versions
+from mergekit_vision.merging.record import citations, merger_record
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.source_code import versions
 
 
 class MergedModel(NamedTuple):

@@ -1,10 +1,8 @@
 """What is recorded of a merge."""
 
-from importlib.metadata import version
 from typing import Any
 
 from mergekit_vision.merger import Merger
-from mergekit_vision.version import __version__
 
 
 def merger_record(merger: Merger) -> dict[str, Any]:
@@ -32,9 +30,3 @@ def citations(merger: Merger) -> list[str]:
     for value in vars(merger).values():
         papers += citations(value) if isinstance(value, Merger) else []
     return list(dict.fromkeys(papers))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what results depend on."""
-    packages = ("torch", "torchvision", "lightning", "open_clip_torch")
-    return {"mergekit_vision": __version__, **{name: version(name) for name in packages}}

@@ -29,9 +29,11 @@ class ScaleSearch:
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
-            raise InputError(f"search: low ({self.low}) must be below high ({self.high}), both finite")
+            raise InputError(f"`search.low` ({self.low}) must be below `search.high` ({self.high}), both finite", of="model")
         if not 0 < self.first < math.inf or self.halvings < 0:
-            raise InputError(f"search: first ({self.first}) must be above 0 and halvings ({self.halvings}) not below")
+            raise InputError(
+                f"`search.first` ({self.first}) must be above 0 and `search.halvings` ({self.halvings}) not below", of="model"
+            )
 
     def doubled(self) -> list[float]:
         """The coefficients of the first stage, ascending.

@@ -9,7 +9,7 @@ from mergekit_vision.reports import figures
 from mergekit_vision.reports.tables import comparison_table, count, percent
 from mergekit_vision.support.console import logger, show
 from mergekit_vision.support.files import replacing
-from mergekit_vision.support.json_files import write_json
+from mergekit_vision.support.json_files import readable, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": _shown}
+    environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": readable}
     page = environment.get_template("report.html").render(
         results=results,
         rows=results["rows"],
@@ -128,7 +128,7 @@ def _pictures(results: Results) -> dict[str, Picture]:
     rows, methods = results["rows"], _methods(results)
     means = "; ".join(f"{row['name']} {percent(row['mean']['accuracy'])}" for row in rows)
     found = {
-        "methods": _picture(figures.draw_methods(rows), f"Bar chart of the mean accuracy in per cent: {means}."),
+        "methods": _picture(figures.draw_methods(rows), f"Bar chart of the mean accuracy in percent: {means}."),
         "tasks": _picture(figures.draw_tasks(rows), _tasks_in_words(rows)),
     }
     curves = {row["name"]: sorted(row["search"], key=lambda p: p["coefficient"]) for row in methods if row["search"]}
@@ -201,7 +201,7 @@ def _similarity_in_words(similarity: Mapping[str, Any]) -> str:
 
 
 def _whole(share: float) -> str:
-    """A share as whole per cents, never broken before the sign."""
+    """A share as a whole percentage, never broken before the sign."""
     return f"{100 * share:.0f}{NARROW}%"
 
 
@@ -212,17 +212,3 @@ def _seconds(value: float | None) -> str:
     if value < 10:
         return f"{value:.2g} s"
     return f"{value:.0f} s" if value < 120 else f"{value // 60:.0f} min {value % 60:.0f} s"
-
-
-def _shown(value: Any) -> str:
-    """A parameter as a reader would write it.
-
-    >>> from mergekit_vision.reports.html import _shown
-    >>> _shown({"name": "ESM", "init_args": {"gain": 2.0, "rank": None}}), _shown(["c_fc", "in_proj"])
-    ('ESM(gain=2.0, rank=none)', 'c_fc, in_proj')
-    """
-    if isinstance(value, Mapping) and "init_args" in value:
-        return f"{value['name']}({', '.join(f'{key}={_shown(item)}' for key, item in value['init_args'].items())})"
-    if isinstance(value, list | tuple):
-        return ", ".join(_shown(item) for item in value)
-    return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))

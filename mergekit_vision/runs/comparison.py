@@ -15,7 +15,6 @@ from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.analysis import EnergyCurve, expert_analysis
 from mergekit_vision.merging.recipe import Recipe, expert_paths
-from mergekit_vision.merging.record import versions
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.summary import own_expert_shares, summarize
 from mergekit_vision.runs import conditions
@@ -23,7 +22,7 @@ from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.splits import TEST
 from mergekit_vision.support.cache import Cache, json_form
 from mergekit_vision.support.console import logger, track
-from mergekit_vision.support.source_code import code_fingerprint
+from mergekit_vision.support.source_code import code_fingerprint, versions
 
 Entry = dict[str, Any]
 _ENTRIES = json_form(dict[str, Any])
@@ -65,7 +64,8 @@ class Comparison(LightningModule):
         shared = [*backbone, *evaluation, *merging, *conditions.of_recipe(evaluator, self.recipe)]
         methods, left_out = self._methods(bench, cache, shared)
         analysis = cache.recall(
-            [*backbone, *merging, code_fingerprint([EnergyCurve]) or ""], lambda: expert_analysis(bench.inputs(experts))
+            [*backbone, *merging, code_fingerprint([EnergyCurve, Workbench]) or ""],
+            lambda: expert_analysis(bench.inputs(experts)),
         )
         self.results = {
             "kind": "comparison",

@@ -8,11 +8,11 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.recipe import Recipe
-from mergekit_vision.merging.record import merger_record, versions
+from mergekit_vision.merging.record import merger_record
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.support.fingerprints import fingerprint, of_tensors
 from mergekit_vision.support.json_files import to_json
-from mergekit_vision.support.source_code import code_fingerprint
+from mergekit_vision.support.source_code import code_fingerprint, versions
 
 
 def of_backbone(bench: Workbench) -> list[str]:

@@ -77,6 +77,8 @@ class MergedCLIP(LightningModule):
             raise InputError(_ONE_OF, of="model")
         if merged is not None and scale != "merger":
             raise InputError("`scale` goes with `merger`; a merged model's coefficient is in its weights", of="model")
+        if merged is not None and experts is not None:
+            raise InputError("`experts` goes with `merger`; a merged model has those that it was merged from", of="model")
         self.merger, self.merged = merger, None if merged is None else Path(merged)
         self.encoder: VisionEncoder | None = None
         self.record: dict[str, Any] = {}

@@ -28,3 +28,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _jsonable(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else str(value)
+
+
+def readable(value: Any) -> str:
+    """A parameter as a reader would write it.
+
+    >>> from mergekit_vision.support.json_files import readable
+    >>> readable({"name": "ESM", "init_args": {"gain": 2.0, "rank": None}}), readable(["c_fc", "in_proj"])
+    ('ESM(gain=2.0, rank=none)', 'c_fc, in_proj')
+    """
+    if isinstance(value, Mapping) and "init_args" in value:
+        return f"{value['name']}({', '.join(f'{key}={readable(item)}' for key, item in value['init_args'].items())})"
+    if isinstance(value, list | tuple):
+        return ", ".join(readable(item) for item in value)
+    return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))

@@ -1,12 +1,15 @@
-"""Hash of the source code that a class consists of, so that results can be kept until it changes."""
+"""Which code results come from: a hash of the source of classes, and versions. They can be kept until it changes."""
 
 import ast
 import hashlib
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
+
+from mergekit_vision.version import __version__
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -33,6 +36,12 @@ def code_fingerprint(classes: Iterable[type]) -> str | None:
     for name, file in sorted(files.items()):
         content.update(f"{name}\n{_behavior(file)}\n".encode())
     return content.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that results depend on."""
+    packages = ("torch", "torchvision", "lightning", "open_clip_torch")
+    return {"mergekit_vision": __version__, **{name: version(name) for name in packages}}
 
 
 def _behavior(file: Path) -> str:

@@ -9,7 +9,8 @@ from mergekit_vision.cli.main import main
 from mergekit_vision.cli.options import SHORT, check_options, expanded, merger_names
 from mergekit_vision.errors import InputError
 
-KNOWN = ["--suite", "--model.merger", "--model.scale", "--model.search.halvings", "--data.proxies.n", "--trainer.logger"]
+PROXIES = ["--data.proxies", "--data.proxies.n", "--data.proxies.seed"]
+KNOWN = ["--suite", "--model", "--model.merger", "--model.scale", "--model.search.halvings", *PROXIES, "--trainer.logger"]
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,9 @@ KNOWN = ["--suite", "--model.merger", "--model.scale", "--model.search.halvings"
         (["--proxies", "8", "--proxies.split", "train"], ["--data.proxies.n", "8", "--data.proxies.split", "train"]),
         (["--mergers", "[ESM]", "--merged", "x"], ["--mergers", "[ESM]", "--model.merged", "x"]),
         (["--model.scale", "1", "--images", "a.b"], ["--model.scale", "1", "--images", "a.b"]),
+        (["--allow-code", "-s", "demo"], ["--data.allow_code=true", "--suite", "demo"]),
+        (["--allow-code", "false"], ["--data.allow_code", "false"]),
+        ([], []),
     ],
 )
 def test_short_names_stand_for_full_ones(typed: list[str], full: list[str]) -> None:
@@ -32,12 +36,14 @@ def test_short_names_stand_for_full_ones(typed: list[str], full: list[str]) -> N
     [
         (["--model.scael", "1"], r"unknown option --model\.scael \(did you mean `--model\.scale`\?\)$"),
         (["--model.search.halvngs", "1"], "did you mean `--model.search.halvings`"),
-        (["--data.proxies.m", "1"], "did you mean `--data.proxies.n`"),
+        (["--data.proxies.sed", "1"], "did you mean `--data.proxies.seed`"),
+        (["--model.xyz", "1"], r"unknown option --model\.xyz$"),
         (["--bogus"], r"unknown option --bogus$"),
         (["--model.merger", "TSMV"], "Did you mean TSVM"),
         (["--model.merger", "ESM", "--model.merger.rnak", "4"], "did you mean `--model.merger.rank`.*ESM takes eigenvalue_power"),
         (["--model.merger", "ESMPP", "--model.merger.base", "ESM", "--model.merger.base.rnk", "4"], "merger.base.rank"),
         (["--model.merger", "Average", "--model.merger.rank", "4"], "Average takes no parameters"),
+        (["--model.merger", "TIES", "--model.merger.rnak", "4"], r"unknown option --model\.merger\.rnak; TIES takes density"),
         (["--model.merger", "ESM", "--model.merger.rank"], r"--model\.merger\.rank needs a value"),
     ],
 )

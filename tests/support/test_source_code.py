@@ -4,6 +4,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import mergekit_vision
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
-from mergekit_vision.support.source_code import code_fingerprint
+from mergekit_vision.support.source_code import code_fingerprint, versions
 
 METHOD = '''"""A method."""
 from . import helper  # one that helps
@@ -161,3 +162,8 @@ def test_a_class_without_a_file_has_none() -> None:
     typed = space["Typed"]
     assert isinstance(typed, type)
     assert code_fingerprint([typed]) is None
+
+
+def test_versions_are_those_installed() -> None:
+    assert versions()["torch"] == version("torch")
+    assert {"mergekit_vision", "torch", "torchvision", "lightning", "open_clip_torch"} == versions().keys()
