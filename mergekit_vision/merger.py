@@ -311,6 +311,22 @@ def summed(inputs: MergeInputs, scale: float = 0.3) -> Merged:
     return Merged(inputs.spread(lambda key: inputs.deltas(key).sum(0), inputs.base, "merging"), scale=scale)
 
 
+def check_options(merger: Merger, **options: Any) -> None:
+    """Check parameters that must be one of a few words.
+
+    Args:
+        merger: whose parameters they are.
+        options: parameter -> ``Literal`` of the words.
+
+    Raises:
+        InputError: for the first that is none of its words.
+    """
+    for name, words in options.items():
+        value = getattr(merger, name)
+        if value not in get_args(words):
+            raise InputError(f"{type(merger).__name__}: {name} is {value!r}, but must be one of {', '.join(get_args(words))}")
+
+
 def static_base(inputs: MergeInputs, base: Merger | None) -> Merged:
     """What a method builds on that takes a ``base``: that merger's static model, or the sum of the task vectors.
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["mean", "low_rank"]
 
@@ -47,8 +47,7 @@ class CART(Merger):
             raise InputError(f"CART: gain is {self.gain}, but must be a finite number, 0 or more")
         if not 0 < self.share <= 1:
             raise InputError(f"CART: share is {self.share}, but must be a share of the full rank in (0, 1], such as 0.08")
-        if self.other not in get_args(Other):
-            raise InputError(f"CART: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""

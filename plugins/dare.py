@@ -2,13 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merged, MergeInputs, Merger, static_base
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options, static_base
 
 Rescale = Literal["probability", "norm"]
 
@@ -88,8 +88,7 @@ class DELLA(Merger):
                 f"DELLA: density is {self.density} and epsilon {self.epsilon}, but epsilon must be 0 or more, "
                 "density - epsilon above 0 and density + epsilon at most 1"
             )
-        if self.rescale not in get_args(Rescale):
-            raise InputError(f"DELLA: rescale is {self.rescale!r}, but must be one of {', '.join(get_args(Rescale))}")
+        check_options(self, rescale=Rescale)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base on what is left of the task vectors."""

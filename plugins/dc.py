@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.dc import dc_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["dc", "mean"]
 
@@ -57,8 +57,7 @@ class DCMerge(Merger):
             )
         if self.smoothing is not None and not 1 <= self.smoothing < math.inf:
             raise InputError(f"DCMerge: smoothing is {self.smoothing}, but must be a finite ratio, 1 or more, or null for none")
-        if self.other not in get_args(Other):
-            raise InputError(f"DCMerge: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""

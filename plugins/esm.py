@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.esm import TaskNorm, esm_merge, inter_layer_factors
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge
-from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger
+from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, check_options
 
 OutProj = Literal["tsvm", "esd", "mean"]
 Other = Literal["tsvm", "mean"]
@@ -63,9 +63,7 @@ class ESM(Merger):
                 raise InputError(f"ESM: {name} is {value}, but must be a finite number, 0 or more")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"ESM: rank is {self.rank}, but must be at least 1, or null for d_out // T")
-        for name, options in (("norm", TaskNorm), ("out_proj", OutProj), ("other", Other)):
-            if getattr(self, name) not in get_args(options):
-                raise InputError(f"ESM: {name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(options))}")
+        check_options(self, norm=TaskNorm, out_proj=OutProj, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Run every expert once on its proxy images, then merge parameter by parameter."""

@@ -22,6 +22,7 @@ from mergekit_vision.merger import (
     MergeInputs,
     Merger,
     ModelKind,
+    check_options,
     linears_of_kind,
     settled,
     static_base,
@@ -104,11 +105,7 @@ class ESMPP(Merger):
             raise InputError(f"{name}: pooling {list(self.pooling)} needs rule discriminant; the cosine is of the mean token")
         if self.temperature is None and (self.rule != "discriminant" or self.decision == "sum"):
             raise InputError(f"{name}: temperature null is for rule discriminant, and not for decision sum; give a number")
-        for argument, options in (("rule", Rule), ("statistics", Statistics), ("decision", Decision)):
-            if getattr(self, argument) not in get_args(options):
-                raise InputError(
-                    f"{name}: {argument} is {getattr(self, argument)!r}, but must be one of {', '.join(get_args(options))}"
-                )
+        check_options(self, rule=Rule, statistics=Statistics, decision=Decision)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, decompose the residuals, fit the routers."""

@@ -2,14 +2,14 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["isotropic", "mean"]
 
@@ -27,8 +27,7 @@ class _Isotropic(Merger):
     scale_average: bool = True
 
     def __post_init__(self) -> None:
-        if self.other not in get_args(Other):
-            raise InputError(f"{type(self).__name__}: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     @abstractmethod
     def _merged(self, inputs: MergeInputs, key: str) -> Tensor:

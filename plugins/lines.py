@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merged, MergeInputs, Merger, static_base
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options, static_base
 
 Outer = Literal["first", "depth"]
 
@@ -47,8 +47,7 @@ class LiNeS(Merger):
             raise InputError(f"LiNeS: alpha is {self.alpha}, but must be a finite number, 0 or more, or null for the average's")
         if not 0 <= self.beta < math.inf:
             raise InputError(f"LiNeS: beta is {self.beta}, but must be a finite number, 0 or more")
-        if self.outer not in get_args(Outer):
-            raise InputError(f"LiNeS: outer is {self.outer!r}, but must be one of {', '.join(get_args(Outer))}")
+        check_options(self, outer=Outer)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base and multiply each parameter's task vector; what the base holds fixed stays fixed."""

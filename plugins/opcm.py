@@ -1,14 +1,14 @@
 """OPCM: experts that are merged one after the other."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.opcm import unused_part
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["sum", "project"]
 
@@ -47,8 +47,7 @@ class OPCM(Merger):
     def __post_init__(self) -> None:
         if not 0 <= self.split <= 1:
             raise InputError(f"OPCM: split is {self.split}, but must be a share of the singular values in [0, 1], such as 0.5")
-        if self.other not in get_args(Other):
-            raise InputError(f"OPCM: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Add up parameter by parameter, then rescale; one that no expert changed keeps its pre-trained value."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import RowGram
 from mergekit_vision.functional.regression import Normal, add_up, of_delta, of_inputs, solved, total
 from mergekit_vision.functional.streams import Stream
-from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, Weights
+from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, Weights, check_options
 
 Gram = Literal["experts", "merged", "delta"]
 PostNorm = Literal["mean", "pretrained"]
@@ -49,9 +49,7 @@ class RegMean(Merger):
     post_norm: PostNorm = "mean"
 
     def __post_init__(self) -> None:
-        for name, options in (("gram", Gram), ("post_norm", PostNorm)):
-            if getattr(self, name) not in get_args(options):
-                raise InputError(f"RegMean: {name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(options))}")
+        check_options(self, gram=Gram, post_norm=PostNorm)
         if not 0 <= self.shrink <= 1:
             raise InputError(f"RegMean: shrink is {self.shrink}, but must be in [0, 1]; 1 keeps the Gram matrices as they are")
         if not 0 <= self.ridge < math.inf:

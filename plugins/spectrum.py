@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import polar, top_svd
-from mergekit_vision.merger import Merged, MergeInputs, Merger, static_base
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options, static_base
 
 Other = Literal["same", "keep"]
 
@@ -41,7 +41,7 @@ class SubspaceBoosting(Merger):
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise InputError(f"SubspaceBoosting: beta is {self.beta}, but must be a share in [0, 1], such as 0.01")
-        _check_other(self, self.other)
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, then boost it matrix by matrix; what the base holds fixed stays fixed."""
@@ -78,7 +78,7 @@ class Isotropize(Merger):
     other: Other = "same"
 
     def __post_init__(self) -> None:
-        _check_other(self, self.other)
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, then flatten it matrix by matrix; what the base holds fixed stays fixed."""
@@ -87,11 +87,6 @@ class Isotropize(Merger):
     def _flat(self, M: Tensor) -> Tensor:
         found = polar(M, ROUND_OFF)
         return found.factor * (found.nuclear_norm / min(M.shape))
-
-
-def _check_other(merger: Merger, other: Other) -> None:
-    if other not in get_args(Other):
-        raise InputError(f"{type(merger).__name__}: other is {other!r}, but must be one of {', '.join(get_args(Other))}")
 
 
 def _reshaped(inputs: MergeInputs, merged: Merged, function: Callable[[Tensor], Tensor], other: Other) -> Merged:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import top_svd
-from mergekit_vision.merger import Change, Merged, MergeInputs, Merger, static_base
+from mergekit_vision.merger import Change, Merged, MergeInputs, Merger, check_options, static_base
 
 Other = Literal["same", "keep"]
 
@@ -38,8 +38,7 @@ class STAR(Merger):
     def __post_init__(self) -> None:
         if not 0 < self.eta <= 1:
             raise InputError(f"STAR: eta is {self.eta}, but must be a share in (0, 1], such as 0.4 for 40 %")
-        if self.other not in get_args(Other):
-            raise InputError(f"STAR: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base on what is left of the task vectors."""

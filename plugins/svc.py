@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import top_svd
-from mergekit_vision.merger import Merged, MergeInputs, Merger, static_base
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options, static_base
 
 Other = Literal["same", "keep"]
 
@@ -51,8 +51,7 @@ class SVC(Merger):
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise InputError(f"SVC: alpha is {self.alpha}, but must be a finite number above 0, or null for 1 / T")
-        if self.other not in get_args(Other):
-            raise InputError(f"SVC: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, then calibrate it matrix by matrix."""

@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.swudi import swudi_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["mean", "base"]
 
@@ -42,8 +42,7 @@ class SWUDI(Merger):
             raise InputError(f"SWUDI: time is {self.time}, but must be a finite number above 0")
         if not 0 < self.share <= 1:
             raise InputError(f"SWUDI: share is {self.share}, but must be a share of the directions in (0, 1]")
-        if self.other not in get_args(Other):
-            raise InputError(f"SWUDI: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter, one task vector after the other."""

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.ties import Aggregate, TiesMerge, magnitude_threshold, ties_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class TIES(Merger):
             raise InputError(
                 f"TIES: density is {self.density}, but must be a share of the entries in (0, 1], such as 0.2 for 20 %"
             )
-        if self.aggregate not in get_args(Aggregate):
-            raise InputError(f"TIES: aggregate is {self.aggregate!r}, but must be one of {', '.join(get_args(Aggregate))}")
+        check_options(self, aggregate=Aggregate)
         if self.count_frozen < 0:
             raise InputError(f"TIES: count_frozen is {self.count_frozen}, but must be a number of entries, 0 or more")
 

@@ -1,13 +1,13 @@
 """TSV-M merging."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.tsvm import tsvm_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["tsvm", "mean"]
 
@@ -39,8 +39,7 @@ class TSVM(Merger):
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise InputError(f"TSVM: rank is {self.rank}, but must be at least 1, or null for min(d_out, d_in) // T")
-        if self.other not in get_args(Other):
-            raise InputError(f"TSVM: other is {self.other!r}, but must be one of {', '.join(get_args(Other))}")
+        check_options(self, other=Other)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""

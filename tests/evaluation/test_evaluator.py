@@ -146,6 +146,9 @@ def test_an_experts_accuracy_is_measured_once_for_the_same_content(
     other = changed(root, lambda tasks: tasks["grays"].update(templates=["{}"]))
     Workbench.open(VisionTasks(other), evaluator.runtime).evaluator.expert_accuracy("grays", "val")
     assert len(measured) == 5, "another head"
+    monkeypatch.setattr("mergekit_vision.evaluation.evaluator._code", lambda: ("changed", "code"))
+    evaluator.expert_accuracy("grays", "val")
+    assert len(measured) == 6, "other code"
 
 
 def test_a_damaged_image_is_an_evaluation_error(root: Path) -> None:
