@@ -46,7 +46,7 @@ class TorchWeights(CheckpointWeights):
 
     def _load(self) -> Any:
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mappable)
         except pickle.UnpicklingError as error:
             if "global" not in str(error).lower():  # as in "Unsupported global: GLOBAL torch.nn.Linear"
                 raise self._damaged(error) from error
@@ -58,10 +58,14 @@ class TorchWeights(CheckpointWeights):
             raise self._damaged(error) from error
         except RuntimeError as error:
             if "TorchScript" in str(error):
-                raise InputError(
-                    f"{self.path}: is a TorchScript archive; save `torch.jit.load(path).state_dict()` by torch.save"
-                ) from error
+                raise self._scripted() from error
             raise self._damaged(error) from error
+        if isinstance(content, torch.jit.ScriptModule):  # PyTorch before 2.5 loads it
+            raise self._scripted()
+        return content
+
+    def _scripted(self) -> InputError:
+        return InputError(f"{self.path}: is a TorchScript archive; save `torch.jit.load(path).state_dict()` by torch.save")
 
     def _damaged(self, error: Exception) -> InputError:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -36,7 +36,8 @@ class TaskMetric(Metric):
         Raises:
             RuntimeError: when another number of images than ``expected`` was seen.
         """
-        right, seen = self.compute().tolist()
+        with torch.inference_mode(False):  # PyTorch before 2.5 cannot gather into inference tensors
+            right, seen = self.compute().tolist()
         if seen != expected:
             raise RuntimeError(f"evaluated {seen} images of a data set that has {expected}")
         return float(right / seen)

@@ -19,7 +19,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set in the hub's layout with two splits; the third image of ``test`` is damaged."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # of newer and older versions
+        if hasattr(datasets.config, name):
+            monkeypatch.setattr(datasets.config, name, True)
     place = tmp_path / "toy" / "data"
     place.mkdir(parents=True)
     values = [encoded(image(1, "L")), encoded(image(2)), b"no image"]
