@@ -247,6 +247,20 @@ class MergeInputs:
 
         return self.share(compute, {item: self.base[item].numel() if item in self.base else 1 for item in items}, description)
 
+    def spread_changed(self, function: Callable[[str], _Result], keys: Iterable[str], description: str) -> dict[str, _Result]:
+        """:meth:`spread` over the parameters among ``keys`` that some expert changed; the others are left out of the result."""
+
+        def changed(key: str) -> _Result | None:
+            return function(key) if any(self.changed(task, key) for task in self.tasks) else None
+
+        return {key: value for key, value in self.spread(changed, keys, description).items() if value is not None}
+
+    def matrices(self, everywhere: bool = True) -> frozenset[str]:
+        """Keys of the matrices: the weights of :attr:`linears` and, ``everywhere``, those outside of the blocks."""
+        if everywhere:
+            return frozenset(key for key, value in self.base.items() if value.dim() == 2)
+        return frozenset(linear.weight for linear in self.linears)
+
     def coefficient(self, merged: "Merged") -> float:
         """The scaling coefficient at which ``merged`` is to be used: the user's number, the searched one, or its own."""
         return merged.scale if self.choose_scale is None else self.choose_scale(merged)

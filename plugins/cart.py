@@ -51,17 +51,13 @@ class CART(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
-        blocks = {linear.weight for linear in inputs.linears}
+        low_rank = inputs.matrices(everywhere=self.other == "low_rank")
 
-        def merged(key: str) -> Tensor | None:
-            if not any(inputs.changed(task, key) for task in inputs.tasks):
-                return None
+        def merged(key: str) -> Tensor:
             deltas = inputs.deltas(key)
-            low_rank = deltas.dim() == 3 and (key in blocks or self.other == "low_rank")
-            return self._centered(deltas) if low_rank else deltas.mean(0)
+            return self._centered(deltas) if key in low_rank else deltas.mean(0)
 
-        found = inputs.spread(merged, inputs.base, "merging")
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(merged, inputs.base, "merging")
         return Merged(update, fixed=frozenset(update))
 
     def _centered(self, deltas: Tensor) -> Tensor:

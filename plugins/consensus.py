@@ -50,16 +50,13 @@ class ConsensusTA(Merger):
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
         base = None if self.base is None else static_base(inputs, self.base)
 
-        def merged(key: str) -> Tensor | None:
-            if (base and key not in base.update) or not any(inputs.changed(task, key) for task in inputs.tasks):
-                return None
+        def merged(key: str) -> Tensor:
             deltas = inputs.deltas(key)
             # in float64 a float32 sum is as good as exact, and no mask depends on the order of the tasks
             total = base.update[key].to(inputs.device, torch.float64) if base else deltas.sum(0, dtype=torch.float64)
             return (total * (self._votes(deltas, total) >= min(self.agreeing, len(deltas)))).float()
 
-        found = inputs.spread(merged, inputs.base, "merging")
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(merged, base.update if base else inputs.base, "merging")
         return Merged(update, base.scale if base else 0.3, base.fixed.intersection(update) if base else frozenset())
 
     def _votes(self, deltas: Tensor, total: Tensor) -> Tensor:

@@ -61,15 +61,11 @@ class DCMerge(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
-        blocks = {linear.weight for linear in inputs.linears}
-        spectral = {key for key in inputs.base if inputs.base[key].dim() == 2 and (key in blocks or self.other == "dc")}
+        spectral = inputs.matrices(everywhere=self.other == "dc")
 
-        def merged(key: str) -> Tensor | None:
-            if not any(inputs.changed(task, key) for task in inputs.tasks):
-                return None
+        def merged(key: str) -> Tensor:
             deltas = inputs.deltas(key)
             return dc_merge(deltas, self.rank, self.density, self.smoothing) if key in spectral else deltas.mean(0)
 
-        found = inputs.spread(merged, inputs.base, "merging")
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(merged, inputs.base, "merging")
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - spectral)

@@ -68,8 +68,7 @@ class ESM(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Run every expert once on its proxy images, then merge parameter by parameter."""
         subspaces = inputs.spread(partial(self._subspaces, inputs), inputs.tasks, "proxies")
-        found = inputs.spread(partial(self._merged, inputs, subspaces), inputs.base, "merging")
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(partial(self._merged, inputs, subspaces), inputs.base, "merging")
         self._scale_layers(update, inputs.linears)
         return Merged(update, fixed=frozenset(update) - {linear.weight for linear in self._essential_linears(inputs)})
 
@@ -93,10 +92,8 @@ class ESM(Merger):
 
         return dict(zip((linear.weight for linear in linears), in_threads(decompose, linears), strict=True))
 
-    def _merged(self, inputs: MergeInputs, subspaces: Mapping[str, Subspaces], key: str) -> Tensor | None:
-        """Merged task vector of one parameter; ``None`` where no expert changed it."""
-        if not any(inputs.changed(task, key) for task in inputs.tasks):
-            return None
+    def _merged(self, inputs: MergeInputs, subspaces: Mapping[str, Subspaces], key: str) -> Tensor:
+        """Merged task vector of one parameter."""
         deltas = inputs.deltas(key)
         if key in subspaces[inputs.tasks[0]]:
             return self._essential(deltas, [subspaces[task].pop(key) for task in inputs.tasks])

@@ -35,16 +35,12 @@ class _Isotropic(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
-        blocks = {linear.weight for linear in inputs.linears}
-        flat = {key for key in inputs.base if inputs.base[key].dim() == 2 and (key in blocks or self.other == "isotropic")}
+        flat = inputs.matrices(everywhere=self.other == "isotropic")
 
-        def merged(key: str) -> Tensor | None:
-            if not any(inputs.changed(task, key) for task in inputs.tasks):
-                return None
+        def merged(key: str) -> Tensor:
             return self._merged(inputs, key) if key in flat else inputs.deltas(key).mean(0)
 
-        found = inputs.spread(merged, inputs.base, "merging")
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(merged, inputs.base, "merging")
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - flat)
 
 

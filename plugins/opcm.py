@@ -51,24 +51,22 @@ class OPCM(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Add up parameter by parameter, then rescale; one that no expert changed keeps its pre-trained value."""
-        blocks, tasks = {linear.weight for linear in inputs.linears}, list(inputs.tasks)
+        matrices, tasks = inputs.matrices(everywhere=self.other == "project"), list(inputs.tasks)
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed)
             tasks = [tasks[i] for i in torch.randperm(len(tasks), generator=generator).tolist()]
 
-        def added(key: str) -> tuple[Tensor, list[float]] | None:
+        def added(key: str) -> tuple[Tensor, list[float]]:
             """Sum of one parameter's task vectors, each projected; and their squared norms before."""
-            if not any(inputs.changed(task, key) for task in tasks):
-                return None
             total = torch.zeros(inputs.base[key].shape, dtype=torch.float64, device=inputs.device)
-            projected, squares = total.dim() == 2 and (key in blocks or self.other == "project"), []
+            squares = []
             for task in tasks:
                 delta = inputs.delta(task, key).double()
                 squares.append(float(delta.square().sum()))
-                total += unused_part(delta, total, self.split) if projected and total.any() else delta
+                total += unused_part(delta, total, self.split) if key in matrices and total.any() else delta
             return total.float(), squares
 
-        found = {key: sums for key, sums in inputs.spread(added, inputs.base, "merging").items() if sums is not None}
+        found = inputs.spread_changed(added, inputs.base, "merging")
         norms = [sum(squares) ** 0.5 for squares in zip(*(squares for _, squares in found.values()), strict=True)]
         norm = sum(float(total.double().square().sum()) for total, _ in found.values()) ** 0.5
         factor = sum(norms) / len(tasks) / norm if norm else 1.0

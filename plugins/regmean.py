@@ -1,7 +1,7 @@
 """RegMean and its family."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -60,9 +60,9 @@ class RegMean(Merger):
         weights = [linear.weight for linear in inputs.linears]
         kept = _post_norm(inputs) if self.post_norm == "pretrained" else set()
         rest = [key for key in inputs.base if key not in weights and key not in kept]
-        update = _found(inputs, lambda key: inputs.deltas(key).mean(0), rest, "averages")
+        update = inputs.spread_changed(lambda key: inputs.deltas(key).mean(0), rest, "averages")
         if self.gram == "delta":
-            update |= _found(inputs, partial(self._without_inputs, inputs), weights, "merging")
+            update |= inputs.spread_changed(partial(self._without_inputs, inputs), weights, "merging")
         else:
             self._fit_blocks(inputs, update)
         return Merged(update, fixed=frozenset(update))
@@ -88,7 +88,7 @@ class RegMean(Merger):
             normals = partial(self._normals, inputs, linears, streams)
             totals = total(inputs.tasks, partial(inputs.spread, normals, description=f"{name}, inputs"))
             keys = [linear.weight for linear in linears]
-            found = _found(inputs, partial(self._solved, totals), keys, f"{name}, merging")
+            found = inputs.spread_changed(partial(self._solved, totals), keys, f"{name}, merging")
             merged.update({key: merged[key] + value for key, value in found.items()})
             update |= found
 
@@ -111,12 +111,3 @@ def _post_norm(inputs: MergeInputs) -> set[str]:
 def _stream(inputs: MergeInputs, task: str, weights: Weights) -> Stream:
     blocks = inputs.blocks
     return Stream(partial(blocks.embed, task, weights), lambda index, tokens: blocks.block(index, weights, tokens, {}))
-
-
-def _found(inputs: MergeInputs, update: Callable[[str], Tensor], keys: list[str], description: str) -> dict[str, Tensor]:
-    """Updates of some parameters, without those that no expert changed."""
-
-    def changed(key: str) -> Tensor | None:
-        return update(key) if any(inputs.changed(task, key) for task in inputs.tasks) else None
-
-    return {key: value for key, value in inputs.spread(changed, keys, description).items() if value is not None}

@@ -91,8 +91,7 @@ class Isotropize(Merger):
 
 def _reshaped(inputs: MergeInputs, merged: Merged, function: Callable[[Tensor], Tensor], other: Other) -> Merged:
     """A merged model with a function of each of its matrices that is not zero; they scale alike."""
-    blocks = {linear.weight for linear in inputs.linears}
-    matrices = [key for key, value in merged.update.items() if value.dim() == 2 and (key in blocks or other == "same")]
-    changed = [key for key in matrices if merged.update[key].any()]
+    matrices = inputs.matrices(everywhere=other == "same")
+    changed = [key for key, value in merged.update.items() if key in matrices and value.any()]
     found = inputs.spread(lambda key: function(merged.update[key]), changed, "spectra")
     return replace(merged, update={**merged.update, **found})

@@ -85,11 +85,10 @@ class EnergyRank(Merger):
 
 def _on_matrices(inputs: MergeInputs, function: Callable[[Tensor], Tensor], blocks_only: bool) -> Change:
     """A change of the task vectors' matrices, of all or of those inside of blocks; others, and zero ones, stay."""
-    blocks = {linear.weight for linear in inputs.linears}
+    matrices = inputs.matrices(everywhere=not blocks_only)
 
     def change(task: str, key: str, delta: Tensor) -> Tensor:
-        chosen = delta.dim() == 2 and (key in blocks or not blocks_only)
-        return function(delta) if chosen and delta.any() else delta
+        return function(delta) if key in matrices and delta.any() else delta
 
     return change
 

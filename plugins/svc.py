@@ -56,9 +56,8 @@ class SVC(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, then calibrate it matrix by matrix."""
         merged = static_base(inputs, self.base)
-        blocks = {linear.weight for linear in inputs.linears}
-        chosen = [key for key, value in merged.update.items() if value.dim() == 2 and (key in blocks or self.other == "same")]
-        matrices = [key for key in chosen if merged.update[key].any()]
+        chosen = inputs.matrices(everywhere=self.other == "same")
+        matrices = [key for key, value in merged.update.items() if key in chosen and value.any()]
         found = inputs.spread(lambda key: self._calibrated(inputs, key, merged.update[key]), matrices, "calibrating")
         kept = {key: merged.coefficient(key) * value for key, value in merged.update.items() if key not in found}
         return Merged({**kept, **found}, fixed=merged.fixed)

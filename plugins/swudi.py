@@ -46,17 +46,14 @@ class SWUDI(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter, one task vector after the other."""
-        blocks = {linear.weight for linear in inputs.linears}
+        blocks = inputs.matrices(everywhere=False)
         keys = [key for key in inputs.base if key in blocks or self.other == "mean"]
 
-        def merged(key: str) -> Tensor | None:
-            tasks = [task for task in inputs.tasks if inputs.changed(task, key)]
-            if not tasks:
-                return None
+        def merged(key: str) -> Tensor:
             if key not in blocks:
                 return inputs.deltas(key).mean(0)
+            tasks = [task for task in inputs.tasks if inputs.changed(task, key)]
             return swudi_merge(map(partial(inputs.delta, key=key), tasks), self.time, self.share).float()
 
-        found = inputs.spread(merged, keys, "merging")
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(merged, keys, "merging")
         return Merged(update, fixed=frozenset(update) - blocks)

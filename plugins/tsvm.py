@@ -43,15 +43,11 @@ class TSVM(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
-        blocks = {linear.weight for linear in inputs.linears}
-        spectral = {key for key in inputs.base if inputs.base[key].dim() == 2 and (key in blocks or self.other == "tsvm")}
+        spectral = inputs.matrices(everywhere=self.other == "tsvm")
 
-        def merged(key: str) -> Tensor | None:
-            if not any(inputs.changed(task, key) for task in inputs.tasks):
-                return None
+        def merged(key: str) -> Tensor:
             deltas = inputs.deltas(key)
             return tsvm_merge(deltas, self.rank) if key in spectral else deltas.mean(0)
 
-        found = inputs.spread(merged, inputs.base, "merging")
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(merged, inputs.base, "merging")
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - spectral)
