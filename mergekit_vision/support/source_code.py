@@ -5,6 +5,7 @@ import hashlib
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -26,16 +27,13 @@ def code_fingerprint(classes: Iterable[type]) -> str | None:
     Returns:
         ``None`` where a class has no source file: defined in an interactive session, or compiled.
     """
-    files: dict[str, Path] = {}
+    parts: dict[str, str] = {}
     modules = {base.__module__ for cls in classes for base in cls.__mro__}
     for module in (name for name in modules if name.partition(".")[0] not in ("builtins", "abc", "typing", "torch")):
         if (file := _source(module)) is None:
             return None
-        _follow(module, file, files)
-    content = hashlib.blake2b(digest_size=32)
-    for name, file in sorted(files.items()):
-        content.update(f"{name}\n{_behavior(file)}\n".encode())
-    return content.hexdigest()
+        _follow(module, file, parts)
+    return hashlib.blake2b(repr(sorted(parts.items())).encode(), digest_size=32).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -44,30 +42,32 @@ def versions() -> dict[str, str]:
     return {"mergekit_vision": __version__, **{name: version(name) for name in packages}}
 
 
-def _behavior(file: Path) -> str:
-    """The syntax tree of a module as text, without docstrings (and comments, which it has none of)."""
-    tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.dump(tree)
-
-
-def _follow(module: str, file: Path, files: dict[str, Path]) -> None:
-    """Enter a module and all that it imports into ``files``, name -> path."""
-    files[module] = file
-    for name in _imported(module, file):
-        if name in files:
+def _follow(module: str, file: Path, parts: dict[str, str]) -> None:
+    """Enter a module and all that it imports into ``parts``, name -> hash of what it does."""
+    package = module if file.stem == "__init__" else module.rpartition(".")[0]
+    parts[module], names = _read(file.read_bytes(), package)
+    for name in names:
+        if name in parts:
             continue
         found = _source(name)
         if found is not None and (name.partition(".")[0] == module.partition(".")[0] or not _installed(found)):
-            _follow(name, found, files)
+            _follow(name, found, parts)
 
 
-def _imported(module: str, file: Path) -> Iterator[str]:
-    """Absolute names of what a module imports; ``from a import b`` may mean the module ``a.b``."""
-    package = module if file.stem == "__init__" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
+@cache  # methods share most of what they import
+def _read(source: bytes, package: str) -> tuple[str, tuple[str, ...]]:
+    """A hash of the syntax tree without docstrings (and comments, which it has none of), and the names of what it imports."""
+    tree = ast.parse(source)
+    names = tuple(_imported(tree, package))
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.blake2b(ast.dump(tree).encode(), digest_size=32).hexdigest(), names
+
+
+def _imported(tree: ast.Module, package: str) -> Iterator[str]:
+    """Absolute names of what a module of a package imports; ``from a import b`` may mean the module ``a.b``."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

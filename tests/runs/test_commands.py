@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from mergekit_vision.cli.main import main
-from mergekit_vision.merger import Merged, Merger
-from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.ties import TIES
 
 FILES = {"config.yaml", "methods.png", "report.html", "results.json", "tasks.png"}
@@ -28,20 +26,6 @@ def command(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return main([name, "--suite", str(tiny_suite), "--trainer.accelerator", "cpu", *options])
 
     return run
-
-
-@pytest.fixture
-def merges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the methods that were really merged."""
-    names: list[str] = []
-    merge = Workbench.merge
-
-    def counting(self: Workbench, merger: Merger, *arguments: Any, **named: Any) -> Merged:
-        names.append(type(merger).__name__)
-        return merge(self, merger, *arguments, **named)
-
-    monkeypatch.setattr(Workbench, "merge", counting)
-    return names
 
 
 def rows(directory: Path) -> dict[str, dict[str, Any]]:

@@ -53,20 +53,6 @@ def compare(tiny_suite: Path, tmp_path: Path) -> Compare:
     return run
 
 
-@pytest.fixture
-def merges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the methods that were really merged."""
-    names: list[str] = []
-    merge = Workbench.merge
-
-    def counting(self: Workbench, merger: Merger, *arguments: Any, **named: Any) -> Merged:
-        names.append(type(merger).__name__)
-        return merge(self, merger, *arguments, **named)
-
-    monkeypatch.setattr(Workbench, "merge", counting)
-    return names
-
-
 def test_rows_are_what_evaluating_each_method_finds(compare: Compare, tiny_suite: Path, tmp_path: Path) -> None:
     search = ScaleSearch(halvings=0)
     found = {row["name"]: row for row in compare(["TaskArithmetic", "ESMPP"], scale="search", search=search)["rows"]}
