@@ -9,25 +9,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_vision.checkpoints.base import CheckpointWeights
-from mergekit_vision.errors import InputError
+from mergekit_vision.checkpoints.container import Container, TensorInfo, damaged
 from mergekit_vision.support.files import replacing
 
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 
-class SafetensorsWeights(CheckpointWeights):
+
+class SafetensorsFile(Container):
     """A safetensors file; tensors are views of the mapped file."""
+
+    kind = "safetensors"
 
     def _open(self) -> Any:
         try:
             return safe_open(self.path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.path}: not a readable safetensors file ({error}); copy or download it again") from error
+            raise damaged(self.path, "safetensors file", error) from error
 
-    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _read_entries(self) -> dict[str, TensorInfo]:
         file = self._opened()
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: TensorInfo(tuple(part.get_shape()), _dtype(part.get_dtype())) for name, part in slices.items()}
 
-    def _read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """One tensor by its name in the file."""
         tensor: Tensor = self._opened().get_tensor(name)
         return tensor
 
@@ -49,3 +57,7 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
         memory.add(address)
     with replacing(path) as draft:
         save_file(stored, draft, {"format": "pt", **(metadata or {})})
+
+
+def _dtype(name: str) -> str:
+    return _DTYPES.get(name, name.lower())

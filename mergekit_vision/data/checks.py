@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_vision.data.images import SuiteImages
+from mergekit_vision.encoders.backbone import Backbone
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.config import is_fetched
-from mergekit_vision.suites.checks import Shapes, suite_faults
+from mergekit_vision.suites.checks import suite_faults
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.support.faults import closest, raise_faults
 
@@ -34,11 +35,11 @@ class SuiteChecks:
 
     Args:
         images: of the suite.
-        shapes: gives the shapes of the backbone's vision tower.
+        backbone: gives what is known of the backbone.
     """
 
-    def __init__(self, images: SuiteImages, shapes: Callable[[], Shapes]) -> None:
-        self._images, self._shapes = images, shapes
+    def __init__(self, images: SuiteImages, backbone: Callable[[], Backbone]) -> None:
+        self._images, self._backbone = images, backbone
         self._suite, self._proxies = images.suite, images.proxies
         self._splits: set[tuple[str, str]] = set()
         self._experts = False
@@ -72,7 +73,10 @@ class SuiteChecks:
         return having if split == VAL or not having else list(tasks)
 
     def _header_faults(self, splits: Mapping[str, Collection[str]], experts: bool) -> list[str]:
-        return suite_faults(self._suite, self._shapes(), splits, experts) if experts or any(splits.values()) else []
+        if not experts and not any(splits.values()):
+            return []
+        backbone = self._backbone()
+        return suite_faults(self._suite, backbone.shapes, splits, experts, backbone.activation)
 
     def _proxy_faults(self) -> list[str]:
         """Faults of where the proxies come from that concern no single task."""

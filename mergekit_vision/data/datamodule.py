@@ -114,7 +114,9 @@ class VisionTasks(LightningDataModule):
             if is_fetched(config) and (split in everywhere or (split in needs.evaluated and task.name in self.task_names))
         ]
         elsewhere = needs.proxies and self.proxies.source is not None and is_fetched(self.proxies.source)
-        if fetched or elsewhere:  # the splits that are searched on are checked once they are there
+        experts = needs.experts and any(task.expert.hub is not None for task in self.suite.tasks.values())
+        # checking downloads the experts; the splits that are searched on are checked once they are there
+        if fetched or elsewhere or experts:
             self.check(Needs(needs.evaluated, experts=needs.experts))
         for task, split in fetched:
             self._images.split(task, split)
@@ -174,7 +176,7 @@ class VisionTasks(LightningDataModule):
 
     @cached_property
     def _checks(self) -> SuiteChecks:
-        return SuiteChecks(self._images, lambda: self._backbone.shapes)
+        return SuiteChecks(self._images, lambda: self._backbone)
 
     @cached_property
     def _backbone(self) -> Backbone:

@@ -99,7 +99,7 @@ def build(output: Path, seed: int = 0, pretraining: Recipe = PRETRAINING, fine_t
     suite = Suite.load(output / "suite.yaml")
     for task in suite.tasks:
         weights = fine_tune(suite, task, fine_tuning)
-        save_half({f"visual.{name}": value for name, value in weights.items()}, suite.tasks[task].expert)
+        save_half({f"visual.{name}": value for name, value in weights.items()}, output / "experts" / f"{task}.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ an expert

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
@@ -50,6 +50,11 @@ class Backbone:
     preprocess: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
 
+    @property
+    def activation(self) -> str:
+        """``quick_gelu`` or ``gelu``."""
+        return "quick_gelu" if self.model.get("quick_gelu") else "gelu"
+
 
 @lru_cache(maxsize=8)
 def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:
@@ -88,6 +93,30 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     with _loading(name):
         model: nn.Module = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
     return model.eval().requires_grad_(False)
+
+
+class BackboneWeights(Mapping[str, Tensor]):
+    """Weights of a backbone's vision tower by open_clip key, float32 on the CPU, loaded when the first of them is read."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._weights[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._backbone.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._backbone.shapes)
+
+    def __len__(self) -> int:
+        return len(self._backbone.shapes)
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        visual = load_clip(self._backbone.name, self._backbone.pretrained).visual
+        return {f"visual.{name}": value for name, value in visual.state_dict().items()}  # type: ignore[union-attr]
 
 
 def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:

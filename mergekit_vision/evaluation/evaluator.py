@@ -20,7 +20,7 @@ from mergekit_vision.evaluation.metric import TaskMetric
 from mergekit_vision.merger import Weights
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.support.cache import Cache, json_form
-from mergekit_vision.support.fingerprints import fingerprint, of_tensors
+from mergekit_vision.support.fingerprints import of_tensors
 from mergekit_vision.support.json_files import to_json
 from mergekit_vision.support.source_code import code_fingerprint, versions
 from mergekit_vision.support.team import ALONE, Team
@@ -53,6 +53,7 @@ class Evaluator:
         data: images of every task.
         backbone: what the encoder is.
         runtime: where it runs.
+        pretrained: the backbone's weights, whatever the encoder has.
         experts: of a dynamic model, the tasks whose experts it routes to, in their order.
     """
 
@@ -61,6 +62,7 @@ class Evaluator:
     data: VisionTasks
     backbone: Backbone
     runtime: Runtime
+    pretrained: Weights
     experts: tuple[str, ...] = ()
 
     def step(self, metric: TaskMetric, images: Tensor, labels: Tensor, task: str) -> None:
@@ -87,11 +89,15 @@ class Evaluator:
         self.runtime.team.raise_together(failure)  # the others would wait for this process's counts
         return metric.accuracy(self.data.size(task, split))
 
+    def expert(self, task: str) -> Weights:
+        """The weights of a task's own expert."""
+        return self.data.suite.experts[task].on(self.pretrained)
+
     def expert_accuracy(self, task: str, split: str) -> float:
         """Accuracy of a task's own expert, remembered by its file, the data, the head, the code and where it runs."""
         expert = self.data.suite.experts[task]
         parts = (
-            fingerprint(expert.path),
+            expert.fingerprint(),
             to_json([dict(self.backbone.model), dict(self.backbone.preprocess)]),
             of_tensors({"head": self.heads().weight(task)}),
             self.data.fingerprint(task, split),
@@ -101,7 +107,7 @@ class Evaluator:
         )
 
         def measure() -> float:
-            with self.with_weights(expert) as evaluator:
+            with self.with_weights(self.expert(task)) as evaluator:
                 return evaluator.accuracy(task, split)
 
         return Cache("accuracies", json_form(_share), self.runtime.team).recall(parts, measure)

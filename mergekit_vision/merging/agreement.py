@@ -55,7 +55,7 @@ class ExpertTeachers:
     def __init__(self, evaluator: Evaluator, experts: Sequence[str]) -> None:
         self._opinions: dict[str, Tensor] = {}
         for task in track(list(experts), "experts on proxies"):
-            with evaluator.with_weights(evaluator.data.suite.experts[task]) as expert:
+            with evaluator.with_weights(evaluator.expert(task)) as expert:
                 self._opinions[task] = _log_probabilities(expert, task)
         self.backbone = self.agreement(evaluator)
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mergekit_vision.checkpoints import CheckpointWeights
+import torch
+
+from mergekit_vision.checkpoints import Expert
 from mergekit_vision.data.checks import Needs
 from mergekit_vision.encoders.routed import Route
 from mergekit_vision.errors import InputError
@@ -19,7 +21,9 @@ from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.fingerprints import sha256
 from mergekit_vision.support.source_code import versions
+from mergekit_vision.support.team import Team
 
 
 class MergedModel(NamedTuple):
@@ -71,7 +75,7 @@ class Recipe:
         """What merging, and evaluating on some splits, reads of a suite."""
         return Needs(evaluated, everywhere=self.searched, proxies=True)
 
-    def chosen(self, suite: Suite) -> dict[str, CheckpointWeights]:
+    def chosen(self, suite: Suite) -> dict[str, Expert]:
         """The experts that are merged, by task; lazy.
 
         Raises:
@@ -90,7 +94,7 @@ class Recipe:
         experts = self.chosen(suite)
         choice = ScaleChoice(bench, list(experts), self.scale, self.search)
         start = time.perf_counter()
-        merged = bench.merge(merger, experts, choice)
+        merged = bench.merge(merger, {task: bench.evaluator.expert(task) for task in experts}, choice)
         seconds = time.perf_counter() - start - choice.seconds
         scale = choice(merged)
         record = {
@@ -98,6 +102,7 @@ class Recipe:
             "backbone": suite.backbone,
             "pretrained": suite.pretrained,
             "experts": expert_paths(suite, experts),
+            "sources": expert_sources(experts, bench.evaluator.runtime.team),
             "merger": merger_record(merger),
             "citation": citations(merger),
             "scale": scale,
@@ -108,6 +113,17 @@ class Recipe:
         return MergedModel(merged_weights(bench.base, merged, scale), merged.routed, record)
 
 
-def expert_paths(suite: Suite, experts: Mapping[str, CheckpointWeights]) -> dict[str, str]:
+def expert_sources(experts: Mapping[str, Expert], team: Team) -> dict[str, dict[str, Any]]:
+    """Task -> what was read of its expert and how, with the SHA-256 of each file; the processes share the work."""
+
+    def source(task: str) -> dict[str, Any]:
+        expert = experts[task]
+        return {**expert.origin, "sha256": {file.name: sha256(file) for file in expert.files}}
+
+    sizes = {task: sum(file.stat().st_size for file in expert.files) for task, expert in experts.items()}
+    return team.spread(source, sizes, "hashing experts", torch.device("cpu"))
+
+
+def expert_paths(suite: Suite, experts: Mapping[str, Expert]) -> dict[str, str]:
     """Task -> file of its expert, relative to the suite's directory."""
     return {task: os.path.relpath(weights.path, suite.path.parent) for task, weights in experts.items()}

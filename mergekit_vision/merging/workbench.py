@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.data.datamodule import VisionTasks
-from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
+from mergekit_vision.encoders.backbone import BackboneWeights, describe_backbone, load_clip, load_tokenizer
 from mergekit_vision.encoders.heads import LazyHeads, ZeroShotHeads, build_heads, text_weights
 from mergekit_vision.encoders.hooks import capture_inputs
 from mergekit_vision.encoders.vision import VisionEncoder
@@ -52,8 +52,10 @@ class Workbench:
             prompts = {task.name: (task.classes, task.templates) for task in suite.tasks.values()}
             return build_heads(clip, load_tokenizer(name), prompts, backbone.model, runtime.device)
 
-        evaluator = Evaluator(encoder, LazyHeads(build), data, backbone, runtime)
-        return cls(evaluator, encoder.weights(), text_weights(clip))
+        base = encoder.weights()
+        own = base if merged is None else BackboneWeights(describe_backbone(suite.backbone, suite.pretrained))
+        evaluator = Evaluator(encoder, LazyHeads(build), data, backbone, runtime, own)
+        return cls(evaluator, base, text_weights(clip))
 
     def inputs(self, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None) -> MergeInputs:
         """What a merger gets of some experts, task -> weights; see :meth:`merge`."""

@@ -14,6 +14,7 @@ from mergekit_vision.errors import EvaluationError, InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.analysis import EnergyCurve, expert_analysis
+from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import Recipe, expert_paths
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.summary import own_expert_shares, summarize
@@ -56,6 +57,7 @@ class Comparison(LightningModule):
         data.check(self.recipe.needs(frozenset({TEST})))
         bench = Workbench.open(data, runtime_of(self.trainer))
         evaluator, experts = bench.evaluator, self.recipe.chosen(data.suite)
+        check_lineage(experts, bench.base, evaluator.encoder.linears)
         cache = Cache("comparisons", _ENTRIES, evaluator.runtime.team)
         backbone, evaluation = conditions.of_backbone(bench), conditions.of_evaluation(evaluator, TEST)
         merging = conditions.of_experts(evaluator, experts)
@@ -65,7 +67,7 @@ class Comparison(LightningModule):
         methods, left_out = self._methods(bench, cache, shared)
         analysis = cache.recall(
             [*backbone, *merging, code_fingerprint([EnergyCurve, Workbench]) or ""],
-            lambda: expert_analysis(bench.inputs(experts)),
+            lambda: expert_analysis(bench.inputs({task: evaluator.expert(task) for task in experts})),
         )
         self.results = {
             "kind": "comparison",

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
-from mergekit_vision.checkpoints import CheckpointWeights
+from mergekit_vision.checkpoints import Expert
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.record import merger_record
 from mergekit_vision.merging.workbench import Workbench
-from mergekit_vision.support.fingerprints import fingerprint, of_tensors
+from mergekit_vision.support.fingerprints import of_tensors
 from mergekit_vision.support.json_files import to_json
 from mergekit_vision.support.source_code import code_fingerprint, versions
 
@@ -33,7 +33,7 @@ def of_evaluation(evaluator: Evaluator, split: str) -> list[str]:
     ]
 
 
-def of_experts(evaluator: Evaluator, experts: Mapping[str, CheckpointWeights]) -> list[str]:
+def of_experts(evaluator: Evaluator, experts: Mapping[str, Expert]) -> list[str]:
     """The weights of experts that are merged, in their order, and their proxy images."""
 
     def proxies(task: str) -> str:
@@ -41,7 +41,7 @@ def of_experts(evaluator: Evaluator, experts: Mapping[str, CheckpointWeights]) -
             return evaluator.data.proxy_fingerprint(task)
         return "none"
 
-    return [to_json([[task, fingerprint(weights.path), proxies(task)] for task, weights in experts.items()])]
+    return [to_json([[task, expert.fingerprint(), proxies(task)] for task, expert in experts.items()])]
 
 
 def of_recipe(evaluator: Evaluator, recipe: Recipe) -> list[str]:

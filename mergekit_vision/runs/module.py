@@ -19,6 +19,7 @@ from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.evaluation.metric import TaskMetric
 from mergekit_vision.export.directory import load_experts, read_record, save_model
 from mergekit_vision.merger import Merger, Weights
+from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import MergedModel, Recipe
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
@@ -121,7 +122,7 @@ class MergedCLIP(LightningModule):
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""
         data, merging = self.data, self.merger is not None
-        here = all(task.expert.is_file() for task in data.suite.tasks.values())
+        here = not any(task.expert.missing for task in data.suite.tasks.values())
         # the first process's answer, so that all of them go the same way
         self._has_experts = merging or bool(self.trainer.strategy.broadcast(here))
         data.check(self._needs(split, self._has_experts))
@@ -148,6 +149,7 @@ class MergedCLIP(LightningModule):
 
     def _merged_model(self, bench: Workbench) -> MergedModel:
         if self.merger is not None:
+            check_lineage(self.recipe.chosen(self.data.suite), bench.base, bench.evaluator.encoder.linears)
             return self.recipe.merge(bench, self.merger)
         if self.merged is None:
             raise InputError(_ONE_OF, of="model")

@@ -13,7 +13,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 _LISTED = 8
 
 
-def check_suite(suite: Suite, shapes: Shapes, splits: Collection[str] = (), experts: bool = True) -> None:
+def check_suite(
+    suite: Suite, shapes: Shapes, splits: Collection[str] = (), experts: bool = True, activation: str | None = None
+) -> None:
     """Check that experts and data fit the backbone.
 
     Args:
@@ -21,31 +23,41 @@ def check_suite(suite: Suite, shapes: Shapes, splits: Collection[str] = (), expe
         shapes: of the backbone's vision tower.
         splits: splits that every task must have, each with as many classes as the task names.
         experts: whether the experts are needed; a model merged before is evaluated without them.
+        activation: of the backbone, ``quick_gelu`` or ``gelu``: experts that say that they have another are at fault.
 
     Raises:
         InputError: with every fault found, one a line.
     """
-    raise_faults(suite.path, suite_faults(suite, shapes, dict.fromkeys(suite.tasks, splits), experts))
+    raise_faults(suite.path, suite_faults(suite, shapes, dict.fromkeys(suite.tasks, splits), experts, activation))
 
 
-def suite_faults(suite: Suite, shapes: Shapes, splits: Mapping[str, Collection[str]], experts: bool = True) -> list[str]:
+def suite_faults(
+    suite: Suite,
+    shapes: Shapes,
+    splits: Mapping[str, Collection[str]],
+    experts: bool = True,
+    activation: str | None = None,
+) -> list[str]:
     """What :func:`check_suite` raises, one text a fault, with other ``splits`` (task -> those it must have) for each task."""
     faults = []
     for task in suite.tasks.values():
         if experts:
-            faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(suite, task, shapes)]
+            faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(suite, task, shapes, activation)]
         for split in dict.fromkeys(splits.get(task.name, ())):
             faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(suite, task, split)]
     return faults
 
 
-def _expert_faults(suite: Suite, task: Task, shapes: Shapes) -> list[str]:
+def _expert_faults(suite: Suite, task: Task, shapes: Shapes, activation: str | None) -> list[str]:
     try:
-        found = suite.experts[task.name].shapes
+        expert = suite.experts[task.name]
     except InputError as error:
         return [str(error)]
-    faults = []
-    missing = [key for key in shapes if key not in found]
+    faults, found = [], expert.shapes
+    own = expert.origin.get("activation")
+    if activation is not None and own is not None and own != activation:
+        return [f"{task.expert} has the activation function {own}, and the backbone {activation}: they are not one architecture"]
+    missing = [key for key in shapes if key not in found and not expert.relative and key not in expert.optional]
     extra = [key for key in found if key not in shapes]
     misshapen = [
         f"{key} is {found[key]}, not {shapes[key]}" for key in shapes if key in found and found[key] != tuple(shapes[key])

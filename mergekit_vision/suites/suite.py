@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mergekit_vision.checkpoints import CheckpointWeights, open_weights
+from mergekit_vision.checkpoints import Expert, ExpertSource, open_expert
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import class_names
 from mergekit_vision.suites.layout import locate, read_suite
@@ -37,7 +37,7 @@ class Task:
 
     Attributes:
         name: key of the task in its suite.
-        expert: checkpoint of the fine-tuned vision tower.
+        expert: where the fine-tuned vision tower is, and how it is read.
         data: split -> data source (see :mod:`mergekit_vision.sources.config`), with absolute paths.
         classes: name of each class index, as used in prompts.
         templates: prompts; each ``{}`` stands for the class name, other braces for themselves.
@@ -45,7 +45,7 @@ class Task:
     """
 
     name: str
-    expert: Path
+    expert: ExpertSource
     data: Mapping[str, Mapping[str, object]]
     classes: tuple[str, ...]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
@@ -95,37 +95,37 @@ class Suite:
                     faults.append(f"tasks.{name}.classes: not given, and not found in the data: {error}")
                     continue
             templates = task["templates"] or DEFAULT_TEMPLATES
-            expert = root / Path(task["expert"]).expanduser()
+            expert = ExpertSource.parse(task["expert"], root)
             tasks[name] = Task(name, expert, task["data"], tuple(classes), tuple(templates), unnamed)
         raise_faults(path, faults)
         return cls(content["name"], content["backbone"], content["pretrained"], tasks, path, allow_code)
 
     @cached_property
-    def experts(self) -> Mapping[str, CheckpointWeights]:
+    def experts(self) -> Mapping[str, Expert]:
         """Task -> its expert's checkpoint, each opened once, when it is first asked for; opening raises an ``InputError``."""
         return _Experts({name: task.expert for name, task in self.tasks.items()})
 
 
-class _Experts(Mapping[str, CheckpointWeights]):
+class _Experts(Mapping[str, Expert]):
     """Checkpoints by task, opened on demand and kept open."""
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
-        self._paths = paths
-        self._opened: dict[str, CheckpointWeights] = {}
+    def __init__(self, sources: Mapping[str, ExpertSource]) -> None:
+        self._sources = sources
+        self._opened: dict[str, Expert] = {}
 
-    def __getitem__(self, task: str) -> CheckpointWeights:
+    def __getitem__(self, task: str) -> Expert:
         if task not in self._opened:
-            self._opened[task] = open_weights(self._paths[task])
+            self._opened[task] = open_expert(self._sources[task])
         return self._opened[task]
 
     def __contains__(self, task: object) -> bool:
-        return task in self._paths  # the inherited one would open the file
+        return task in self._sources  # the inherited one would open the file
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
+        return iter(self._sources)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._sources)
 
 
 def _names_in_data(data: Mapping[str, Mapping[str, object]], allow_code: bool) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     Raises:
         InputError: when ``path`` is not a readable file.
     """
-    try:
-        file = Path(path).resolve(strict=True)
-        status = file.stat()
-        settled = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
-        parts = [repr((os.fsencode(file), status.st_size, status.st_mtime_ns))] if settled else None
-        return Cache("fingerprints", json_form(_checked)).recall(parts, lambda: _hash(file))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return _remembered("fingerprints", Path(path), lambda: hashlib.blake2b(digest_size=_SIZE))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits, as the hub shows it; remembered like :func:`fingerprint`."""
+    return _remembered("sha256", path, hashlib.sha256)
 
 
 def digest(*parts: object) -> str:
@@ -76,9 +74,20 @@ def _checked(value: Any) -> str:
     return value
 
 
-def _hash(file: Path) -> str:
-    content = hashlib.blake2b(digest_size=_SIZE)
+def _remembered(kind: str, path: Path, algorithm: Callable[[], Any]) -> str:
+    """Hash of a file, remembered by its place, size and modification time."""
+    try:
+        file = path.resolve(strict=True)
+        status = file.stat()
+        settled = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
+        parts = [repr((os.fsencode(file), status.st_size, status.st_mtime_ns))] if settled else None
+        return Cache(kind, json_form(_checked)).recall(parts, lambda: _hash(file, algorithm()))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _hash(file: Path, content: Any) -> str:
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             content.update(chunk)
-    return content.hexdigest()
+    return str(content.hexdigest())

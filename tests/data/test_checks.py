@@ -17,14 +17,14 @@ from mergekit_vision.errors import InputError
 def test_what_was_checked_is_not_checked_again(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the files that are opened: each check opens what the earlier ones have not seen."""
     opened: set[str] = set()
-    parquet, expert = pq.ParquetFile.__init__, mergekit_vision.checkpoints.open_weights
+    parquet, expert = pq.ParquetFile.__init__, mergekit_vision.checkpoints.open_expert
 
     def counting(self: pq.ParquetFile, path: Path, *arguments: Any, **options: Any) -> None:
         opened.add(Path(path).name)
         parquet(self, path, *arguments, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "__init__", counting)
-    monkeypatch.setattr("mergekit_vision.suites.suite.open_weights", lambda path: opened.add(path.name) or expert(path))
+    monkeypatch.setattr("mergekit_vision.suites.suite.open_expert", lambda at: opened.add(at.path.name) or expert(at))
     data, experts = VisionTasks(str(tiny_suite)), {"colors.safetensors", "grays.pt", "stripes.safetensors"}
     for needs, expected in (
         (Needs({"test"}, experts=False), {"test.parquet"}),

@@ -44,7 +44,7 @@ def test_experts_are_chosen_in_the_order_that_is_asked_for(tiny_suite: Path) -> 
     assert list(Recipe().chosen(suite)) == list(TASKS)
     chosen = Recipe(experts=("stripes", "colors")).chosen(suite)
     assert {task: weights.path for task, weights in chosen.items()} == {
-        task: suite.tasks[task].expert for task in ("stripes", "colors")
+        task: suite.tasks[task].expert.path for task in ("stripes", "colors")
     }
     for experts, named in ((("gray",), r"\['gray'\]"), ((), r"\[\]")):
         with pytest.raises(
@@ -93,8 +93,8 @@ def test_files_are_opened_once_and_heads_built_only_for_a_search(
 ) -> None:
     opened: list[Path] = []
     loaded: list[str] = []
-    expert, clip = mergekit_vision.checkpoints.open_weights, mergekit_vision.encoders.backbone.load_clip
-    monkeypatch.setattr("mergekit_vision.suites.suite.open_weights", lambda path: opened.append(path) or expert(path))
+    expert, clip = mergekit_vision.checkpoints.open_expert, mergekit_vision.encoders.backbone.load_clip
+    monkeypatch.setattr("mergekit_vision.suites.suite.open_expert", lambda at: opened.append(at.path) or expert(at))
     monkeypatch.setattr(
         "mergekit_vision.merging.workbench.load_clip", lambda name, tag=None: loaded.append(name) or clip(name, tag)
     )
@@ -103,6 +103,6 @@ def test_files_are_opened_once_and_heads_built_only_for_a_search(
     recipe = Recipe(scale, ScaleSearch(halvings=0))
     data.check(recipe.needs())
     recipe.merge(bench, method)
-    assert sorted(opened) == sorted(task.expert for task in data.suite.tasks.values())
+    assert sorted(opened) == sorted(task.expert.path for task in data.suite.tasks.values())
     assert loaded == [data.suite.backbone]
     assert (cache / "heads").exists() == evaluates

@@ -21,14 +21,14 @@ def test_a_merge_opens_each_file_once_and_builds_no_heads(
 ) -> None:
     opened: list[Path] = []
     read: list[str] = []
-    expert, clip = mergekit_vision.checkpoints.open_weights, backbone.load_clip
-    monkeypatch.setattr("mergekit_vision.suites.suite.open_weights", lambda path: opened.append(path) or expert(path))
+    expert, clip = mergekit_vision.checkpoints.open_expert, backbone.load_clip
+    monkeypatch.setattr("mergekit_vision.suites.suite.open_expert", lambda at: opened.append(at.path) or expert(at))
     for module in (workbench, backbone):
         monkeypatch.setattr(module, "load_clip", lambda name, tag=None: read.append(name) or clip(name, tag))
     monkeypatch.setattr("mergekit_vision.export.directory.load_clip", lambda *_: pytest.fail("read again to be saved"))
     data = VisionTasks(str(tiny_suite))
     Trainer(default_root_dir=str(tmp_path), accelerator="cpu").merge(MergedCLIP(merger), data)
-    assert sorted(opened) == sorted(task.expert for task in data.suite.tasks.values())
+    assert sorted(opened) == sorted(task.expert.path for task in data.suite.tasks.values())
     assert read == [data.suite.backbone]
     assert not (cache / "heads").exists()
     assert (tmp_path / "open_clip_model.safetensors").is_file()

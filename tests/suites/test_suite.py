@@ -15,14 +15,14 @@ def test_load_makes_paths_absolute(tiny_suite: Path) -> None:
     assert (suite.name, suite.backbone, suite.pretrained) == ("tiny", f"local-dir:{root}/base", None)
     assert tuple(suite.tasks) == ("colors", "grays", "stripes")
     task = suite.tasks["grays"]
-    assert task.expert == root / "experts" / "grays.pt"
+    assert task.expert.path == root / "experts" / "grays.pt"
     assert task.data["val"] == {"parquet": str(root / "data" / "grays" / "val.parquet")}
     assert (task.classes, task.templates) == TASKS["grays"]
 
 
 def test_a_relative_suite_path_gives_absolute_paths(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_suite.parent)
-    assert Suite.load("suite.yaml").tasks["grays"].expert.is_absolute()
+    assert Suite.load("suite.yaml").tasks["grays"].expert.path.is_absolute()
 
 
 def test_defaults(root: Path) -> None:
@@ -41,18 +41,18 @@ def test_defaults(root: Path) -> None:
 
 def test_an_expert_is_opened_once_and_only_when_it_is_asked_for(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    open_weights = mergekit_vision.checkpoints.open_weights
-    monkeypatch.setattr("mergekit_vision.suites.suite.open_weights", lambda path: opened.append(path) or open_weights(path))
+    opening = mergekit_vision.checkpoints.open_expert
+    monkeypatch.setattr("mergekit_vision.suites.suite.open_expert", lambda at: opened.append(at.path) or opening(at))
     suite = Suite.load(tiny_suite)
     assert list(suite.experts) == list(TASKS)
     assert len(suite.experts) == 3
     assert opened == []
     first = suite.experts["grays"]
     assert suite.experts["grays"] is first
-    assert first.path == suite.tasks["grays"].expert
+    assert first.path == suite.tasks["grays"].expert.path
     assert opened == [first.path]
     for _ in range(2):
-        assert [weights.path for weights in suite.experts.values()] == [task.expert for task in suite.tasks.values()]
+        assert [weights.path for weights in suite.experts.values()] == [task.expert.path for task in suite.tasks.values()]
     assert len(opened) == 3
 
 

@@ -1,0 +1,135 @@
+"""Low-rank changes to a backbone."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.checkpoints.container import Container
+from mergekit_vision.checkpoints.places import Place, bias_of
+from mergekit_vision.checkpoints.weights import CheckpointWeights, Expert, MadeOn, Parts, Weights
+from mergekit_vision.errors import InputError
+
+
+class Update(NamedTuple):
+    """A low-rank change to one weight: ``ΔW = scale · B A``.
+
+    Attributes:
+        place: of the weight.
+        down: name of ``A [r, d_in]``.
+        up: name of ``B [d_out, r]``.
+        scale: the factor.
+        transposed: whether ``B A`` is the transposed change.
+        magnitude: name of DoRA's row norms ``[d_out]``; ``None`` for plain LoRA.
+        shift: name of the change of the bias, up to the factor; ``None`` without.
+    """
+
+    place: Place
+    down: str
+    up: str
+    scale: float
+    transposed: bool = False
+    magnitude: str | None = None
+    shift: str | None = None
+
+
+class Adapter(Expert):
+    """Low-rank changes to a backbone. They stay low-rank: a layer's dense weight exists only while it is used.
+
+    Args:
+        container: of the tensors.
+        updates: the low-rank changes.
+        replaced: parameters that the adapter holds whole, or thirds of them.
+        origin: what was read and how, for the record of a merge.
+        base: weights that the file brings along to be adapted, instead of the backbone's.
+        more: other files that were read.
+    """
+
+    relative = True
+
+    def __init__(
+        self,
+        container: Container,
+        updates: Iterable[Update],
+        replaced: Parts,
+        origin: Mapping[str, Any],
+        base: CheckpointWeights | None = None,
+        more: tuple[Path, ...] = (),
+    ) -> None:
+        self.updates: dict[str, list[Update]] = {}
+        for update in updates:
+            self.updates.setdefault(update.place.key, []).append(update)
+            if update.shift is not None:
+                self.updates.setdefault(bias_of(update.place).key, []).append(update)
+        self.replaced, self.base, self._more = replaced, base, more
+        super().__init__(container, origin)
+        downs = [update.down for updates in self.updates.values() for update in updates]
+        self.origin["rank"] = max(container.entries[name].shape[0] for name in downs)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        return (*self.container.files, *self._more)
+
+    def on(self, base: Weights) -> Weights:
+        """The backbone with the changes, float32 where there are any."""
+        under = base if self.base is None else self.base.on(base)
+        return MadeOn(base, lambda key: self._made(key, under[key]))
+
+    def _made(self, key: str, weight: Tensor) -> Tensor:
+        if key not in self.updates and key not in self.replaced:
+            return weight
+        weight = weight.to(torch.float32, copy=True)
+        for place, name in self.replaced.get(key, ()):
+            value = self._float(name, weight)
+            _rows(weight, place).copy_(value.T if place.transposed else value)
+        for update in self.updates.get(key, ()):
+            self._add(update, key, weight)
+        return weight
+
+    def _add(self, update: Update, key: str, weight: Tensor) -> None:
+        """Add one change to the rows of the weight, or of the bias, that it is for; in place."""
+        if key != update.place.key:
+            assert update.shift is not None
+            _rows(weight, bias_of(update.place)).add_(self._float(update.shift, weight), alpha=update.scale)
+            return
+        change = self._float(update.up, weight) @ self._float(update.down, weight)
+        rows = _rows(weight, update.place)
+        rows.add_(change.T if update.transposed != update.place.transposed else change, alpha=update.scale)
+        if update.magnitude is not None:  # DoRA (arXiv:2402.09353, equation 5): the norms of the rows are learned apart
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows.mul_(self._float(update.magnitude, weight).reshape(-1, 1) / norms)
+
+    def _float(self, name: str, like: Tensor) -> Tensor:
+        return self.container.read(name).to(like.device, torch.float32)
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {key: self._replaced_shape(parts) for key, parts in self.replaced.items()}
+        for updates in self.updates.values():
+            for update in updates:
+                weight = self._changed_shape(update)
+                shapes[update.place.key] = weight
+                if update.shift is not None:
+                    shapes[bias_of(update.place).key] = weight[:1]
+        return shapes
+
+    def _changed_shape(self, update: Update) -> tuple[int, ...]:
+        """Shape of the weight that a change is for, if its factors fit together."""
+        down, up = self._shape(update.down), self._shape(update.up)
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            raise InputError(f"{self.path}: {update.down} {down} and {update.up} {up} are not two factors of one matrix")
+        out, into = (down[1], up[0]) if update.transposed != update.place.transposed else (up[0], down[1])
+        return (out if update.place.third is None else 3 * out, into)
+
+    def _replaced_shape(self, parts: Iterable[tuple[Place, str]]) -> tuple[int, ...]:
+        place, name = next(iter(parts))
+        shape = self._shape(name)
+        shape = shape[::-1] if place.transposed else shape
+        return shape if place.third is None else (3 * shape[0], *shape[1:])
+
+
+def _rows(weight: Tensor, place: Place) -> Tensor:
+    """The rows of a parameter that a place means, a view."""
+    return weight if place.third is None else weight.chunk(3)[place.third]

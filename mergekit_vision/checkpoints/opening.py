@@ -1,0 +1,137 @@
+"""Finding the weights in a path, and opening the file by its content."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_vision.checkpoints.container import Container, TensorInfo
+from mergekit_vision.checkpoints.safetensors_file import SafetensorsFile
+from mergekit_vision.checkpoints.torch_file import LegacyTorchFile, TorchArchive
+from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import closest_file
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+"""Usual suffixes of weights files; the content decides."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_WEIGHTS = (  # of a directory, the first that is there
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+_ELSEWHERE = {  # a file that tells of weights in a form that is not read -> the remedy
+    "zero_to_fp32.py": "it holds DeepSpeed's shards; run its zero_to_fp32.py and name the file that it writes",
+    "mp_rank_*_model_states.pt": "it holds DeepSpeed's shards; run zero_to_fp32.py and name the file that it writes",
+    "global_step*": "it holds DeepSpeed's shards; run zero_to_fp32.py and name the file that it writes",
+    "*.distcp": "it holds shards of torch.distributed.checkpoint; convert them by torch.distributed.checkpoint.format_utils",
+    "tf_model.h5": "it holds TensorFlow weights alone; load it by transformers with from_tf=True and save it again",
+    "flax_model.msgpack": "it holds Flax weights alone; load it by transformers with from_flax=True and save it again",
+}
+
+
+class ShardedFiles(Container):
+    """Files of one model, with an index in JSON that says which holds what."""
+
+    def __init__(self, path: Path) -> None:
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
+            raise InputError(f"{path}: has no `weight_map` of names to files; copy or download it again")
+        outside = next((part for part in index.values() if Path(part).name != part), None)
+        if outside is not None:
+            raise InputError(f"{path}: names the file {outside!r}, which is not one beside it; copy or download it again")
+        self._index: dict[str, str] = index
+        self._parts = {part: open_container(path.parent / part) for part in dict.fromkeys(index.values())}
+        super().__init__(path)
+        self.kind = f"{next(iter(self._parts.values())).kind} in {len(self._parts)} files" if self._parts else "no files"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The index and the files that it names."""
+        return (self.path, *(part.path for part in self._parts.values()))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its name."""
+        return self._parts[self._index[name]].read(name)
+
+    def _read_entries(self) -> dict[str, TensorInfo]:
+        lost = [name for name, part in self._index.items() if name not in self._parts[part].entries]
+        if lost:
+            raise InputError(f"{self.path}: {self._index[lost[0]]} lacks {lost[0]}, which it should hold; download it again")
+        return {name: self._parts[part].entries[name] for name, part in self._index.items()}
+
+    def _open(self) -> None:
+        """Each part opens itself."""
+
+
+def weights_file(path: Path) -> Path:
+    """The file that holds the weights: ``path`` itself, or the one of that directory.
+
+    Raises:
+        InputError: when there is none, or several and none has a usual name.
+    """
+    if not path.is_dir():
+        return path
+    names = _ADAPTER_WEIGHTS if (path / ADAPTER_CONFIG).is_file() else _WEIGHTS
+    known = next((path / name for name in names if (path / name).is_file()), None)
+    if known is not None:
+        return known
+    remedy = next((remedy for pattern, remedy in _ELSEWHERE.items() if any(path.glob(pattern))), None)
+    if remedy is not None:
+        raise InputError(f"{path}: {remedy}")
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(found) == 1:
+        return found[0]
+    problem = f"several files may hold the weights ({', '.join(file.name for file in found[:4])} …)" if found else "no weights"
+    raise InputError(f"{path}: {problem} in this directory; name the file, or one called {' or '.join(names[:3])}")
+
+
+def open_container(path: Path) -> Container:
+    """Open a checkpoint file; only its header is read. The content decides what it is, never the suffix.
+
+    Raises:
+        InputError: when the file is missing, is of another kind, or is damaged.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise InputError(f"{path}: not a file")
+        with path.open("rb") as stream:
+            start = stream.read(32)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{path}: cannot be read ({reason}){closest_file(path)}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it came from")
+    if path.name.endswith(".index.json"):
+        return ShardedFiles(path)
+    if start[8:9] == b"{":  # behind the length of a JSON header
+        return SafetensorsFile(path)
+    if start.startswith(b"PK\x03\x04"):
+        return TorchArchive(path)
+    if start.startswith(b"\x80"):  # a pickle's first opcode
+        return LegacyTorchFile(path)
+    raise InputError(f"{path}: neither safetensors nor saved by torch.save; truncated, damaged, or of another kind")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: when there is none.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a JSON object; copy or download it again")
+    return content

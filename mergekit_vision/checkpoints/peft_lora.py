@@ -1,0 +1,191 @@
+"""LoRA adapters of the library ``peft``, with its variants."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_vision.checkpoints.container import Container
+from mergekit_vision.checkpoints.lora import Adapter, Update
+from mergekit_vision.checkpoints.places import Place, huggingface_place, linear_place
+from mergekit_vision.checkpoints.weights import CheckpointWeights, Parts
+from mergekit_vision.errors import InputError
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?\.(?P<part>weight|bias)")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
+_WRAPPERS = ("base_model.", "model.", "module.", "image_encoder.")
+_PLAIN_PATTERN = re.compile(r"\^?[\w.]+\$?")
+
+_SOUND_STARTS = (True, False, None, "gaussian", "eva", "true", "false")
+"""Ways to initialize the matrices that leave the backbone as it is; others change the weights that they are added to."""
+
+_REFUSED = (  # options of PEFT under which A and B alone are not the change
+    "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+    "arrow_config", "megatron_config", "use_bdlora", "velora_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+
+
+def peft_adapter(
+    container: Container, config: tuple[Path, Mapping[str, Any]] | None, scale: float | None, base: CheckpointWeights | None
+) -> Adapter:
+    """An adapter of the library ``peft``, LoRA with its variants.
+
+    Args:
+        container: of the tensors.
+        config: the file ``adapter_config.json`` and what it holds, where it was found.
+        scale: factor of ``B A`` in place of the one that the configuration gives.
+        base: weights in the same file that are adapted.
+
+    Raises:
+        InputError: when the configuration asks for what is not LoRA or changes its base, or tensors are of unknown layers.
+    """
+    path, options = config if config is not None else (container.path, {})
+    _check_options(path, options)
+    if not options and scale is None:
+        remedy = "keep it beside the weights, or give the factor of B A (alpha / r) as `scale:`"
+        raise InputError(f"{container.path}: a LoRA adapter without adapter_config.json, which has its scale; {remedy}")
+    factors, magnitudes, rest = _factors(container)
+    scaling = _scaling(path, options, scale)
+    updates = [
+        Update(
+            _linear(container, module),
+            found["A.weight"],
+            found["B.weight"],
+            scaling(module, container.entries[found["A.weight"]].shape[0]) * _times(found["A.weight"]),
+            bool(options.get("fan_in_fan_out")),
+            magnitudes.get(module),
+            found.get("B.bias"),
+        )
+        for module, found in factors.items()
+    ]
+    origin = {"kind": "lora", "family": "peft", "scale": scale}
+    if model := options.get("base_model_name_or_path"):
+        origin["base_model"] = str(model)
+    return Adapter(container, updates, _replaced(container, rest, base), origin, base, () if config is None else (path,))
+
+
+def _times(name: str) -> int:
+    """How often peft adds a change: that of the output projection inside of a MultiheadAttention twice, in training too."""
+    return 2 if ".attn.base_layer.out_proj." in name else 1
+
+
+def _check_options(path: Path, options: Mapping[str, Any]) -> None:
+    kind = options.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise InputError(f"{path}: an adapter of the kind {kind}; only LORA can be added to a backbone's weights exactly")
+    start = options.get("init_lora_weights", True)
+    if start not in _SOUND_STARTS:
+        raise InputError(
+            f"{path}: init_lora_weights is {start!r}, which changes the weights that the adapter is added to; "
+            "convert it with peft's path_initial_model_for_weight_conversion, or save the merged model"
+        )
+    refused = [name for name in _REFUSED if options.get(name)]
+    if refused:
+        raise InputError(f"{path}: uses {', '.join(refused)}, so A and B alone are not its change; save the merged model")
+    if options.get("lora_bias") not in (None, True, False) or not isinstance(options.get("fan_in_fan_out", False), bool):
+        raise InputError(f"{path}: lora_bias and fan_in_fan_out must be true or false")
+
+
+def _factors(container: Container) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """Names of the factors by layer, of the magnitudes by layer, and all other names.
+
+    Raises:
+        InputError: when several adapters are in the file, or a factor lacks its other.
+    """
+    factors: dict[str, dict[str, str]] = {}
+    magnitudes, rest, adapters = {}, [], set()
+    for name in container.entries:
+        factor, magnitude = _FACTOR.fullmatch(name), _MAGNITUDE.fullmatch(name)
+        if factor is not None:
+            adapters.add(factor["adapter"])
+            factors.setdefault(_module(factor["module"]), {})[f"{factor['which']}.{factor['part']}"] = name
+        elif magnitude is not None:
+            magnitudes[_module(magnitude["module"])] = name
+        else:
+            rest.append(name)
+    if len(adapters) > 1:
+        raise InputError(f"{container.path}: holds {len(adapters)} adapters ({', '.join(map(str, adapters))}); save each alone")
+    halves = [module for module, found in factors.items() if not {"A.weight", "B.weight"} <= found.keys()]
+    halves += [module for module in magnitudes if module not in factors]
+    if halves or not factors:
+        what = f"{halves[0]} lacks lora_A or lora_B" if halves else "has no lora_A and lora_B"
+        raise InputError(f"{container.path}: {what}; copy or download it again")
+    return factors, magnitudes, rest
+
+
+def _module(name: str) -> str:
+    """A layer's name without what wraps the model.
+
+    >>> _module("base_model.model.vision_model.encoder.layers.0.mlp.fc1")
+    'vision_model.encoder.layers.0.mlp.fc1'
+    """
+    name = name.replace(".base_layer", "")
+    while (wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None)) is not None:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _linear(container: Container, module: str) -> Place:
+    place = linear_place(module)
+    named = any("visual." in name for name in container.entries)  # then blocks without it are the text tower's
+    if place is not None and not (named and module.startswith("transformer.")):
+        return place
+    if module.startswith(("text_model.", "text_projection", "transformer.resblocks")) or ".text_model." in module:
+        raise InputError(f"{container.path}: adapts the text tower ({module}), whose zero-shot heads are the backbone's")
+    raise InputError(f"{container.path}: adapts {module}, which is not a Linear layer of CLIP's vision tower")
+
+
+def _scaling(path: Path, options: Mapping[str, Any], scale: float | None) -> Callable[[str, int], float]:
+    """The factor of ``B A`` of a layer with a rank, by PEFT's rules."""
+    ranks, alphas = (_pattern(path, options, name) for name in ("rank_pattern", "alpha_pattern"))
+
+    def factor(module: str, rank: int) -> float:
+        if scale is not None:
+            return scale
+        told, alpha = _matching(ranks, module, options.get("r")), _matching(alphas, module, options.get("lora_alpha"))
+        if told != rank:
+            raise InputError(f"{path}: gives {module} the rank {told}, but its matrices have {rank}; they do not belong together")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise InputError(f"{path}: lora_alpha must be a number, not {alpha!r}")
+        return alpha / math.sqrt(rank) if options.get("use_rslora") else alpha / rank
+
+    return factor
+
+
+def _pattern(path: Path, options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """``rank_pattern`` or ``alpha_pattern``: ends of layers' names -> number."""
+    found = options.get(name) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: {name} must be an object, not {found!r}")
+    odd = next((key for key in found if not _PLAIN_PATTERN.fullmatch(key)), None)
+    if odd is not None:  # a regular expression from a file could run for ever
+        raise InputError(f"{path}: {name} has the key {odd!r}; only names of layers or of their last parts are read")
+    return found
+
+
+def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The number for a layer: that of the first key that ends its name, as PEFT has it."""
+    for key, value in patterns.items():
+        if key.startswith("^"):
+            if key.strip("^$") == module:
+                return value
+        elif f".{module}".endswith(f".{key.rstrip('$')}"):
+            return value
+    return default
+
+
+def _replaced(container: Container, names: Iterable[str], base: CheckpointWeights | None) -> Parts:
+    """Places of the parameters that an adapter holds whole: biases, and modules that were trained beside it."""
+    known = set() if base is None else {name for parts in base.parts.values() for _, name in parts}
+    found: dict[str, list[tuple[Place, str]]] = {}
+    for name in names:
+        if name in known or ".original_module." in name:  # as it was before training
+            continue
+        plain = _module(re.sub(r"modules_to_save\.(?:default\.)?", "", name))
+        place = huggingface_place(plain.removeprefix("vision_model."))
+        place = Place(plain) if place is None and plain.startswith("visual.") else place
+        if place is None:
+            raise InputError(f"{container.path}: holds {name}, which is no parameter of CLIP's vision tower; remove it")
+        found.setdefault(place.key, []).append((place, name))
+    return found

@@ -1,0 +1,163 @@
+"""Finding the vision tower among the tensors of a checkpoint, whatever wraps it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+from mergekit_vision.checkpoints.container import Container, TensorInfo
+from mergekit_vision.checkpoints.places import Place, huggingface_place
+from mergekit_vision.errors import InputError
+
+Family = Literal["open_clip", "huggingface"]
+
+_FIRST: dict[str, Family] = {"conv1.weight": "open_clip", "embeddings.patch_embedding.weight": "huggingface"}
+"""End of the name of a tower's patch embedding -> the library that names it so."""
+
+_INSERTED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+"""What torch.compile, FSDP, activation checkpointing and PEFT put anywhere into names."""
+
+_TEXT = re.compile(
+    r"(?:text\.|text_model\.|text_projection|token_embedding\.|ln_final\.|logit_scale|logit_bias|positional_embedding$"
+    r"|transformer\.resblocks\.|attn_mask$|input_resolution$|context_length$|vocab_size$)"
+)
+"""Beginnings of the names of what a CLIP model holds besides its vision tower."""
+
+_TRANSIENT = ("embeddings.position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
+"""What a tower may bring along that is no parameter."""
+
+_RESUMING = re.compile(r"(?:optimizer|lr_scheduler|scheduler|scaler|loops|callbacks|ema|model_ema|state_dict_ema)")
+"""Beginnings of the names of what a training run keeps to be resumed."""
+
+
+class Tower(NamedTuple):
+    """A vision tower in a checkpoint.
+
+    Attributes:
+        family: whose names it uses.
+        prefix: of its names.
+        names: name without the prefix -> name in the file.
+        parent: the prefix of the model that it is part of.
+    """
+
+    family: Family
+    prefix: str
+    names: Mapping[str, str]
+    parent: str
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are averaged weights, by the name of what holds them."""
+        return any("ema" in part.lower().split("_") or part.lower().startswith("ema") for part in self.prefix.split("."))
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Name without what wrappers insert -> name in the file.
+
+    >>> plain_names(["visual._orig_mod.proj"])
+    {'visual.proj': 'visual._orig_mod.proj'}
+    """
+    return {_INSERTED.sub("", name): name for name in names}
+
+
+def find_tower(container: Container, key: str | None = None, ema: bool | None = None) -> Tower | None:
+    """The vision tower of a checkpoint; ``None`` where there is none.
+
+    Args:
+        container: of the tensors.
+        key: what its names begin with, where the file holds several.
+        ema: whether averaged weights are wanted; where not said, they are taken only if the file holds no others.
+
+    Raises:
+        InputError: when several are there, or not the one that is wanted.
+    """
+    every = _towers(container.entries)
+    found = [tower for tower in every if key is None or tower.prefix.startswith(key)]
+    kinds = {tower.averaged for tower in found}
+    if ema is not None or kinds == {True, False}:
+        found = [tower for tower in found if tower.averaged == bool(ema)]
+    if len(found) > 1:
+        prefixes = ", ".join(_shown(tower.prefix) for tower in found)
+        raise InputError(f"{container.path}: holds {len(found)} vision towers, named {prefixes}; choose one by `key:`")
+    if every and not found:
+        wanted = f"with names in {key!r}" if key is not None else "of averaged weights" if ema else "but of averaged weights"
+        prefixes = ", ".join(_shown(tower.prefix) for tower in every)
+        raise InputError(f"{container.path}: has no vision tower {wanted}; those in it are named {prefixes}")
+    return found[0] if found else None
+
+
+def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]:
+    """Which stored tensors make each of open_clip's parameters.
+
+    Returns:
+        Key -> the place and the name in the file of each of its parts; and the names that are no parameter of a CLIP tower.
+    """
+    found: dict[str, list[tuple[Place, str]]] = {}
+    unknown = []
+    for name, full in tower.names.items():
+        if name in _TRANSIENT:
+            continue
+        place = Place(f"visual.{name}") if tower.family == "open_clip" else huggingface_place(name)
+        if place is None:
+            unknown.append(full)
+        else:
+            found.setdefault(place.key, []).append((place, full))
+    return {key: sorted(parts, key=lambda part: part[0].third or 0) for key, parts in found.items()}, unknown
+
+
+def unused_names(tower: Tower, entries: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors that are neither of the tower nor of anything that a CLIP model or a training run is known to keep."""
+    used = set(tower.names.values())
+    others = [other.prefix for other in _towers(entries) if other.prefix != tower.prefix]
+    unused = []
+    for plain, name in plain_names(entries).items():
+        inside = plain.removeprefix(tower.parent) if plain.startswith(tower.parent) else plain
+        known = _TEXT.match(inside) or inside.endswith(("position_ids", "attn_mask")) or _RESUMING.match(plain)
+        if name not in used and not known and not any(plain.startswith(prefix) for prefix in others):
+            unused.append(name)
+    return unused
+
+
+def refusal(names: Iterable[str]) -> str:
+    """Why a checkpoint without a vision tower cannot be an expert, as far as its names tell."""
+    names = list(names)
+    if not names:
+        return "holds no tensors"
+    if any(re.search(r"(?:^|\.)params0?\.\d+$", name) for name in names):
+        return (
+            "is a linearized model, which is the backbone plus a derivative and not a model with other weights; "
+            "fine-tune the model itself"
+        )
+    if any(".lora_" in name or "w_lora_" in name for name in names):
+        return "holds LoRA matrices of layers that no vision tower of CLIP has"
+    if any(name.startswith("visual.trunk.") or ".trunk." in name for name in names):
+        return "holds a tower of timm, and only open_clip's own ViTs are merged"
+    if len(names) <= 4 and all(re.search(r"(?:weight|bias|classifier|head)", name) for name in names):
+        return f"holds a classification head ({', '.join(sorted(names))}), where a fine-tuned vision tower is needed"
+    return f"holds no vision tower of CLIP: among its tensors ({', '.join(sorted(names)[:4])} …) is no patch embedding"
+
+
+def _towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:
+    names = plain_names(entries)
+    found = []
+    for plain, name in names.items():
+        shape = entries[name].shape
+        ending = next((end for end in _FIRST if plain == end or plain.endswith(f".{end}")), None)
+        if ending is not None and len(shape) == 4 and shape[1] == 3:
+            found.append(_tower(_FIRST[ending], plain.removesuffix(ending), names))
+    return found
+
+
+def _tower(family: Family, prefix: str, names: Mapping[str, str]) -> Tower:
+    inside = {plain: name for plain, name in names.items() if plain.startswith(prefix) and ".lora_" not in plain}
+    own = {plain.removeprefix(prefix): name for plain, name in inside.items()}
+    parent = prefix.removesuffix("visual." if family == "open_clip" else "vision_model.")
+    if family == "huggingface":
+        projection = f"{parent}visual_projection.weight"
+        own = {plain: name for plain, name in own.items() if not plain.startswith(("visual_projection.", "text_", "logit_"))}
+        if projection in names:
+            own["visual_projection.weight"] = names[projection]
+    return Tower(family, prefix, own, parent)
+
+
+def _shown(prefix: str) -> str:
+    return f"`{prefix}…`" if prefix else "without a prefix"
