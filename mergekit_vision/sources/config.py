@@ -14,24 +14,68 @@ mapping                                                 images
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator
 
 from mergekit_vision.support.faults import closest
+from mergekit_vision.support.schema import Schema, faults, shown
+
+Text = Annotated[str, Field(min_length=1)]
 
 SourceConfig = Mapping[str, Any]
 """One source as it stands in a suite file; the module's text lists the kinds."""
 
-_KEYS: dict[str, dict[str, type]] = {
-    "parquet": {"parquet": str, "image": str, "label": str},
-    "hub": {"hub": str, "split": str, "name": str, "revision": str, "image": str, "label": str},
-    "folder": {"folder": str},
-    "torchvision": {"torchvision": str, "args": dict},
-}
+
+class _Columns(Schema):
+    image: Text = "image"
+    label: Text = "label"
+
+
+class _Parquet(_Columns):
+    parquet: Text
+
+
+class _Hub(_Columns):
+    hub: Text
+    split: Text
+    name: Text = ""
+    revision: Text = ""
+
+
+class _Folder(Schema):
+    folder: Text
+
+
+class _Torchvision(Schema):
+    torchvision: Text
+    args: dict[str, Any] = Field(default={}, description="a mapping of arguments")
+
+
+_KINDS: dict[str, type[Schema]] = {"parquet": _Parquet, "hub": _Hub, "folder": _Folder, "torchvision": _Torchvision}
+
+
+def _checked(config: object) -> SourceConfig:
+    """The mapping as it is, once the schema of its kind has passed it."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"must be a mapping such as `parquet: FILE`, not {shown(config)}")
+    kinds = [kind for kind in _KINDS if kind in config]
+    if not kinds:
+        hints = [f"unknown key `{key}`{closest(str(key), _KINDS)}" for key in config] or ["is empty"]
+        raise ValueError(f"{'; '.join(hints)}; a source is one of {', '.join(_KINDS)}")
+    if len(kinds) > 1:
+        raise ValueError(f"names more than one source: {', '.join(kinds)}; keep one")
+    _KINDS[kinds[0]].model_validate(dict(config))
+    return config
+
+
+Source = Annotated[SourceConfig, PlainValidator(_checked)]
+"""A source in a schema."""
 
 
 def kind_of(config: SourceConfig) -> str:
     """The kind of a well-formed source: ``parquet``, ``hub``, ``folder`` or ``torchvision``."""
-    return next(kind for kind in _KEYS if kind in config)
+    return next(kind for kind in _KINDS if kind in config)
 
 
 def is_fetched(config: SourceConfig) -> bool:
@@ -46,24 +90,7 @@ def config_faults(config: object) -> list[str]:
     >>> config_faults({"parqet": "a.parquet"})
     ['unknown key `parqet` (did you mean `parquet`?); a source is one of parquet, hub, folder, torchvision']
     """
-    if not isinstance(config, Mapping):
-        return [f"must be a mapping such as `parquet: FILE`, not {config!r}"]
-    kinds = [kind for kind in _KEYS if kind in config]
-    if not kinds:
-        hints = [f"unknown key `{key}`{closest(str(key), _KEYS)}" for key in config] or ["is empty"]
-        return [f"{'; '.join(hints)}; a source is one of {', '.join(_KEYS)}"]
-    if len(kinds) > 1:
-        return [f"names more than one source: {', '.join(kinds)}; keep one"]
-    known = _KEYS[kinds[0]]
-    faults = [
-        f"unknown key `{key}`{closest(str(key), known)}; known are {', '.join(known)}" for key in config if key not in known
-    ]
-    for key in config:
-        if key in known and (not isinstance(config[key], known[key]) or config[key] == ""):
-            faults.append(f"`{key}` must be a {'text' if known[key] is str else 'mapping'}, not {config[key]!r}")
-    if kinds[0] == "hub" and "split" not in config:
-        faults.append("`split` is missing; name the hub data set's split, such as `split: test`")
-    return faults
+    return faults(Source, config)
 
 
 def resolve(config: SourceConfig, root: Path) -> dict[str, Any]:

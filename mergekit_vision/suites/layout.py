@@ -1,17 +1,19 @@
 """Layout of a suite file: reading the YAML, finding every fault in it, and making its paths absolute."""
 
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mergekit_vision.checkpoints import SUFFIXES
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources.config import config_faults, resolve
+from mergekit_vision.sources.config import Source, Text, resolve
 from mergekit_vision.support.faults import closest, raise_faults
+from mergekit_vision.support.schema import Schema, brief, faults, shown
 
 _LOCAL = "local-dir:"
 _TASK_NAME = re.compile(r"\w[\w-]*")
@@ -19,7 +21,56 @@ _TASK_NAME = re.compile(r"\w[\w-]*")
 BUILTIN = {"demo": Path(str(files("mergekit_vision.demo"))) / "suite.yaml"}
 """Suites that the package brings along, by the name that stands for their file."""
 
-_Check = Callable[[Any, str], list[str]]
+
+def _task_name(name: object) -> object:
+    if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
+        raise ValueError(f"task name {brief(name)} must be text of letters, digits, `_` and `-` (quote a number)")
+    return name
+
+
+def _split_name(name: object) -> object:
+    if not isinstance(name, str):
+        raise ValueError(f"split {brief(name)} must be text")
+    return name
+
+
+def _word(value: object) -> object:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"must be text, not {shown(value)}; put it in quotes")
+    return value
+
+
+def _template(text: str) -> str:
+    if "{}" not in text:
+        raise ValueError(f"{brief(text)} has no {{}} for the class name")
+    return text
+
+
+_TaskName = Annotated[str, BeforeValidator(_task_name)]
+_SplitName = Annotated[str, BeforeValidator(_split_name)]
+_Word = Annotated[str, BeforeValidator(_word)]
+_Template = Annotated[_Word, AfterValidator(_template)]
+_Expert = Text
+
+
+class _Task(Schema):
+    expert: _Expert
+    data: dict[_SplitName, Source] = Field(min_length=1, description="a mapping of splits (val, test, train) to data sources")
+    classes: list[_Word] = Field(default=[], min_length=1, description="a list of texts")
+    templates: list[_Template] = Field(default=[], min_length=1, description="a list of texts")
+
+
+class _Suite(Schema):
+    name: Text = ""
+    backbone: Text
+    pretrained: Text = ""
+    tasks: dict[_TaskName, _Task] = Field(min_length=1, description="a mapping of task names to tasks, with one task at least")
+
+    @model_validator(mode="after")
+    def _one_origin_of_weights(self) -> "_Suite":
+        if self.pretrained and ":" in self.backbone:
+            raise ValueError(f"{self.backbone} brings its own weights; remove `pretrained`")
+        return self
 
 
 def locate(path: str | Path) -> Path:
@@ -57,93 +108,26 @@ def read_suite(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
-    faults = _mapping(content, "", {"backbone": _text, "tasks": _tasks}, {"name": _text, "pretrained": _text})
-    if not faults and content.get("pretrained") and ":" in content["backbone"]:
-        faults = [f"pretrained: {content['backbone']} brings its own weights; remove `pretrained`"]
-    raise_faults(path, faults)
-    return _completed(content, path)
+    raise_faults(path, faults(_Suite, content, "the file"))
+    return _completed(_Suite.model_validate(content), path)
 
 
-def _completed(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    root, backbone, pretrained = path.parent, content["backbone"], content.get("pretrained")
+def _completed(suite: _Suite, path: Path) -> dict[str, Any]:
+    root, backbone, pretrained = path.parent, suite.backbone, suite.pretrained
     if backbone.startswith(_LOCAL):
         backbone = f"{_LOCAL}{root / Path(backbone[len(_LOCAL) :]).expanduser()}"
-    if pretrained and pretrained.endswith(tuple(SUFFIXES)):
+    if pretrained.endswith(tuple(SUFFIXES)):
         pretrained = str(root / Path(pretrained).expanduser())
     tasks = {
         name: {
-            **{key: task.get(key) for key in ("expert", "classes", "templates")},
-            "data": {split: resolve(source, root) for split, source in task["data"].items()},
+            "expert": task.expert,
+            "classes": task.classes or None,
+            "templates": task.templates or None,
+            "data": {split: resolve(source, root) for split, source in task.data.items()},
         }
-        for name, task in content["tasks"].items()
+        for name, task in suite.tasks.items()
     }
-    return {"name": content.get("name") or path.stem, "backbone": backbone, "pretrained": pretrained, "tasks": tasks}
-
-
-def _mapping(content: object, where: str, required: Mapping[str, _Check], optional: Mapping[str, _Check]) -> list[str]:
-    """Faults of a mapping with known keys, and of its values."""
-    place = where or "the file"
-    if not isinstance(content, Mapping):
-        return [f"{place}: must be a mapping with the keys {', '.join(required)}, not {_shown(content)}"]
-    known = {**required, **optional}
-    under = f"{where}." if where else ""
-    faults = [f"{place}: unknown key `{key}`{closest(str(key), known)}" for key in content if key not in known]
-    faults += [f"{place}: `{key}` is missing" for key in required if key not in content]
-    for key, check in known.items():
-        if key in content:
-            faults += check(content[key], f"{under}{key}")
-    return faults
-
-
-def _tasks(tasks: object, where: str) -> list[str]:
-    if not isinstance(tasks, Mapping) or not tasks:
-        return [f"{where}: must be a mapping of task names to tasks, with one task at least, not {_shown(tasks)}"]
-    faults = []
-    for name, task in tasks.items():
-        if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
-            faults.append(f"{where}: task name {name!r} must be text of letters, digits, `_` and `-` (quote a number)")
-        else:
-            place = f"{where}.{name}"
-            faults += _mapping(task, place, {"expert": _text, "data": _data}, {"classes": _texts, "templates": _templates})
-    return faults
-
-
-def _data(data: object, where: str) -> list[str]:
-    if not isinstance(data, Mapping) or not data:
-        return [f"{where}: must be a mapping of splits (val, test, train) to data sources, not {_shown(data)}"]
-    faults = []
-    for split, source in data.items():
-        if not isinstance(split, str):
-            faults.append(f"{where}: split {split!r} must be text")
-        faults += [f"{where}.{split}: {fault}" for fault in config_faults(source)]
-    return faults
-
-
-def _text(value: object, where: str) -> list[str]:
-    return [] if isinstance(value, str) and value else [f"{where}: must be text, not {_shown(value)}"]
-
-
-def _texts(value: object, where: str) -> list[str]:
-    if not isinstance(value, list) or not value:
-        return [f"{where}: must be a list of texts, not {_shown(value)}"]
-    return [
-        f"{where}: entry {index} must be text, not {_shown(item)}; put it in quotes"
-        for index, item in enumerate(value)
-        if not isinstance(item, str) or not item
-    ]
-
-
-def _templates(value: object, where: str) -> list[str]:
-    faults = _texts(value, where)
-    return faults or [f"{where}: {text!r} has no {{}} for the class name" for text in value if "{}" not in text]  # type: ignore[attr-defined]
-
-
-def _shown(value: object) -> str:
-    """A value in a message: its kind and as much of it as fits."""
-    if value is None:
-        return "empty"
-    text = repr(value)
-    return f"the {type(value).__name__} {text if len(text) <= 40 else text[:40] + '…'}"
+    return {"name": suite.name or path.stem, "backbone": backbone, "pretrained": pretrained or None, "tasks": tasks}
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -32,11 +32,12 @@ def test_every_fault_of_the_layout_is_listed(root: Path) -> None:
         "tasks.colors.classes: entry 2 must be text, not the int 3; put it in quotes",
         "tasks.grays.data.val: unknown key `parqet` (did you mean `parquet`?); "
         "a source is one of parquet, hub, folder, torchvision",
-        "tasks.grays.data.test: unknown key `lable` (did you mean `label`?); known are parquet, image, label",
-        "tasks.grays.data.test: `parquet` must be a text, not 3",
-        "tasks.grays.templates: 'a gray' has no {} for the class name",
+        "tasks.grays.data.test: unknown key `lable` (did you mean `label`?)",
+        "tasks.grays.data.test.parquet: must be text, not the int 3",
+        "tasks.grays.templates: entry 0 'a gray' has no {} for the class name",
         "tasks.stripes.data: must be a mapping of splits (val, test, train) to data sources, not the list []",
         "tasks: task name 'a task' must be text of letters, digits, `_` and `-` (quote a number)",
+        "tasks.a task.data: must be a mapping of splits (val, test, train) to data sources, not the list []",
         "tasks.nothing: must be a mapping with the keys expert, data, not empty",
     ]
 
