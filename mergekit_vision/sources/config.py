@@ -16,12 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from mergekit_vision.support.faults import closest
-from mergekit_vision.support.schema import Schema, faults, shown
-
-Text = Annotated[str, Field(min_length=1)]
+from mergekit_vision.support.paths import expanded, is_directory
+from mergekit_vision.support.schema import FilePath, Schema, Text, faults, shown
 
 SourceConfig = Mapping[str, Any]
 """One source as it stands in a suite file; the module's text lists the kinds."""
@@ -33,23 +32,29 @@ class _Columns(Schema):
 
 
 class _Parquet(_Columns):
-    parquet: Text
+    parquet: FilePath
 
 
 class _Hub(_Columns):
-    hub: Text
+    hub: FilePath
     split: Text
     name: Text = ""
     revision: Text = ""
 
 
 class _Folder(Schema):
-    folder: Text
+    folder: FilePath
+
+
+def _root(args: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(args.get("root"), str):
+        expanded(args["root"])
+    return args
 
 
 class _Torchvision(Schema):
     torchvision: Text
-    args: dict[str, Any] = Field(default={}, description="a mapping of arguments")
+    args: Annotated[dict[str, Any], AfterValidator(_root)] = Field(default={}, description="a mapping of arguments")
 
 
 _KINDS: dict[str, type[Schema]] = {"parquet": _Parquet, "hub": _Hub, "folder": _Folder, "torchvision": _Torchvision}
@@ -98,9 +103,9 @@ def resolve(config: SourceConfig, root: Path) -> dict[str, Any]:
     resolved = dict(config)
     for key in ("parquet", "folder"):
         if key in resolved:
-            resolved[key] = str(root / Path(resolved[key]).expanduser())
-    if "hub" in resolved and (root / resolved["hub"]).is_dir():
+            resolved[key] = str(root / expanded(resolved[key]))
+    if "hub" in resolved and is_directory(root / resolved["hub"]):
         resolved["hub"] = str(root / resolved["hub"])
     if isinstance(resolved.get("args"), Mapping) and isinstance(resolved["args"].get("root"), str):
-        resolved["args"] = {**resolved["args"], "root": str(root / Path(resolved["args"]["root"]).expanduser())}
+        resolved["args"] = {**resolved["args"], "root": str(root / expanded(resolved["args"]["root"]))}
     return resolved

@@ -1,19 +1,19 @@
 """Layout of a suite file: reading the YAML, finding every fault in it, and making its paths absolute."""
 
 import re
-from collections.abc import Hashable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mergekit_vision.checkpoints import SUFFIXES
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources.config import Source, Text, resolve
+from mergekit_vision.sources.config import Source, resolve
 from mergekit_vision.support.faults import closest, raise_faults
-from mergekit_vision.support.schema import Schema, brief, faults, shown
+from mergekit_vision.support.paths import expanded, is_directory, is_file
+from mergekit_vision.support.schema import FilePath, Schema, Text, brief, faults, shown
+from mergekit_vision.support.yaml_files import read_yaml
 
 _LOCAL = "local-dir:"
 _TASK_NAME = re.compile(r"\w[\w-]*")
@@ -46,11 +46,16 @@ def _template(text: str) -> str:
     return text
 
 
+def _backbone(name: str) -> str:
+    expanded(name.removeprefix(_LOCAL))
+    return name
+
+
 _TaskName = Annotated[str, BeforeValidator(_task_name)]
 _SplitName = Annotated[str, BeforeValidator(_split_name)]
 _Word = Annotated[str, BeforeValidator(_word)]
 _Template = Annotated[_Word, AfterValidator(_template)]
-_Expert = Text
+_Expert = FilePath
 
 
 class _Task(Schema):
@@ -62,8 +67,8 @@ class _Task(Schema):
 
 class _Suite(Schema):
     name: Text = ""
-    backbone: Text
-    pretrained: Text = ""
+    backbone: Annotated[Text, AfterValidator(_backbone)]
+    pretrained: FilePath = ""
     tasks: dict[_TaskName, _Task] = Field(min_length=1, description="a mapping of task names to tasks, with one task at least")
 
     @model_validator(mode="after")
@@ -83,13 +88,15 @@ def locate(path: str | Path) -> Path:
     >>> locate("demo").parts[-3:]
     ('mergekit_vision', 'demo', 'suite.yaml')
     """
-    file = Path(path).expanduser().absolute()
-    if file.is_file():
-        return file
     name = str(path)
+    if not name.strip():
+        raise InputError("`suite` is empty; name a suite file", of="data")
+    file = expanded(path).absolute()
+    if is_file(file):
+        return file
     if name in BUILTIN:
         return BUILTIN[name]
-    if not file.exists() and re.fullmatch(r"\w+", name):
+    if not is_directory(file) and re.fullmatch(r"\w+", name):
         known = ", ".join(BUILTIN)
         raise InputError(f"suite {name}: neither a file nor a built-in suite ({known}){closest(name, BUILTIN)}")
     return file
@@ -101,13 +108,7 @@ def read_suite(path: Path) -> dict[str, Any]:
     Raises:
         InputError: when the file cannot be read or parsed, or with every fault of its layout, one a line.
     """
-    try:
-        with path.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_UniqueKeys)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+    content = read_yaml(path)
     raise_faults(path, faults(_Suite, content, "the file"))
     return _completed(_Suite.model_validate(content), path)
 
@@ -115,9 +116,9 @@ def read_suite(path: Path) -> dict[str, Any]:
 def _completed(suite: _Suite, path: Path) -> dict[str, Any]:
     root, backbone, pretrained = path.parent, suite.backbone, suite.pretrained
     if backbone.startswith(_LOCAL):
-        backbone = f"{_LOCAL}{root / Path(backbone[len(_LOCAL) :]).expanduser()}"
+        backbone = f"{_LOCAL}{root / expanded(backbone[len(_LOCAL) :])}"
     if pretrained.endswith(tuple(SUFFIXES)):
-        pretrained = str(root / Path(pretrained).expanduser())
+        pretrained = str(root / expanded(pretrained))
     tasks = {
         name: {
             "expert": task.expert,
@@ -128,16 +129,3 @@ def _completed(suite: _Suite, path: Path) -> dict[str, Any]:
         for name, task in suite.tasks.items()
     }
     return {"name": suite.name or path.stem, "backbone": backbone, "pretrained": pretrained or None, "tasks": tasks}
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error and not the later value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)

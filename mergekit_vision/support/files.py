@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mergekit_vision.support.paths import expanded
+
 CACHE_VARIABLE = "MERGEKIT_VISION_CACHE"
 
 
@@ -44,7 +46,7 @@ def cache_dir() -> Path:
     """Directory of everything that can be computed again: ``$MERGEKIT_VISION_CACHE``, else the user's cache directory."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     import platformdirs
 
     return platformdirs.user_cache_path("mergekit_vision")

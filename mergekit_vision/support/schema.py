@@ -2,12 +2,22 @@
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mergekit_vision.support.faults import closest
+from mergekit_vision.support.paths import expanded
 
 
 class _Short(reprlib.Repr):
@@ -37,6 +47,18 @@ _KINDS = {
 """Pydantic's kind of error -> what the value had to be."""
 
 _REPR = _Short()
+
+
+def _usable(path: str) -> str:
+    expanded(path)
+    return path
+
+
+Text = Annotated[str, Field(min_length=1)]
+"""Text that is not empty."""
+
+FilePath = Annotated[Text, AfterValidator(_usable)]
+"""Text that can be a path, if not of anything there is."""
 
 _OWN_WORDS = {"value_error", "fault"}  # raised by a validator of ours; said by a schema further in
 _KEY = "[key]"  # what pydantic puts behind a mapping's key that is wrong itself
