@@ -13,6 +13,7 @@ from mergekit_vision.checkpoints.peft_lora import peft_adapter
 from mergekit_vision.checkpoints.towers import Tower, find_tower, places, refusal, unused_names
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Differences, Expert
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.paths import expanded
 
 Kind = Literal["auto", "weights", "delta", "lora"]
 
@@ -52,7 +53,7 @@ class ExpertSource:
         """
         if text.startswith("hf-hub:"):
             return cls(hub=HubFile.parse(text), **options)
-        return cls(path=root / Path(text).expanduser(), **options)
+        return cls(path=root / expanded(text), **options)
 
     def __str__(self) -> str:
         return str(self.path if self.hub is None else self.hub)

@@ -2,7 +2,6 @@
 
 import os
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class VisionTasks(LightningDataModule):
     @cached_property
     def suite(self) -> Suite:
         """The suite, read at first use."""
-        return Suite.load(Path(self._suite_path), self._allow_code)
+        return Suite.load(self._suite_path, self._allow_code)
 
     @property
     def task_names(self) -> tuple[str, ...]:

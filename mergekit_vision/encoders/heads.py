@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergekit_vision.support.cache import TENSOR, Cache
+from mergekit_vision.support.cache import Cache, tensor_form
 from mergekit_vision.support.console import track
 from mergekit_vision.support.fingerprints import of_tensors
 from mergekit_vision.support.json_files import to_json
@@ -77,14 +77,28 @@ def build_heads(
         device: where prompts are embedded, and of the heads.
     """
     tower = [of_tensors(text_weights(clip)), to_json([dict(config), versions()]), code_fingerprint([ZeroShotHeads]) or ""]
-    cache = Cache("heads", TENSOR)
 
     def head(task: str) -> Tensor:
         classes, templates = prompts[task]
+        cache = Cache("heads", tensor_form(partial(_checked, clip, len(classes))))
         compute = partial(zero_shot_head, clip, tokenizer, classes, templates)
         return cache.recall([*tower, repr(list(classes)), repr(list(templates))], lambda: _on(clip, device, compute))
 
     return ZeroShotHeads({task: head(task) for task in track(list(prompts), "zero-shot heads")}).to(device)
+
+
+def _checked(clip: nn.Module, classes: int, head: Tensor) -> Tensor:
+    """A head, if it can be one of a model and of so many classes: rows as long as the logit scale.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    length = clip.get_parameter("logit_scale").detach().exp().float().cpu()
+    if head.dtype != torch.float32 or head.shape[:-1] != (classes,):
+        raise ValueError("a head of other classes")
+    if not torch.allclose(head.norm(dim=-1), length.expand(classes), rtol=1e-4):
+        raise ValueError("no head of this model")
+    return head
 
 
 class LazyHeads:

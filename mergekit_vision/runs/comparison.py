@@ -18,15 +18,13 @@ from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import Recipe, expert_paths
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.summary import own_expert_shares, summarize
-from mergekit_vision.runs import conditions
+from mergekit_vision.runs import conditions, entries
+from mergekit_vision.runs.entries import Entry
 from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.splits import TEST
-from mergekit_vision.support.cache import Cache, json_form
+from mergekit_vision.support.cache import Cache, Form
 from mergekit_vision.support.console import logger, track
 from mergekit_vision.support.source_code import code_fingerprint, versions
-
-Entry = dict[str, Any]
-_ENTRIES = json_form(dict[str, Any])
 
 
 class Comparison(LightningModule):
@@ -58,14 +56,20 @@ class Comparison(LightningModule):
         bench = Workbench.open(data, runtime_of(self.trainer))
         evaluator, experts = bench.evaluator, self.recipe.chosen(data.suite)
         check_lineage(experts, bench.base, evaluator.encoder.linears)
-        cache = Cache("comparisons", _ENTRIES, evaluator.runtime.team)
+
+        def cache(form: Form[Entry]) -> Cache[Entry]:
+            return Cache("comparisons", form, evaluator.runtime.team)
+
         backbone, evaluation = conditions.of_backbone(bench), conditions.of_evaluation(evaluator, TEST)
         merging = conditions.of_experts(evaluator, experts)
-        zero_shot = cache.recall([*backbone, *evaluation], lambda: {"accuracy": _accuracies(evaluator)})
-        own = {task: evaluator.expert_accuracy(task, TEST) for task in track(data.task_names, f"experts' own accuracy on {TEST}")}
+        tasks = data.task_names
+        zero_shot = cache(entries.accuracies(tasks)).recall(
+            [*backbone, *evaluation], lambda: {"accuracy": _accuracies(evaluator)}
+        )
+        own = {task: evaluator.expert_accuracy(task, TEST) for task in track(tasks, f"experts' own accuracy on {TEST}")}
         shared = [*backbone, *evaluation, *merging, *conditions.of_recipe(evaluator, self.recipe)]
-        methods, left_out = self._methods(bench, cache, shared)
-        analysis = cache.recall(
+        methods, left_out = self._methods(bench, cache(entries.method(tasks)), shared)
+        analysis = cache(entries.analysis(experts)).recall(
             [*backbone, *merging, code_fingerprint([EnergyCurve, Workbench]) or ""],
             lambda: expert_analysis(bench.inputs({task: evaluator.expert(task) for task in experts})),
         )

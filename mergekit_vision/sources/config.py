@@ -14,24 +14,73 @@ mapping                                                 images
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, PlainValidator
 
 from mergekit_vision.support.faults import closest
+from mergekit_vision.support.paths import expanded, is_directory
+from mergekit_vision.support.schema import FilePath, Schema, Text, faults, shown
 
 SourceConfig = Mapping[str, Any]
 """One source as it stands in a suite file; the module's text lists the kinds."""
 
-_KEYS: dict[str, dict[str, type]] = {
-    "parquet": {"parquet": str, "image": str, "label": str},
-    "hub": {"hub": str, "split": str, "name": str, "revision": str, "image": str, "label": str},
-    "folder": {"folder": str},
-    "torchvision": {"torchvision": str, "args": dict},
-}
+
+class _Columns(Schema):
+    image: Text = "image"
+    label: Text = "label"
+
+
+class _Parquet(_Columns):
+    parquet: FilePath
+
+
+class _Hub(_Columns):
+    hub: FilePath
+    split: Text
+    name: Text = ""
+    revision: Text = ""
+
+
+class _Folder(Schema):
+    folder: FilePath
+
+
+def _root(args: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(args.get("root"), str):
+        expanded(args["root"])
+    return args
+
+
+class _Torchvision(Schema):
+    torchvision: Text
+    args: Annotated[dict[str, Any], AfterValidator(_root)] = Field(default={}, description="a mapping of arguments")
+
+
+_KINDS: dict[str, type[Schema]] = {"parquet": _Parquet, "hub": _Hub, "folder": _Folder, "torchvision": _Torchvision}
+
+
+def _checked(config: object) -> SourceConfig:
+    """The mapping as it is, once the schema of its kind has passed it."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"must be a mapping such as `parquet: FILE`, not {shown(config)}")
+    kinds = [kind for kind in _KINDS if kind in config]
+    if not kinds:
+        hints = [f"unknown key `{key}`{closest(str(key), _KINDS)}" for key in config] or ["is empty"]
+        raise ValueError(f"{'; '.join(hints)}; a source is one of {', '.join(_KINDS)}")
+    if len(kinds) > 1:
+        raise ValueError(f"names more than one source: {', '.join(kinds)}; keep one")
+    _KINDS[kinds[0]].model_validate(dict(config))
+    return config
+
+
+Source = Annotated[SourceConfig, PlainValidator(_checked)]
+"""A source in a schema."""
 
 
 def kind_of(config: SourceConfig) -> str:
     """The kind of a well-formed source: ``parquet``, ``hub``, ``folder`` or ``torchvision``."""
-    return next(kind for kind in _KEYS if kind in config)
+    return next(kind for kind in _KINDS if kind in config)
 
 
 def is_fetched(config: SourceConfig) -> bool:
@@ -46,24 +95,7 @@ def config_faults(config: object) -> list[str]:
     >>> config_faults({"parqet": "a.parquet"})
     ['unknown key `parqet` (did you mean `parquet`?); a source is one of parquet, hub, folder, torchvision']
     """
-    if not isinstance(config, Mapping):
-        return [f"must be a mapping such as `parquet: FILE`, not {config!r}"]
-    kinds = [kind for kind in _KEYS if kind in config]
-    if not kinds:
-        hints = [f"unknown key `{key}`{closest(str(key), _KEYS)}" for key in config] or ["is empty"]
-        return [f"{'; '.join(hints)}; a source is one of {', '.join(_KEYS)}"]
-    if len(kinds) > 1:
-        return [f"names more than one source: {', '.join(kinds)}; keep one"]
-    known = _KEYS[kinds[0]]
-    faults = [
-        f"unknown key `{key}`{closest(str(key), known)}; known are {', '.join(known)}" for key in config if key not in known
-    ]
-    for key in config:
-        if key in known and (not isinstance(config[key], known[key]) or config[key] == ""):
-            faults.append(f"`{key}` must be a {'text' if known[key] is str else 'mapping'}, not {config[key]!r}")
-    if kinds[0] == "hub" and "split" not in config:
-        faults.append("`split` is missing; name the hub data set's split, such as `split: test`")
-    return faults
+    return faults(Source, config)
 
 
 def resolve(config: SourceConfig, root: Path) -> dict[str, Any]:
@@ -71,9 +103,9 @@ def resolve(config: SourceConfig, root: Path) -> dict[str, Any]:
     resolved = dict(config)
     for key in ("parquet", "folder"):
         if key in resolved:
-            resolved[key] = str(root / Path(resolved[key]).expanduser())
-    if "hub" in resolved and (root / resolved["hub"]).is_dir():
+            resolved[key] = str(root / expanded(resolved[key]))
+    if "hub" in resolved and is_directory(root / resolved["hub"]):
         resolved["hub"] = str(root / resolved["hub"])
     if isinstance(resolved.get("args"), Mapping) and isinstance(resolved["args"].get("root"), str):
-        resolved["args"] = {**resolved["args"], "root": str(root / Path(resolved["args"]["root"]).expanduser())}
+        resolved["args"] = {**resolved["args"], "root": str(root / expanded(resolved["args"]["root"]))}
     return resolved

@@ -23,6 +23,13 @@ def open_source(config: SourceConfig, labeled: bool = True, allow_code: bool = F
     faults = config_faults(config)
     if faults:
         raise InputError(f"data source {dict(config)}: {'; '.join(faults)}" if isinstance(config, Mapping) else faults[0])
+    try:
+        return _opened(config, labeled, allow_code)
+    except OSError as error:  # a name too long, no permission
+        raise InputError(f"{config[kind_of(config)]}: cannot be read ({error.strerror or error})") from error
+
+
+def _opened(config: SourceConfig, labeled: bool, allow_code: bool) -> ImageSource:
     kind = kind_of(config)
     columns = {key: config[key] for key in ("image", "label") if key in config}
     if kind == "parquet":

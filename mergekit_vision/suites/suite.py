@@ -7,7 +7,7 @@
     pretrained: openai                  # tag or file of the weights; only for an open_clip name
     tasks:
       mnist:
-        expert: experts/mnist.safetensors
+        expert: experts/mnist.safetensors    # or hf-hub:ORG/NAME, or a mapping: see mergekit_vision.checkpoints.expert
         data:                           # split -> source, see mergekit_vision.sources.config
           val: {parquet: data/mnist/val.parquet}
           test: {parquet: data/mnist/test.parquet}
@@ -85,7 +85,7 @@ class Suite:
         """
         path = locate(path)
         content = read_suite(path)
-        root, tasks, faults = path.parent, {}, list[str]()
+        tasks, faults = {}, list[str]()
         for name, task in content["tasks"].items():
             classes, unnamed = task["classes"], task["classes"] is None
             if unnamed:
@@ -95,8 +95,7 @@ class Suite:
                     faults.append(f"tasks.{name}.classes: not given, and not found in the data: {error}")
                     continue
             templates = task["templates"] or DEFAULT_TEMPLATES
-            expert = ExpertSource.parse(task["expert"], root)
-            tasks[name] = Task(name, expert, task["data"], tuple(classes), tuple(templates), unnamed)
+            tasks[name] = Task(name, task["expert"], task["data"], tuple(classes), tuple(templates), unnamed)
         raise_faults(path, faults)
         return cls(content["name"], content["backbone"], content["pretrained"], tasks, path, allow_code)
 

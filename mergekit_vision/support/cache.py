@@ -15,12 +15,14 @@ from torch import Tensor
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.files import cache_dir, replacing
 from mergekit_vision.support.json_files import to_json
+from mergekit_vision.support.paths import is_file
 from mergekit_vision.support.team import ALONE, Team
 from mergekit_vision.version import __version__
 
 Value = TypeVar("Value")
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+_KIND = "mergekit-vision cache 1"
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,32 @@ class Form(Generic[Value]):
     """How a value lies in a file.
 
     Attributes:
-        suffix: of the file.
         encode: value -> content.
         decode: content -> value; a ``ValueError``, ``KeyError`` or ``TypeError`` says that it is no such value.
     """
 
-    suffix: str
     encode: Callable[[Value], bytes]
     decode: Callable[[bytes], Value]
 
 
 def json_form(check: Callable[[Any], Value]) -> Form[Value]:
     """Plain values as JSON; ``check`` turns what was parsed into the value, or raises for anything else."""
-    return Form(".json", lambda value: to_json(value, in_order=True).encode(), lambda content: check(json.loads(content)))
+    return Form(lambda value: to_json(value, in_order=True).encode(), lambda content: check(json.loads(content)))
 
 
-TENSOR: Form[Tensor] = Form(
-    ".safetensors",
-    lambda tensor: safetensors.torch.save({"value": tensor.contiguous()}),
-    lambda content: safetensors.torch.load(content)["value"],
-)
-"""One tensor, on the CPU."""
+def tensor_form(check: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Form[Tensor]:
+    """One tensor, on the CPU; ``check`` raises for a tensor that cannot be the value."""
+    return Form(
+        lambda tensor: safetensors.torch.save({"value": tensor.contiguous()}),
+        lambda content: check(safetensors.torch.load(content)["value"]),
+    )
 
 
 class Cache(Generic[Value]):
     """Values in one folder of the cache directory.
 
-    A file that cannot be read, or holds something else, counts as absent. A value that cannot be written is not kept, with one
-    warning: nothing else depends on the cache.
+    A file begins with a digest of its name and content. One that cannot be read, was changed, or holds something else counts as
+    absent. A value that cannot be written is not kept, with one warning: nothing else depends on the cache.
 
     Args:
         folder: its name in the cache directory.
@@ -78,22 +78,31 @@ class Cache(Generic[Value]):
         if known is None:
             known = self._team.broadcast(self._form.encode(compute()), 0)
             if path is not None and self._team.rank == 0:
-                _keep(path, known)
+                _keep(path, _head(path, known) + known)
         return self._form.decode(known)
 
     def _path(self, parts: Iterable[str]) -> Path:
         key = hashlib.blake2b("\n".join([__version__, *parts]).encode(), digest_size=20).hexdigest()
-        return cache_dir() / self._folder / f"{key}{self._form.suffix}"
+        return cache_dir() / self._folder / key
 
     def _read(self, path: Path | None) -> bytes | None:
-        """A file's content, if it is a value."""
+        """What a file keeps, if it is a value."""
+        if path is None or not is_file(path):  # reading from a pipe could wait forever
+            return None
         try:
-            content = path.read_bytes() if path is not None else None
-            if content is not None:
-                self._form.decode(content)
+            head, _, content = path.read_bytes().partition(b"\n")
+            if head + b"\n" != _head(path, content):
+                return None
+            self._form.decode(content)
         except _UNREADABLE:
             return None
         return content
+
+
+def _head(path: Path, content: bytes) -> bytes:
+    """The first line of a file: what it is, and the digest of its name and content."""
+    digest = hashlib.blake2b(path.name.encode() + b"\n" + content, digest_size=20).hexdigest()
+    return f"{_KIND} {digest}\n".encode()
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mergekit_vision.errors import InputError
+from mergekit_vision.support.paths import expanded
+
 CACHE_VARIABLE = "MERGEKIT_VISION_CACHE"
 
 
@@ -41,10 +44,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def cache_dir() -> Path:
-    """Directory of everything that can be computed again: ``$MERGEKIT_VISION_CACHE``, else the user's cache directory."""
+    """Directory of everything that can be computed again: ``$MERGEKIT_VISION_CACHE``, else the user's cache directory.
+
+    Raises:
+        InputError: when the variable holds what can be no path.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        try:
+            return expanded(chosen)
+        except InputError as error:
+            raise InputError(f"{CACHE_VARIABLE}: {error}") from error
     import platformdirs
 
     return platformdirs.user_cache_path("mergekit_vision")

@@ -1,13 +1,16 @@
 """Zero-shot heads: what they are, when they are computed, and from what."""
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 from routed_encoder import normal
+from spoiled import spoil
 from tolerances import assert_near, forward, summed
 from torch import nn
 from torch.nn import functional as F
@@ -58,6 +61,15 @@ def test_a_spoiled_cache_file_is_computed_again(clip: Clip, cache: Path) -> None
     first = head(clip, PETS)
     (file,) = (cache / "heads").iterdir()
     file.write_bytes(file.read_bytes()[:20])
+    assert torch.equal(head(clip, PETS), first)
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda head: head[:1], lambda head: head.half(), lambda head: 2 * head])
+def test_a_cached_head_that_cannot_be_one_is_computed_again(
+    clip: Clip, cache: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    first = head(clip, PETS)
+    spoil(cache / "heads", safetensors.torch.save({"value": change(first)}))
     assert torch.equal(head(clip, PETS), first)
 
 

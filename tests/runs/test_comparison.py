@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import pytest
+from spoiled import spoil
 
 from mergekit_vision import InputError, MergedCLIP, MergeInputs, Merger, Proxies, Trainer, VisionTasks
 from mergekit_vision.evaluation.evaluator import Evaluator
@@ -147,6 +148,14 @@ def test_a_spoiled_entry_is_measured_again(compare: Compare, cache: Path, merges
     second = compare("Average")
     assert merges == ["Average", "Average"]
     assert [row["tasks"] for row in second["rows"]] == [row["tasks"] for row in first["rows"]]
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"accuracy": {"colors": 7.0}}', b"[]"])
+def test_an_entry_that_does_not_fit_is_measured_again(compare: Compare, cache: Path, merges: list[str], content: bytes) -> None:
+    first = compare("Average")
+    spoil(cache / "comparisons", content)
+    assert [row["tasks"] for row in compare("Average")["rows"]] == [row["tasks"] for row in first["rows"]]
+    assert merges == ["Average", "Average"]
 
 
 def test_a_method_that_refuses_the_suite_is_left_out_of_all(

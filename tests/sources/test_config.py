@@ -16,8 +16,8 @@ from mergekit_vision.sources.opening import open_source
         ({}, "is empty"),
         ({"parquet": "x", "folder": "y"}, "names more than one source"),
         ({"hub": "org/name"}, "`split` is missing"),
-        ({"folder": ""}, "must be a text"),
-        ({"torchvision": "a.B", "args": [1]}, "`args` must be a mapping"),
+        ({"folder": ""}, "folder: must be text"),
+        ({"torchvision": "a.B", "args": [1]}, "args: must be a mapping"),
     ],
 )
 def test_malformed_sources(config: object, hint: str) -> None:

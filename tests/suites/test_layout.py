@@ -32,11 +32,12 @@ def test_every_fault_of_the_layout_is_listed(root: Path) -> None:
         "tasks.colors.classes: entry 2 must be text, not the int 3; put it in quotes",
         "tasks.grays.data.val: unknown key `parqet` (did you mean `parquet`?); "
         "a source is one of parquet, hub, folder, torchvision",
-        "tasks.grays.data.test: unknown key `lable` (did you mean `label`?); known are parquet, image, label",
-        "tasks.grays.data.test: `parquet` must be a text, not 3",
-        "tasks.grays.templates: 'a gray' has no {} for the class name",
+        "tasks.grays.data.test: unknown key `lable` (did you mean `label`?)",
+        "tasks.grays.data.test.parquet: must be text, not the int 3",
+        "tasks.grays.templates: entry 0 'a gray' has no {} for the class name",
         "tasks.stripes.data: must be a mapping of splits (val, test, train) to data sources, not the list []",
         "tasks: task name 'a task' must be text of letters, digits, `_` and `-` (quote a number)",
+        "tasks.a task.data: must be a mapping of splits (val, test, train) to data sources, not the list []",
         "tasks.nothing: must be a mapping with the keys expert, data, not empty",
     ]
 
@@ -74,3 +75,40 @@ def test_classes_missing_from_suite_and_data(root: Path) -> None:
     content["tasks"]["grays"]["data"] = {"val": {"parquet": "data/none.parquet"}}
     lines = faults_of(Suite.load, write_file(root, content))
     assert lines == [f"tasks.grays.classes: not given, and not found in the data: {root}/data/none.parquet: no such file"]
+
+
+def test_paths_that_can_be_none_are_faults_like_others(root: Path) -> None:
+    content = content_of(root)
+    content["backbone"] = "local-dir:~nobody-of-this-name/base"
+    colors, grays, stripes = content["tasks"].values()
+    colors["expert"] = "a\0b.pt"
+    grays["data"]["val"] = {"folder": "~nobody-of-this-name"}
+    stripes["data"]["test"] = {"torchvision": "torchvision.datasets.MNIST", "args": {"root": "~nobody-of-this-name"}}
+    lines = faults_of(Suite.load, write_file(root, content))
+    assert [line.split(": ")[0] for line in lines] == [
+        "backbone",
+        "tasks.colors.expert",
+        "tasks.grays.data.val.folder",
+        "tasks.stripes.data.test.args",
+    ]
+    assert "NUL" in lines[1]
+    assert all("no home directory of such a user" in line for line in lines if "expert" not in line)
+
+
+def test_a_name_too_long_for_a_file_is_no_file(root: Path) -> None:
+    content = content_of(root)
+    long = "x" * 300
+    content["tasks"]["colors"]["expert"] = long
+    content["tasks"]["grays"]["data"]["val"] = {"hub": long, "split": "test"}
+    assert Suite.load(write_file(root, content)).tasks["grays"].data["val"]["hub"] == long
+    del content["tasks"]["stripes"]["classes"]
+    for kind in ("parquet", "folder"):
+        content["tasks"]["stripes"]["data"] = {"val": {kind: long}}
+        (line,) = faults_of(Suite.load, write_file(root, content))
+        assert line.startswith("tasks.stripes.classes: not given, and not found in the data: ")
+
+
+@pytest.mark.parametrize("name", ["", " ", "~nobody-of-this-name/suite.yaml", "a\0b", "x" * 300, "."])
+def test_what_names_no_suite(name: str) -> None:
+    with pytest.raises(InputError):
+        Suite.load(name)

@@ -1,20 +1,23 @@
 """Values kept on disk: read again, spoiled, not writable, shared by processes."""
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from spoiled import spoil
 
-from mergekit_vision.support.cache import TENSOR, Cache, json_form
+from mergekit_vision.support.cache import Cache, json_form, tensor_form
 from mergekit_vision.support.team import Team
 
 
 def share(value: Any) -> float:
-    if not isinstance(value, float):
+    if not (isinstance(value, float) and 0 <= value <= 1):
         raise ValueError("not a share")
     return value
 
@@ -57,6 +60,62 @@ def test_a_spoiled_entry_is_computed_again_and_mended(cache: Path, spoiled: byte
     assert [SHARES.recall(["key"], counting(values)) for _ in range(2)] == [0.75, 0.75]
 
 
+def test_no_changed_byte_is_believed(cache: Path) -> None:
+    SHARES.recall(["key"], lambda: 0.5)
+    (file,) = (cache / "shares").iterdir()
+    whole = file.read_bytes()
+    for position in range(len(whole)):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert SHARES.recall(["key"], lambda: 0.75) == 0.75
+        assert SHARES.recall(["key"], lambda: pytest.fail("it is mended")) == 0.75
+        file.write_bytes(whole)
+
+
+def test_an_entry_under_another_name_is_none(cache: Path) -> None:
+    SHARES.recall(["a"], lambda: 0.5)
+    (file,) = (cache / "shares").iterdir()
+    SHARES.recall(["b"], lambda: 0.25)
+    (other,) = set((cache / "shares").iterdir()) - {file}
+    other.write_bytes(file.read_bytes())
+    assert SHARES.recall(["b"], lambda: 0.25) == 0.25
+
+
+@pytest.mark.parametrize("content", [b"7.0", b"NaN", b'"0.5"', b"[0.5]", b"{}", b"", b"[" * 100_000])
+def test_a_value_that_does_not_fit_is_computed_again_whatever_its_digest(cache: Path, content: bytes) -> None:
+    SHARES.recall(["key"], lambda: 0.5)
+    spoil(cache / "shares", content)
+    assert SHARES.recall(["key"], lambda: 0.75) == 0.75
+
+
+def test_what_is_no_file_is_not_waited_for(cache: Path) -> None:
+    SHARES.recall(["key"], lambda: 0.5)
+    (file,) = (cache / "shares").iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    assert SHARES.recall(["key"], lambda: 0.75) == 0.75
+    file.unlink()
+    file.mkdir()
+    assert SHARES.recall(["key"], lambda: 0.75) == 0.75
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
+def test_a_cache_that_fails_in_any_way_is_one_warning(
+    number: int, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    SHARES.recall(["key"], lambda: 0.5)
+    monkeypatch.setattr(Path, "write_bytes", failing)
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with caplog.at_level(logging.WARNING, logger="mergekit_vision"):
+        assert [SHARES.recall([key], lambda: 0.25) for key in ("key", "other")] == [0.25, 0.25]
+    (record,) = caplog.records
+    assert os.strerror(number) in record.getMessage()
+    monkeypatch.undo()
+    assert [path for path in (cache / "shares").iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_directory_that_cannot_be_written_to_is_one_warning_and_the_value_all_the_same(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,12 +136,12 @@ def test_plain_values_come_back_in_their_order(cache: Path) -> None:
     found = [entries.recall(["key"], counting([value])), entries.recall(["key"], counting([]))]
     assert [json.dumps(entry) for entry in found] == [json.dumps(value)] * 2
     (file,) = (cache / "entries").iterdir()
-    assert json.loads(file.read_text()) == value
+    assert json.loads(file.read_bytes().partition(b"\n")[2]) == value
 
 
 @pytest.mark.parametrize("tensor", [torch.arange(6.0).view(2, 3).T, torch.zeros(0, 4), torch.ones(2, dtype=torch.bfloat16)])
 def test_a_tensor_comes_back_bit_for_bit(cache: Path, tensor: torch.Tensor) -> None:
-    tensors = Cache("tensors", TENSOR)
+    tensors = Cache("tensors", tensor_form())
     for values in ([tensor], []):
         found = tensors.recall(["key"], counting(values))
         assert found.dtype == tensor.dtype
