@@ -18,7 +18,7 @@ from mergekit_vision.cli.messages import Parser, explain
 from mergekit_vision.cli.options import check_options, expanded, merger_names
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
-from mergekit_vision.export.directory import RECORD
+from mergekit_vision.export.manifest import RECORD
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.trainer import Trainer
 from mergekit_vision.support.console import console_output, quiet_lightning

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.errors import InputError
-from mergekit_vision.export.directory import read_record
+from mergekit_vision.export.manifest import read_record
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.json_files import same
 
@@ -23,13 +23,18 @@ def check_place(directory: Path) -> None:
         raise InputError(f"`default_root_dir` {directory}: {nearest} cannot be written to; name another directory", of="trainer")
 
 
-def check_merged(directory: Path, suite: Suite) -> None:
-    """Refuse a merged model that does not belong to a suite.
+def check_merged(directory: Path, suite: Suite, verify: bool = True) -> None:
+    """Refuse a merged model that is not as it was written, or does not belong to a suite.
+
+    Args:
+        directory: of the model.
+        suite: on which it is to be evaluated.
+        verify: whether its files are compared with their checksums.
 
     Raises:
-        InputError: when there is none, or it was merged from another backbone.
+        InputError: when there is none, its files are not those that were written, or it was merged from another backbone.
     """
-    read_record(directory)
+    read_record(directory, verify)
     merged = describe_backbone(f"local-dir:{directory}")
     backbone = describe_backbone(suite.backbone, suite.pretrained)
     if merged.shapes != backbone.shapes or not same(merged.preprocess, backbone.preprocess):

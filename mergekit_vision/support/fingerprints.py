@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         return Cache("fingerprints", json_form(_checked)).recall(parts, lambda: _hash(file))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content, as other programs compute it too; nothing is remembered."""
+    return _digest_of(file, hashlib.sha256())
 
 
 def digest(*parts: object) -> str:
@@ -77,7 +82,17 @@ def _checked(value: Any) -> str:
 
 
 def _hash(file: Path) -> str:
-    content = hashlib.blake2b(digest_size=_SIZE)
+    return _digest_of(file, hashlib.blake2b(digest_size=_SIZE))
+
+
+class _Content(Protocol):
+    """What hashlib's objects have in common."""
+
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+def _digest_of(file: Path, content: _Content) -> str:
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             content.update(chunk)

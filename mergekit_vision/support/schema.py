@@ -1,0 +1,150 @@
+"""Schemas of files: what is wrong with a file's content, in words of the file."""
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from mergekit_vision.support.faults import closest
+
+
+class _Short(reprlib.Repr):
+    """Looks neither deep nor far into a value, whose whole ``repr`` may be endless."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+
+    def repr_int(self, x: int, level: int) -> str:
+        """A number; Python itself refuses to write one of thousands of digits."""
+        return repr(x) if x.bit_length() < 128 else "of very many digits"
+
+
+_KINDS = {
+    "string_type": "text",
+    "string_too_short": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "too_short": "at least one entry long",
+}
+"""Pydantic's kind of error -> what the value had to be."""
+
+_REPR = _Short()
+
+_OWN_WORDS = {"value_error", "fault"}  # raised by a validator of ours; said by a schema further in
+_KEY = "[key]"  # what pydantic puts behind a mapping's key that is wrong itself
+
+
+class Schema(BaseModel):
+    """A mapping with known keys, whose values are neither converted nor changed; NaN and infinity are refused.
+
+    A field's description says what its value must be, as in "must be a list of texts". Validators raise a ``ValueError`` with
+    the whole text of the fault, but for its place.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_words(cls, content: Any, handler: "ModelWrapValidatorHandler[Schema]") -> "Schema":
+        """Say what is wrong while it is known which schema's keys are meant."""
+        try:
+            return handler(content)
+        except ValidationError as error:
+            details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+            raise ValidationError.from_exception_data(cls.__name__, [cls._fault(detail) for detail in details]) from None
+
+    @classmethod
+    def _fault(cls, detail: ErrorDetails) -> InitErrorDetails:
+        place, kind, fields = detail["loc"], detail["type"], cls.model_fields
+        key = str(place[0]) if place else ""
+        if kind == "extra_forbidden" and len(place) == 1:
+            place, text = (), f"unknown key `{key}`{closest(key, fields) or '; known are ' + ', '.join(fields)}"
+        elif kind == "missing" and len(place) == 1:
+            place, text = (), f"`{key}` is missing"
+        elif kind == "model_type" and not place:
+            required = [name for name, field in fields.items() if field.is_required()]
+            text = f"must be a mapping with the keys {', '.join(required or fields)}, not {shown(detail['input'])}"
+        else:
+            text = _said(detail, fields[key].description if len(place) == 1 and key in fields else None)
+        return InitErrorDetails(type=PydanticCustomError("fault", "{text}", {"text": text}), loc=place, input=detail["input"])
+
+
+def faults(schema: Any, content: object, place: str = "") -> list[str]:
+    """What is wrong with a file's content: one text a fault, in the order of the file.
+
+    Args:
+        schema: a :class:`Schema`, or any other type that pydantic can check.
+        content: of the file, as plain values.
+        place: what to call the content as a whole, such as ``"the file"``; not named where empty.
+
+    >>> from mergekit_vision.support.schema import Schema, faults
+    >>> class Point(Schema):
+    ...     x: float
+    ...     name: str = ""
+    >>> faults(dict[str, Point], {"a": {"x": 1.0, "nam": "a"}, "b": {"x": "left"}})
+    ['a: unknown key `nam` (did you mean `name`?)', "b.x: must be a number, not the str 'left'"]
+    """
+    try:
+        TypeAdapter(schema).validate_python(content, strict=True)
+    except ValidationError as error:
+        found = sorted(error.errors(), key=lambda detail: tuple(_positions(content, detail["loc"])))
+        return [_line(content, detail, place) for detail in found]
+    return []
+
+
+def shown(value: object) -> str:
+    """A value in a message: its kind and as much of it as fits.
+
+    >>> from mergekit_vision.support.schema import shown
+    >>> shown(None), shown(3), shown(["a"] * 9)
+    ('empty', 'the int 3', "the list ['a', 'a', 'a', 'a', 'a', 'a', ...]")
+    """
+    if value is None:
+        return "empty"
+    text = _REPR.repr(value)
+    return f"the {type(value).__name__} {text if len(text) <= 40 else text[:40] + '…'}"
+
+
+def _said(detail: ErrorDetails, described: str | None = None) -> str:
+    """The text of a fault without its place."""
+    if detail["type"] in _OWN_WORDS:
+        return detail["msg"].removeprefix("Value error, ")
+    must = described or _KINDS.get(detail["type"])
+    text = f"must be {must}" if must else detail["msg"].replace("Input should be", "must be").replace("Input should", "must")
+    return f"{text}, not {shown(detail['input'])}"
+
+
+def _line(content: object, detail: ErrorDetails, whole: str) -> str:
+    """One fault with its place: the path of keys, then the number of a list's entry."""
+    place = detail["loc"][:-2] if detail["loc"][-1:] == (_KEY,) else detail["loc"]
+    path, entry = [], ""
+    for key in place:
+        if isinstance(content, Sequence):
+            entry = f"entry {key} "
+        else:
+            path.append(str(key))
+        content = _below(content, key)
+    where = ".".join(path) or whole
+    return f"{where}: {entry}{_said(detail)}" if where else f"{entry}{_said(detail)}"
+
+
+def _positions(content: object, place: Sequence[int | str]) -> Iterator[int]:
+    """Where the keys of a path stand in the file, level by level, to sort by."""
+    for key in place:
+        names = [str(name) for name in content] if isinstance(content, Mapping) else []
+        yield names.index(str(key)) if str(key) in names else key if isinstance(key, int) else -1
+        content = _below(content, key)
+
+
+def _below(content: object, key: int | str) -> object:
+    if isinstance(content, Mapping):
+        return next((value for name, value in content.items() if str(name) == str(key)), None)
+    return content[key] if isinstance(content, Sequence) and isinstance(key, int) and key < len(content) else None
