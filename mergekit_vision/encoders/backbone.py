@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from pickle import PickleError
@@ -52,6 +52,14 @@ class Backbone:
     model: Mapping[str, Any]
     preprocess: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def tower(self) -> dict[str, Any]:
+        """How the vision tower computes with its weights: its configuration with open_clip's defaults."""
+        import open_clip
+
+        vision = open_clip.CLIPVisionCfg(**self.model.get("vision_cfg", {}))
+        return {"quick_gelu": bool(self.model.get("quick_gelu")), **asdict(vision)}
 
 
 def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:

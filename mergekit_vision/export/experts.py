@@ -13,7 +13,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.routers import Evidence, LowRankExperts, Router
 from mergekit_vision.support.imports import import_by_path, registered
 from mergekit_vision.support.schema import Schema, shown
-from mergekit_vision.support.tensors import unusable
+from mergekit_vision.support.tensors import FINITE, unusable
 
 GROUP = "mergekit_vision.routers"
 """Entry points of router classes."""
@@ -50,9 +50,7 @@ def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor
     config: dict[str, Any] = {}
     for name, experts in routed.items():
         router = experts.router
-        parts = {"up": experts.up, "down": experts.down, "bias": experts.bias}
-        parts |= {f"router.{key}": buffer for key, buffer in router.named_buffers()}
-        tensors |= {f"{name}.{key}": part.detach().cpu().contiguous() for key, part in parts.items() if part is not None}
+        tensors |= {f"{name}.{key}": part.detach().cpu().contiguous() for key, part in experts.tensors().items()}
         config[name] = {
             "router": f"{type(router).__module__}.{type(router).__qualname__}",
             "arguments": dict(router.arguments()),
@@ -75,7 +73,7 @@ def unpack_experts(
         InputError: when tensors and layers do not belong together, a tensor holds NaN or infinity or has another shape than it
             must, or a router's class cannot be imported or does not take its saved state.
     """
-    faults = unusable(tensors)
+    faults = unusable(tensors, FINITE)
     if faults:
         raise InputError(f"{faults[0]}; {_REMEDY}")
     missing = [f"{name}.{key}" for name in config for key in ("up", "down") if f"{name}.{key}" not in tensors]
