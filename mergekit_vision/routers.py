@@ -206,3 +206,9 @@ class LowRankExperts:
             raise ValueError(f"up [T, d_out, r] and down [T, r, d_in] do not fit each other: {shapes}")
         if self.bias is not None and tuple(self.bias.shape) != shapes["up"][:2]:
             raise ValueError(f"bias must be [T, d_out] = {list(shapes['up'][:2])}, got {list(self.bias.shape)}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors there are, by ``up``, ``down``, ``bias`` and ``router.<buffer>``."""
+        parts = {"up": self.up, "down": self.down, "bias": self.bias}
+        parts |= {f"router.{key}": buffer for key, buffer in self.router.named_buffers()}
+        return {key: part for key, part in parts.items() if part is not None}

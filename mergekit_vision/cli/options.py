@@ -23,6 +23,7 @@ class Short(NamedTuple):
         value: placeholder of its value.
         text: what it does.
         commands: that have it; all where empty.
+        alone: the value that the short name stands for without one.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,7 @@ class Short(NamedTuple):
     value: str
     text: str
     commands: tuple[str, ...] = ()
+    alone: str = ""
 
 
 _MERGING = ("merge", "validate", "test", "predict")
@@ -48,7 +50,14 @@ SHORT = (
     Short(("--tasks",), "--data.tasks", "LIST", "evaluate these tasks only", ("validate", "test", "compare")),
     Short(("--devices",), "--trainer.devices", "N", "processes of a machine, one a device"),
     Short(("--precision",), "--trainer.precision", "KIND", "of evaluation: 32-true, bf16-mixed or 16-mixed"),
-    Short(("--allow-code",), "--data.allow_code", "", "import classes that a suite or a merged model names: trust it first"),
+    Short(
+        ("--allow-code",),
+        "--data.allow_code",
+        "",
+        "import classes that a suite or a merged model names: trust it first",
+        alone="true",
+    ),
+    Short(("--no-verify",), "--model.verify", "", "use a merged model whose files were changed", _MERGING[1:], "false"),
     Short(("-o", "--output"), "--output", "DIR", "directory of everything that is written; runs/latest unless given"),
 )
 
@@ -63,18 +72,18 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     >>> expanded(["-m", "ESM", "--merger.rank=8", "--proxies.split", "train"])
     ['--model.merger', 'ESM', '--model.merger.rank=8', '--data.proxies.split', 'train']
     """
-    known = {name: short.full for short in SHORT for name in short.names}
+    known = {name: short for short in SHORT for name in short.names}
     return [_expanded(argument, known, following) for argument, following in pairwise([*arguments, ""])]
 
 
-def _expanded(argument: str, known: Mapping[str, str], following: str) -> str:
+def _expanded(argument: str, known: Mapping[str, Short], following: str) -> str:
     word, equals, value = argument.partition("=")
     name, dot, parts = word.partition(".")
     if name not in known:
         return argument
-    full = known[name]
-    if word == "--allow-code" and not equals and following not in ("true", "false"):  # a flag
-        return f"{full}=true"
+    full, alone = known[name].full, known[name].alone
+    if alone and not dot and not equals and (alone == "false" or following not in ("true", "false")):
+        return f"{full}={alone}"
     return f"{_PARTS.get(full, full)}.{parts}{equals}{value}" if dot else f"{full}{equals}{value}"
 
 

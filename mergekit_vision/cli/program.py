@@ -18,7 +18,7 @@ from mergekit_vision.cli.messages import Parser, explain
 from mergekit_vision.cli.options import check_options, expanded, merger_names
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
-from mergekit_vision.export.directory import RECORD
+from mergekit_vision.export.manifest import RECORD
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.trainer import Trainer
 from mergekit_vision.support.console import console_output, quiet_lightning
@@ -41,8 +41,12 @@ class SaveConfig(SaveConfigCallback):
         directory = Path(trainer.default_root_dir)
         merging = isinstance(trainer, Trainer) and trainer.merging
         name = f"config-{stage}.yaml" if (directory / RECORD).exists() and not merging else "config.yaml"
-        with replacing(directory / name) as draft:
-            self.parser.save(self.config, draft, skip_none=False, overwrite=True, multifile=False)
+        try:
+            with replacing(directory / name) as draft:
+                self.parser.save(self.config, draft, skip_none=False, overwrite=True, multifile=False)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{directory / name}: cannot be written ({reason}); the run itself is complete") from error
 
 
 class MergeCLI(LightningCLI):

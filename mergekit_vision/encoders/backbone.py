@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from pickle import PickleError
@@ -14,7 +14,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mergekit_vision.encoders.config import check_size, read_config
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.json_files import to_json
+from mergekit_vision.support.tensors import unusable
 
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 """What open_clip stores of a model's preprocessing; the image size comes from the model."""
@@ -55,15 +58,29 @@ class Backbone:
         """``quick_gelu`` or ``gelu``."""
         return "quick_gelu" if self.model.get("quick_gelu") else "gelu"
 
+    @property
+    def tower(self) -> dict[str, Any]:
+        """How the vision tower computes with its weights: its configuration with open_clip's defaults."""
+        import open_clip
 
-@lru_cache(maxsize=8)
+        vision = open_clip.CLIPVisionCfg(**self.model.get("vision_cfg", {}))
+        return {"quick_gelu": bool(self.model.get("quick_gelu")), **asdict(vision)}
+
+
 def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:
     """Configuration and vision-tower shapes of a backbone, without reading a weight.
 
     Raises:
-        InputError: for an unknown or incomplete model, a tower that is no open_clip ViT, or an activation function that is
-            not the one the pre-trained weights need.
+        InputError: for an unknown or incomplete model, a configuration that describes none, a tower that is no open_clip ViT, or
+            an activation function that is not the one the pre-trained weights need.
     """
+    directory = _directory(name)
+    return _described(name, pretrained, None if directory is None else to_json(read_config(directory)))
+
+
+@lru_cache(maxsize=8)
+def _described(name: str, pretrained: str | None, config_in_directory: str | None) -> Backbone:
+    """The description, made once for each content of a directory's configuration."""
     import open_clip
 
     _refuse_wrong_activation(name, pretrained)
@@ -74,6 +91,8 @@ def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:
     if pretrained is not None and (tag := open_clip.get_pretrained_cfg(name, pretrained)):
         preprocess.update({key: tag[key] for key in PREPROCESS_KEYS if key in tag})
     _require_vit(name, model)
+    if directory := _directory(name):
+        check_size(directory, sum(parameter.numel() for parameter in model.parameters()))
     shapes = {f"visual.{key}": tuple(value.shape) for key, value in model.visual.state_dict().items()}
     return Backbone(name, pretrained, config, preprocess, shapes)
 
@@ -82,7 +101,8 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     """A pre-trained open_clip model in float32 on the CPU, in evaluation mode.
 
     Raises:
-        InputError: as :func:`describe_backbone`, or when its weights cannot be obtained.
+        InputError: as :func:`describe_backbone`, or when its weights cannot be obtained or hold what no weight is, the text
+            tower's too.
     """
     import open_clip
 
@@ -92,6 +112,9 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
         raise InputError(f"backbone {name}: add `pretrained:` to the suite (a tag such as `openai`, or a checkpoint file)")
     with _loading(name):
         model: nn.Module = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+    if faults := unusable(dict(model.named_parameters())):
+        more = f" (and {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
+        raise InputError(f"backbone {name}: {faults[0]}{more}; copy or download its weights again")
     return model.eval().requires_grad_(False)
 
 
@@ -131,6 +154,11 @@ def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
         return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
 
 
+def _directory(name: str) -> Path | None:
+    """The directory that a model's name stands for, if it does."""
+    return Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+
+
 def _refuse_wrong_activation(name: str, pretrained: str | None) -> None:
     import open_clip
 
@@ -151,9 +179,8 @@ def _refuse_wrong_activation(name: str, pretrained: str | None) -> None:
 def _model_config(name: str) -> dict[str, Any]:
     import open_clip
 
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-        return dict(json.loads(path.read_text())["model_cfg"])
+    if directory := _directory(name):
+        return dict(read_config(directory)["model_cfg"])
     if name.startswith("hf-hub:"):
         from huggingface_hub import hf_hub_download
 
@@ -180,7 +207,14 @@ def _loading(name: str) -> Iterator[None]:
         except torch.cuda.OutOfMemoryError:
             raise
         except _UNLOADABLE as error:
-            raise InputError(f"backbone {name}: {error}") from error
+            raise InputError(f"backbone {name}: {_shortened(str(error))}") from error
+
+
+def _shortened(message: str) -> str:
+    """The first of many lines, such as torch writes one for each parameter."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    more = f" … and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return " ".join(lines[:3]) + more
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class RoutedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, experts: LowRankExperts, routing: Routing, name: str) -> None:
         super().__init__()
         if (linear.out_features, linear.in_features) != (experts.up.shape[1], experts.down.shape[2]):
-            raise ValueError(
+            raise InputError(
                 f"{name}: the layer is {linear.out_features} x {linear.in_features}, "
                 f"its experts are {experts.up.shape[1]} x {experts.down.shape[2]}"
             )

@@ -1,8 +1,6 @@
 """A merged model as a directory: open_clip's layout, a record of the merge and a model card."""
 
-import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,42 @@ from mergekit_vision.encoders.backbone import PREPROCESS_KEYS, Backbone, load_cl
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.card import model_card
-from mergekit_vision.export.experts import pack_experts, unpack_experts
+from mergekit_vision.export.experts import RoutedLayer, pack_experts, unpack_experts
+from mergekit_vision.export.manifest import (
+    CARD,
+    CONFIG,
+    EXPERTS,
+    FILES,
+    MODEL,
+    RECORD,
+    ROUTERS,
+    files_of,
+    read_checked,
+    read_record,
+    write_record,
+)
 from mergekit_vision.merger import Weights
 from mergekit_vision.routers import LowRankExperts
-from mergekit_vision.support.files import replacing
 from mergekit_vision.support.json_files import write_json
-
-CONFIG, MODEL, RECORD = "open_clip_config.json", "open_clip_model.safetensors", "merge.json"
-EXPERTS, ROUTERS = "experts.safetensors", "experts.json"
+from mergekit_vision.support.switching import replacing_set, unsettled
 
 
 def check_output(directory: Path) -> None:
-    """Refuse to write a merged model over another model.
+    """Refuse to write a merged model over another model, or where its files cannot be.
 
     Raises:
-        InputError: when ``directory`` is a file, or holds a model that was not merged by this package.
+        InputError: when ``directory`` is a file, holds a model that was not merged by this package, or has directories under the
+            names of a model's files.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"`default_root_dir` {directory}: is a file; name a directory", of="trainer")
-    if (directory / MODEL).exists() and not (directory / RECORD).exists():
+    if (directory / MODEL).exists() and not ((directory / RECORD).exists() or unsettled(directory)):
         problem = f"holds a model that was not merged here ({MODEL} without {RECORD}); name another"
         raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
+    for name in FILES:
+        if (directory / name).is_dir():
+            problem = f"{name} is a directory, and a file of the model must go there; remove it or name another"
+            raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
 
 
 def save_model(
@@ -45,31 +58,40 @@ def save_model(
     Of a dynamic model open_clip sees the base; its routed experts are files of their own, which :func:`load` reads too.
 
     Args:
-        directory: made when missing; files of an earlier merge are replaced one by one, each whole.
+        directory: made when missing. An earlier merge in it is replaced in one step; files that are none of its are left alone.
         backbone: whose configuration goes with the weights.
         weights: of the whole CLIP model, the merged vision tower with the backbone's text tower.
         routed: Linear name -> its routed experts; empty for a static model.
         record: what was merged and how; becomes ``merge.json`` and the model card.
+
+    Raises:
+        InputError: when the files cannot be written. An earlier merge is still there then.
     """
     check_output(directory)
+    try:
+        with replacing_set(directory, lambda: {*FILES, *files_of(directory)}, deciding=RECORD) as draft:
+            _write(draft, backbone, weights, routed, record)
+    except (OSError, SafetensorError) as error:
+        size = sum(value.nbytes for value in weights.values()) / 1e6
+        reason = getattr(error, "strerror", None) or error
+        problem = f"the model cannot be written ({reason}); it takes {size:.0f} MB more, and what was there before is unchanged"
+        raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer") from error
+
+
+def _write(
+    draft: Path, backbone: Backbone, weights: Weights, routed: Mapping[str, LowRankExperts], record: Mapping[str, Any]
+) -> None:
+    """Write the files of a model into an empty folder, the one that lists them last."""
     preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
-    with ExitStack() as drafts:  # all are written, then all renamed
-
-        def draft(name: str) -> Path:
-            return drafts.enter_context(replacing(directory / name))
-
-        if routed:
-            tensors, routers = pack_experts(routed)
-            save_safetensors(draft(EXPERTS), tensors)
-            write_json(draft(ROUTERS), routers)
-        save_safetensors(draft(MODEL), weights)
-        write_json(draft(CONFIG), {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess})
-        draft("README.md").write_text(model_card(record, bool(routed)), encoding="utf-8")
-        write_json(draft(RECORD), record)
-        _save_tokenizer(directory, backbone)
-    if not routed:  # experts of an earlier merge do not belong to this one
-        for name in (ROUTERS, EXPERTS):
-            (directory / name).unlink(missing_ok=True)
+    if routed:
+        tensors, routers = pack_experts(routed)
+        save_safetensors(draft / EXPERTS, tensors)
+        write_json(draft / ROUTERS, routers)
+    save_safetensors(draft / MODEL, weights)
+    write_json(draft / CONFIG, {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess})
+    (draft / CARD).write_text(model_card(record, bool(routed)), encoding="utf-8")
+    _save_tokenizer(draft, backbone)
+    write_record(draft, record)
 
 
 def load_experts(directory: Path, allow_code: bool = False) -> dict[str, LowRankExperts]:
@@ -80,53 +102,44 @@ def load_experts(directory: Path, allow_code: bool = False) -> dict[str, LowRank
         allow_code: whether a router class that no installed package registers may be imported.
 
     Raises:
-        InputError: when the experts' two files do not belong together.
+        InputError: when the experts' two files do not belong together, or hold what cannot be run.
     """
-    if not (directory / ROUTERS).is_file():
+    if not any((directory / name).exists() for name in (ROUTERS, EXPERTS)):
         return {}
-    if not (directory / EXPERTS).is_file():
-        raise InputError(f"{directory / EXPERTS}: missing, but {ROUTERS} is there; merge again")
+    for name in (ROUTERS, EXPERTS):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory / name}: missing, but the other file of the experts is there; merge again")
+    routers = read_checked(directory / ROUTERS, dict[str, RoutedLayer])
     try:
-        tensors, routers = load_file(directory / EXPERTS), json.loads((directory / ROUTERS).read_text())
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{directory}: {EXPERTS} or {ROUTERS} is damaged ({error}); merge again") from error
-    # in a file tensors start anywhere; matrix products off the usual boundaries in memory may round otherwise
-    return unpack_experts({name: tensor.clone() for name, tensor in tensors.items()}, routers, allow_code)
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """What ``merge.json`` of a merged model holds.
-
-    Raises:
-        InputError: when ``directory`` holds no merged model.
-    """
-    path = directory / RECORD
-    if not path.is_file():
-        raise InputError(
-            f"{directory}: not a merged model ({RECORD} is missing); make one with the trainer's or the command line's merge"
-        )
+        tensors = load_file(directory / EXPERTS)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{directory / EXPERTS}: is damaged ({error}); merge again") from error
     try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); merge again") from error
+        # in a file tensors start anywhere; matrix products off the usual boundaries in memory may round otherwise
+        return unpack_experts({name: tensor.clone() for name, tensor in tensors.items()}, routers, allow_code)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from error
 
 
-def load(directory: str | Path, allow_code: bool = False) -> VisionEncoder:
+def load(directory: str | Path, allow_code: bool = False, verify: bool = True) -> VisionEncoder:
     """A merged vision encoder, ready for ``encode_image``.
 
     Args:
         directory: written by ``mergekit-vision merge``.
         allow_code: import a router class even if no installed package registers it. Only for models that you trust.
+        verify: compare every file with the checksum that was recorded when it was written.
 
     Returns:
         A plain ``nn.Module`` on the CPU, float32, in evaluation mode.
 
     Raises:
-        InputError: when ``directory`` holds no merged model.
+        InputError: when ``directory`` holds no merged model, or one that is not as it was written.
     """
-    read_record(Path(directory))
+    record = read_record(Path(directory), verify)
     encoder = VisionEncoder(load_clip(f"local-dir:{directory}").visual).eval()  # type: ignore[arg-type]
     encoder.route(load_experts(Path(directory), allow_code))
+    if read_record(Path(directory), verify=False) != record:
+        raise InputError(f"{directory}: another model was written here while this one was read; load it again")
     return encoder
 
 

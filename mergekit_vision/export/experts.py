@@ -1,17 +1,42 @@
 """Routed experts as named tensors and plain data, and back: what ``experts.safetensors`` and its JSON hold."""
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from mergekit_vision import routers
 from mergekit_vision.errors import InputError
-from mergekit_vision.routers import LowRankExperts, Router
+from mergekit_vision.routers import Evidence, LowRankExperts, Router
 from mergekit_vision.support.imports import import_by_path, registered
+from mergekit_vision.support.schema import Schema, shown
+from mergekit_vision.support.tensors import FINITE, unusable
 
 GROUP = "mergekit_vision.routers"
 """Entry points of router classes."""
+
+_REMEDY = "merge again"
+
+
+def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a router, of which those that all routers have are known."""
+    top_k, temperature = arguments.get("top_k", 1), arguments.get("temperature", 1.0)
+    if type(top_k) is not int or top_k < 1:
+        raise ValueError(f"`top_k` must be a whole number above 0, not {shown(top_k)}")
+    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be a finite number above 0, not {shown(temperature)}")
+    return arguments
+
+
+class RoutedLayer(Schema):
+    """What ``experts.json`` says of a layer: its router's class and plain arguments, and the kind of evidence."""
+
+    router: str
+    arguments: Annotated[dict[str, Any], AfterValidator(_checked)]
+    evidence: Evidence
 
 
 def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -25,9 +50,7 @@ def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor
     config: dict[str, Any] = {}
     for name, experts in routed.items():
         router = experts.router
-        parts = {"up": experts.up, "down": experts.down, "bias": experts.bias}
-        parts |= {f"router.{key}": buffer for key, buffer in router.named_buffers()}
-        tensors |= {f"{name}.{key}": part.detach().cpu().contiguous() for key, part in parts.items() if part is not None}
+        tensors |= {f"{name}.{key}": part.detach().cpu().contiguous() for key, part in experts.tensors().items()}
         config[name] = {
             "router": f"{type(router).__module__}.{type(router).__qualname__}",
             "arguments": dict(router.arguments()),
@@ -43,25 +66,70 @@ def unpack_experts(
 
     Args:
         tensors: by name.
-        config: what describes them.
+        config: what describes them, each layer as a :class:`RoutedLayer` says.
         allow_code: whether a router class that no installed package registers may be imported.
 
     Raises:
-        InputError: when a tensor is missing, or a router's class cannot be imported or does not take its saved state.
+        InputError: when tensors and layers do not belong together, a tensor holds NaN or infinity or has another shape than it
+            must, or a router's class cannot be imported or does not take its saved state.
     """
-    routed = {}
-    for name, entry in config.items():
-        parts = {key.removeprefix(f"{name}."): part for key, part in tensors.items() if key.startswith(f"{name}.")}
-        missing = [f"{name}.{key}" for key in ("up", "down") if key not in parts]
-        if missing:
-            raise InputError(f"the experts' file has no tensor {missing[0]}; the file and its JSON do not belong together")
-        buffers = {key.removeprefix("router."): part for key, part in parts.items() if key.startswith("router.")}
-        try:
-            router = _router_class(entry["router"], allow_code)(**buffers, **entry["arguments"])
-        except TypeError as error:
-            raise InputError(f"{name}: {entry['router']} does not take its saved state: {error}") from error
-        routed[name] = LowRankExperts(parts["up"], parts["down"], router, parts.get("bias"), entry["evidence"])
+    faults = unusable(tensors, FINITE)
+    if faults:
+        raise InputError(f"{faults[0]}; {_REMEDY}")
+    missing = [f"{name}.{key}" for name in config for key in ("up", "down") if f"{name}.{key}" not in tensors]
+    if missing:
+        raise InputError(f"the experts' file has no tensor {missing[0]}; it and its JSON do not belong together; {_REMEDY}")
+    routed = {name: _unpacked(name, _parts(name, tensors), entry, allow_code) for name, entry in config.items()}
+    left = tensors.keys() - {f"{name}.{key}" for name in config for key in _parts(name, tensors)}
+    if left:
+        raise InputError(f"the experts' JSON has no layer for the tensor {min(left)}; a layer was left out; {_REMEDY}")
+    _check_evidence(routed)
     return routed
+
+
+def _parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer."""
+    return {key.removeprefix(f"{name}."): part for key, part in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _unpacked(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any], allow_code: bool) -> LowRankExperts:
+    """The experts of a layer, with a router that can route among them."""
+    other = [key for key in ("up", "down", "bias") if key in parts and not parts[key].is_floating_point()]
+    if other:
+        raise InputError(f"{name}.{other[0]} is {parts[other[0]].dtype}, but must hold floating-point numbers; {_REMEDY}")
+    buffers = {key.removeprefix("router."): part for key, part in parts.items() if key.startswith("router.")}
+    router_class = _router_class(entry["router"], allow_code)
+    try:
+        router = router_class(**buffers, **entry["arguments"])
+        experts = LowRankExperts(parts["up"], parts["down"], router, parts.get("bias"), entry["evidence"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {entry['router']} does not take its saved state: {error}; {_REMEDY}") from error
+    _try_out(name, experts)
+    return experts
+
+
+def _try_out(name: str, experts: LowRankExperts) -> None:
+    """Refuse a router that does not score the experts of its layer; it is asked about an image of two tokens."""
+    count, _, width = experts.down.shape
+    try:
+        with torch.no_grad():
+            scores = experts.router.eval()(experts.down.new_zeros(1, 2, width))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise InputError(f"{name}: its router does not run on the layer's inputs: {error}; {_REMEDY}") from error
+    if scores.dim() != 3 or scores.shape[1] not in (1, 2) or (scores.shape[0], scores.shape[2]) != (1, count):
+        raise InputError(f"{name}: its router gives scores {list(scores.shape)} for the {count} experts of the layer; {_REMEDY}")
+
+
+def _check_evidence(routed: Mapping[str, LowRankExperts]) -> None:
+    """Refuse layers that decide by evidence which no layer before them started, or started for other experts."""
+    started = 0
+    for name, experts in routed.items():
+        if experts.evidence == "start":
+            started = len(experts.down)
+        elif experts.evidence != "own" and started != len(experts.down):
+            raise InputError(
+                f"{name}: evidence is {experts.evidence!r}, but no layer before it starts any for its experts; {_REMEDY}"
+            )
 
 
 def _router_class(path: str, allow_code: bool) -> Callable[..., Router]:

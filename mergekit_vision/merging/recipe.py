@@ -1,6 +1,5 @@
 """What is merged and how, apart from the method."""
 
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -21,9 +20,10 @@ from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.suites.suite import Suite
-from mergekit_vision.support.fingerprints import sha256
+from mergekit_vision.support.fingerprints import remembered_sha256
 from mergekit_vision.support.source_code import versions
 from mergekit_vision.support.team import Team
+from mergekit_vision.support.tensors import FINITE, LARGEST, unusable
 
 
 class MergedModel(NamedTuple):
@@ -52,7 +52,7 @@ class Recipe:
         route: how a dynamic model chooses its experts.
 
     Raises:
-        InputError: when ``scale`` is neither a finite number nor one of the words.
+        InputError: when ``scale`` is neither a number that weights can be multiplied by nor one of the words.
     """
 
     scale: Scale = "merger"
@@ -63,8 +63,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.scale, str) and self.scale not in ("merger", "search", "agreement"):
             raise InputError(f"`scale` is {self.scale!r}, but must be a number, merger, search or agreement", of="model")
-        if isinstance(self.scale, float) and not math.isfinite(self.scale):
-            raise InputError(f"`scale` is {self.scale}, but must be a finite number", of="model")
+        if not isinstance(self.scale, str) and not -LARGEST <= self.scale <= LARGEST:
+            raise InputError(
+                f"`scale` is {self.scale}, but must be a finite number, of magnitude {LARGEST:.0f} at most", of="model"
+            )
 
     @property
     def searched(self) -> frozenset[str]:
@@ -110,7 +112,18 @@ class Recipe:
             "seconds": {"merge": round(seconds, 3), "search": round(choice.seconds, 3)},
             "versions": versions(),
         }
-        return MergedModel(merged_weights(bench.base, merged, scale), merged.routed, record)
+        weights = merged_weights(bench.base, merged, scale)
+        _check_usable(weights, merged.routed, f"{type(merger).__name__} at coefficient {scale:g}")
+        return MergedModel(weights, merged.routed, record)
+
+
+def _check_usable(weights: Weights, routed: Mapping[str, LowRankExperts], what: str) -> None:
+    """Refuse a merged model that cannot be run, before it is written or evaluated."""
+    parts = {f"{name}.{key}": part for name, experts in routed.items() for key, part in experts.tensors().items()}
+    faults = [*unusable(weights), *unusable(parts, FINITE)]
+    if faults:
+        more = f" (and {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
+        raise InputError(f"{what}: {faults[0]}{more}; take a smaller `scale`, or leave out the expert it comes from", of="model")
 
 
 def expert_sources(experts: Mapping[str, Expert], team: Team) -> dict[str, dict[str, Any]]:
@@ -118,7 +131,7 @@ def expert_sources(experts: Mapping[str, Expert], team: Team) -> dict[str, dict[
 
     def source(task: str) -> dict[str, Any]:
         expert = experts[task]
-        return {**expert.origin, "sha256": {file.name: sha256(file) for file in expert.files}}
+        return {**expert.origin, "sha256": {file.name: remembered_sha256(file) for file in expert.files}}
 
     sizes = {task: sum(file.stat().st_size for file in expert.files) for task, expert in experts.items()}
     return team.spread(source, sizes, "hashing experts", torch.device("cpu"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.errors import InputError
-from mergekit_vision.export.directory import read_record
+from mergekit_vision.export.manifest import read_record
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.json_files import same
 
@@ -14,8 +14,28 @@ def check_place(directory: Path) -> None:
     """Refuse a directory that cannot be written into.
 
     Raises:
-        InputError: when it, or what is above it, is a file or read-only.
+        InputError: when it, or what is above it, is a file, a link that leads nowhere, or read-only, or cannot be looked at.
     """
+    try:
+        _check_links(directory)
+        _check_nearest(directory)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"`default_root_dir` {str(directory)!r}: cannot be used ({reason}); name another directory", of="trainer"
+        ) from error
+
+
+def _check_links(directory: Path) -> None:
+    for place in (directory.absolute(), *directory.absolute().parents):
+        if place.is_symlink() and not place.exists():
+            problem = "is a link that leads nowhere; remove it or name another directory"
+            raise InputError(f"`default_root_dir` {directory}: {place} {problem}", of="trainer")
+
+
+def _check_nearest(directory: Path) -> None:
     nearest = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise InputError(f"`default_root_dir` {directory}: {nearest} is a file; name a directory", of="trainer")
@@ -23,16 +43,22 @@ def check_place(directory: Path) -> None:
         raise InputError(f"`default_root_dir` {directory}: {nearest} cannot be written to; name another directory", of="trainer")
 
 
-def check_merged(directory: Path, suite: Suite) -> None:
-    """Refuse a merged model that does not belong to a suite.
+def check_merged(directory: Path, suite: Suite, verify: bool = True) -> None:
+    """Refuse a merged model that is not as it was written, or does not belong to a suite.
+
+    Args:
+        directory: of the model.
+        suite: on which it is to be evaluated.
+        verify: whether its files are compared with their checksums.
 
     Raises:
-        InputError: when there is none, or it was merged from another backbone.
+        InputError: when there is none, its files are not those that were written, or it was merged from another backbone.
     """
-    read_record(directory)
+    read_record(directory, verify)
     merged = describe_backbone(f"local-dir:{directory}")
     backbone = describe_backbone(suite.backbone, suite.pretrained)
-    if merged.shapes != backbone.shapes or not same(merged.preprocess, backbone.preprocess):
+    alike = same([merged.tower, merged.preprocess], [backbone.tower, backbone.preprocess])
+    if merged.shapes != backbone.shapes or not alike:
         raise InputError(f"{directory}: merged from another backbone than that of {suite.path} ({suite.backbone})")
 
 

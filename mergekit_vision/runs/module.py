@@ -17,7 +17,8 @@ from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.evaluation.metric import TaskMetric
-from mergekit_vision.export.directory import load_experts, read_record, save_model
+from mergekit_vision.export.directory import load_experts, save_model
+from mergekit_vision.export.manifest import read_record
 from mergekit_vision.merger import Merger, Weights
 from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import MergedModel, Recipe
@@ -53,6 +54,7 @@ class MergedCLIP(LightningModule):
         experts: tasks whose experts are merged; all by default. Every task is evaluated all the same.
         route: how a dynamic model chooses its experts: by its ``router``, by the true task (``oracle``, the ceiling), or not at
             all (``base``).
+        verify: whether the files of ``merged`` must be as they were written, by the checksums in its ``merge.json``.
 
     Attributes:
         encoder: the merged encoder, once it is set up.
@@ -71,6 +73,7 @@ class MergedCLIP(LightningModule):
         search: ScaleSearch = _DEFAULT_SEARCH,
         experts: list[str] | None = None,
         route: Route = "router",
+        verify: bool = True,
     ) -> None:
         super().__init__()
         self.recipe = Recipe(scale, search, None if experts is None else tuple(experts), route)
@@ -81,6 +84,7 @@ class MergedCLIP(LightningModule):
         if merged is not None and experts is not None:
             raise InputError("`experts` goes with `merger`; a merged model has those that it was merged from", of="model")
         self.merger, self.merged = merger, None if merged is None else Path(merged)
+        self.verify = verify
         self.encoder: VisionEncoder | None = None
         self.record: dict[str, Any] = {}
         self.expert_accuracy: dict[str, dict[str, float | None]] = {}
@@ -129,7 +133,7 @@ class MergedCLIP(LightningModule):
         if merging:
             self.recipe.chosen(data.suite)
         elif self.merged is not None:
-            check_merged(self.merged, data.suite)
+            check_merged(self.merged, data.suite, self.verify)
         if split is not None:
             check_processes(self.trainer.world_size, max((data.size(task, split) for task in data.task_names), default=0))
 
@@ -153,7 +157,8 @@ class MergedCLIP(LightningModule):
             return self.recipe.merge(bench, self.merger)
         if self.merged is None:
             raise InputError(_ONE_OF, of="model")
-        return MergedModel(bench.base, load_experts(self.merged, self.data.suite.allow_code), read_record(self.merged))
+        routed = load_experts(self.merged, self.data.suite.allow_code)
+        return MergedModel(bench.base, routed, read_record(self.merged, verify=False))  # verified before
 
     def save(self, directory: Path) -> None:
         """Write the merged model, from the first process (see :func:`~mergekit_vision.export.directory.save_model`).

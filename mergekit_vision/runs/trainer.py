@@ -19,6 +19,7 @@ from mergekit_vision.registry import default_mergers
 from mergekit_vision.reports.html import write_comparison
 from mergekit_vision.runs.checks import check_place
 from mergekit_vision.runs.comparison import Comparison
+from mergekit_vision.runs.memory import explained_memory
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.runtime import runtime_of
@@ -93,9 +94,11 @@ class Trainer(lightning.Trainer):
         output = Path(self.default_root_dir)
         check_output(output)
         self.merging = True
-        self._set_up_only(model, datamodule)
+        with explained_memory("merging", self.strategy.root_device):
+            self._set_up_only(model, datamodule)
+            if self.is_global_zero:
+                model.save(output)
         if self.is_global_zero:
-            model.save(output)
             dynamic = model.encoder is not None and model.encoder.routing is not None
             reads = "mergekit_vision.load reads it; open_clip reads its static base only" if dynamic else "open_clip reads it too"
             logger.info("merged model: %s (%s, as local-dir:%s)", output, reads, output)

@@ -93,7 +93,9 @@ def _expert(value: object) -> object:
     if isinstance(value, Mapping):
         return _ExpertMapping.model_validate(dict(value))
     if not isinstance(value, str) or not value:
-        raise ValueError(f"must be the path of a checkpoint, hf-hub:org/name, or a mapping of `path` and more, not {shown(value)}")
+        raise ValueError(
+            f"must be the path of a checkpoint, hf-hub:org/name, or a mapping of `path` and more, not {shown(value)}"
+        )
     ExpertSource.parse(value, Path())
     return value
 

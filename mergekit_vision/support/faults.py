@@ -21,7 +21,7 @@ def closest_file(path: Path) -> str:
         return ""
 
 
-def raise_faults(path: Path, faults: list[str]) -> None:
+def raise_faults(path: Path, faults: list[str], of: str | None = None) -> None:
     """Raise one :class:`~mergekit_vision.errors.InputError` that lists all faults found in a file, if there are any."""
     if faults:
-        raise InputError("\n  ".join([f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}", *faults]))
+        raise InputError("\n  ".join([f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}", *faults]), of)

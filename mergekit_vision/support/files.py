@@ -1,15 +1,23 @@
 """Files written whole or not at all, and the cache directory."""
 
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.locks import abandoned, locked
 from mergekit_vision.support.paths import expanded
 
 CACHE_VARIABLE = "MERGEKIT_VISION_CACHE"
+
+WORK = ".mergekit-vision"
+"""Folder, beside the files that are being written, of all that is temporary."""
+
+_DRAFT = re.compile(r"[0-9a-f]{32}")
 
 
 @contextmanager
@@ -20,8 +28,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the file to write; missing parent directories are created.
 
     Yields:
-        A temporary path in the same directory, with the suffix of ``path``. It is renamed over ``path`` when the block ends, and
-        removed, leaving ``path`` as it was, when the block raises anything (a keyboard interrupt too).
+        A temporary path on the same file system, with the name of ``path``. It is renamed over ``path`` when the block ends, and
+        removed, leaving ``path`` as it was, when the block raises anything (a keyboard interrupt too). What a process that was
+        killed left is removed by the next that writes into the directory.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "results" / "table.json"
@@ -31,16 +40,40 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     ('{}', 1)
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.stem[:64]}.{uuid.uuid4().hex}{target.suffix}")
-    try:
+    with _draft_folder(target.parent / WORK) as folder:
+        draft = folder / target.name
         draft.touch()
         mode = draft.stat().st_mode
         yield draft
         draft.chmod(mode)  # some writers make files that only their owner can read
         draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _draft_folder(work: Path) -> Iterator[Path]:
+    """A new folder for drafts in ``work``; neither is there afterwards."""
+    folder = work / uuid.uuid4().hex
+    with locked(folder, seconds=10):
+        try:
+            remove_abandoned(work)
+            (folder / "draft").mkdir()
+            yield folder / "draft"
+        finally:
+            remove_work(folder)
+
+
+def remove_work(folder: Path) -> None:
+    """Remove a folder for temporary files, and the one around it unless another process has something there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
+
+
+def remove_abandoned(work: Path) -> None:
+    """Remove drafts of processes that were killed."""
+    for folder in work.iterdir():
+        if _DRAFT.fullmatch(folder.name) and abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def cache_dir() -> Path:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,13 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return _remembered("fingerprints", Path(path), lambda: hashlib.blake2b(digest_size=_SIZE))
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hexadecimal digits, as the hub shows it; remembered like :func:`fingerprint`."""
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content, as other programs compute it too; nothing is remembered."""
+    return _digest_of(file, hashlib.sha256())
+
+
+def remembered_sha256(path: Path) -> str:
+    """The same, remembered as :func:`fingerprint` is: for files that a run reads anyway, not for those that it must verify."""
     return _remembered("sha256", path, hashlib.sha256)
 
 
@@ -74,20 +79,27 @@ def _checked(value: Any) -> str:
     return value
 
 
-def _remembered(kind: str, path: Path, algorithm: Callable[[], Any]) -> str:
+def _remembered(kind: str, path: Path, algorithm: "Callable[[], _Content]") -> str:
     """Hash of a file, remembered by its place, size and modification time."""
     try:
         file = path.resolve(strict=True)
         status = file.stat()
         settled = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
         parts = [repr((os.fsencode(file), status.st_size, status.st_mtime_ns))] if settled else None
-        return Cache(kind, json_form(_checked)).recall(parts, lambda: _hash(file, algorithm()))
+        return Cache(kind, json_form(_checked)).recall(parts, lambda: _digest_of(file, algorithm()))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _hash(file: Path, content: Any) -> str:
+class _Content(Protocol):
+    """What hashlib's objects have in common."""
+
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+def _digest_of(file: Path, content: _Content) -> str:
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             content.update(chunk)
-    return str(content.hexdigest())
+    return content.hexdigest()

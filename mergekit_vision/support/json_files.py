@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.support.files import replacing
+
+_LARGEST = 64 << 20  # bytes; plain values of this package take a few thousand
 
 
 def same(a: Any, b: Any) -> bool:
@@ -23,7 +26,32 @@ def to_json(content: Any, in_order: bool = False) -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside ``path`` and rename it there; tensors and paths become plain values."""
     with replacing(path) as draft:
-        draft.write_text(json.dumps(content, indent=2, default=_jsonable) + "\n")
+        draft.write_text(indented(content), encoding="utf-8")
+
+
+def indented(content: Mapping[str, Any]) -> str:
+    """JSON as it stands in a file, a value a line."""
+    return json.dumps(content, indent=2, default=_jsonable) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        InputError: when it is missing, cannot be read, or is no JSON.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: missing, or no file")
+        if path.stat().st_size > _LARGEST:
+            raise InputError(f"{path}: {path.stat().st_size} bytes are far too many for what belongs there")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
 def _jsonable(value: Any) -> Any:

@@ -24,6 +24,7 @@ KNOWN = ["--suite", "--model", "--model.merger", "--model.scale", "--model.searc
         (["--model.scale", "1", "--images", "a.b"], ["--model.scale", "1", "--images", "a.b"]),
         (["--allow-code", "-s", "demo"], ["--data.allow_code=true", "--suite", "demo"]),
         (["--allow-code", "false"], ["--data.allow_code", "false"]),
+        (["--merged", "x", "--no-verify"], ["--model.merged", "x", "--model.verify=false"]),
         ([], []),
     ],
 )

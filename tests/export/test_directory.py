@@ -8,7 +8,8 @@ import torch
 from tolerances import assert_near, forward
 
 from mergekit_vision import InputError, MergedCLIP, Merger, Trainer, VisionTasks, load
-from mergekit_vision.export.directory import check_output, load_experts, read_record
+from mergekit_vision.export.directory import check_output, load_experts
+from mergekit_vision.export.manifest import read_record
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP, ESMPPBayes
 from mergekit_vision.plugins.smile import SMILE
@@ -119,8 +120,8 @@ def test_experts_that_are_not_whole_are_one_clear_error(trainer: Trainer, tiny_s
     with pytest.raises(InputError, match=r"damaged .*; merge again"):
         load_experts(directory)
     (directory / "experts.safetensors").unlink()
-    with pytest.raises(InputError, match=r"experts\.safetensors: missing, but experts\.json is there"):
-        load(directory)
+    with pytest.raises(InputError, match=r"experts\.safetensors: missing, but the other file of the experts is there"):
+        load_experts(directory)
     (directory / "experts.safetensors").write_bytes(content)
     routers = json.loads((directory / "experts.json").read_text())
     (directory / "experts.json").write_text(json.dumps({"nowhere": next(iter(routers.values()))}))

@@ -1,0 +1,101 @@
+"""``open_clip_config.json``, checked before open_clip builds the model that it describes."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import raise_faults
+from mergekit_vision.support.json_files import read_json
+from mergekit_vision.support.schema import Schema, faults, shown
+
+CONFIG = "open_clip_config.json"
+
+
+def _whole(most: int, value: Any) -> Any:
+    """A whole number, or several (an image's two sides, a ResNet's stages), or what open_clip takes for it where it is null."""
+    numbers = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(number) is int and 0 < number <= most for number in numbers):
+        raise ValueError(f"must be a whole number from 1 to {most}, not {shown(value)}")
+    return value
+
+
+_Side = Annotated[Any, AfterValidator(partial(_whole, 1 << 16))]
+_Layers = Annotated[Any, AfterValidator(partial(_whole, 1000))]
+_Three = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Open(Schema):
+    """A mapping of which open_clip knows more keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Vision(_Open):
+    image_size: _Side = 224
+    patch_size: _Side = 16
+    layers: _Layers = 12
+    width: _Side = 768
+    head_width: _Side = 64
+    mlp_ratio: _Positive = 4.0
+
+
+class _Text(_Open):
+    context_length: _Side = 77
+    vocab_size: Annotated[Any, AfterValidator(partial(_whole, 1 << 24))] = 49408
+    width: _Side = 512
+    heads: _Side = 8
+    layers: _Layers = 12
+
+
+class _Model(_Open):
+    embed_dim: _Side
+    vision_cfg: _Vision
+    text_cfg: _Text
+    quick_gelu: bool = False
+
+
+class _Preprocess(_Open):
+    mean: _Three = Field(default=[0.0, 0.0, 0.0], description="a list of three numbers")
+    std: list[_Positive] = Field(
+        default=[1.0, 1.0, 1.0], min_length=3, max_length=3, description="a list of three numbers above 0"
+    )
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+
+
+class _Config(_Open):
+    model_cfg: _Model
+    preprocess_cfg: _Preprocess = Field(default_factory=_Preprocess)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Content of a model directory's ``open_clip_config.json``.
+
+    Raises:
+        InputError: when it is missing, cannot be read, or does not describe a model; all faults are listed.
+    """
+    path = directory / CONFIG
+    content = read_json(path)
+    raise_faults(path, faults(_Config, content, "the file"))
+    return dict(content)
+
+
+def check_size(directory: Path, parameters: int) -> None:
+    """Refuse a configuration of a much larger model than the weights beside it are: open_clip would build it before it compares.
+
+    Args:
+        directory: of the model.
+        parameters: of the model that is described.
+
+    Raises:
+        InputError: when no file of weights has a byte for each.
+    """
+    files = [file for file in directory.iterdir() if file.suffix in (".safetensors", ".bin", ".pth")]
+    largest = max((file.stat().st_size for file in files), default=parameters)
+    if largest < parameters:
+        problem = f"describes a model of {parameters} parameters, but the weights beside it are {largest} bytes"
+        raise InputError(f"{directory / CONFIG}: {problem}; copy or download both again")

@@ -1,0 +1,70 @@
+"""Work in a process that is killed on the way."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+_CHANGES = {"open", "os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate"}
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    """What a reader finds in a directory: name -> content; not what links that lead nowhere are called, nor folders."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Run work in a process that is killed right before its ``number``-th file operation, from 0; whether it was."""
+    count = -1
+
+    def count_down(event: str, _: object) -> None:
+        nonlocal count
+        if event in _CHANGES:
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepared() -> None:
+        sys.addaudithook(count_down)
+        work()
+
+    return _ended_by_signal(_started(prepared))
+
+
+def killed_after(seconds: float, work: Callable[[], object]) -> bool:
+    """Run work in a process that is killed after a while; whether it was."""
+    child = _started(work)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return _ended_by_signal(child)
+
+
+def at_once(*works: Callable[[], object]) -> None:
+    """Run each in a process of its own, all at the same time; all must succeed."""
+    children = [_started(work) for work in works]
+    ended = [_ended_by_signal(child) for child in children]
+    assert not any(ended)
+
+
+def _started(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def _ended_by_signal(child: int) -> bool:
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
