@@ -16,7 +16,7 @@ def huggingface_config(activation: str = "quick_gelu") -> Any:
     shared = {"hidden_size": SIZES["width"], "intermediate_size": 4 * SIZES["width"], "num_hidden_layers": SIZES["layers"]}
     shared |= {"num_attention_heads": SIZES["heads"], "hidden_act": activation, "projection_dim": SIZES["projection"]}
     vision = {**shared, "image_size": SIZES["image"], "patch_size": SIZES["patch"]}
-    text = {**shared, "vocab_size": 64, "max_position_embeddings": 12, "eos_token_id": 63, "bos_token_id": 62}
+    text = {**shared, "vocab_size": 49408, "max_position_embeddings": 12, "eos_token_id": 49407, "bos_token_id": 49406}
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=SIZES["projection"])
 
 

@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import from; everythi
     "checkpoints": {"support"},
     "sources": {"support"},
     "suites": {"checkpoints", "sources", "support"},
-    "encoders": {"merger", "routers", "support"},
+    "encoders": {"checkpoints", "merger", "routers", "support"},
     "data": {"suites", "sources", "encoders", "support"},
     "evaluation": {"data", "encoders", "routers", "merger", "support"},
     "merging": {

@@ -65,6 +65,27 @@ def huggingface_place(name: str) -> Place | None:
     return None if third is None else Place(f"{block}.attn.in_proj_{part}", third)
 
 
+def huggingface_text_place(name: str) -> Place | None:
+    """Where a tensor of the rest of a ``CLIPModel`` belongs, in open_clip's model with both towers; ``None`` for none of it.
+
+    >>> huggingface_text_place("text_model.final_layer_norm.bias").key
+    'ln_final.bias'
+    """
+    if name == "logit_scale":
+        return Place("logit_scale")
+    if name == "text_projection.weight":
+        return Place("text_projection", transposed=True)
+    if not name.startswith("text_model."):
+        return None
+    inside = name.removeprefix("text_model.")
+    if inside.startswith("final_layer_norm."):
+        return Place(inside.replace("final_layer_norm", "ln_final"))
+    if inside == "embeddings.token_embedding.weight":
+        return Place("token_embedding.weight")
+    place = huggingface_place(inside)
+    return None if place is None else place._replace(key=place.key.removeprefix("visual."))
+
+
 def linear_place(module: str) -> Place | None:
     """Where the weight of a Linear layer belongs, by the layer's name in either library; ``None`` for no such layer.
 

@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mergekit_vision.encoders.config import check_size, read_config
+from mergekit_vision.checkpoints.hub import HubFile, fetch_snapshot
+from mergekit_vision.encoders.config import CONFIG, check_size, read_config
+from mergekit_vision.encoders.huggingface import as_open_clip, is_huggingface
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.json_files import to_json
 from mergekit_vision.support.tensors import unusable
@@ -74,6 +76,7 @@ def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:
         InputError: for an unknown or incomplete model, a configuration that describes none, a tower that is no open_clip ViT, or
             an activation function that is not the one the pre-trained weights need.
     """
+    name = open_clip_name(name)
     directory = _directory(name)
     return _described(name, pretrained, None if directory is None else to_json(read_config(directory)))
 
@@ -106,6 +109,7 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     """
     import open_clip
 
+    name = open_clip_name(name)
     describe_backbone(name, pretrained)
     builtin = not name.startswith(("local-dir:", "hf-hub:"))
     if builtin and pretrained is None:
@@ -151,7 +155,36 @@ def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     import open_clip
 
     with _loading(name):
-        return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
+        return open_clip.get_tokenizer(open_clip_name(name))  # type: ignore[no-any-return]
+
+
+def open_clip_name(name: str) -> str:
+    """The name by which open_clip loads a model: another one for models of transformers, and for revisions of the hub.
+
+    Raises:
+        InputError: when the model cannot be had, or open_clip cannot express it.
+    """
+    directory = _directory(name) or (_on_the_hub(name) if name.startswith("hf-hub:") else None)
+    if directory is None:
+        return name
+    return f"local-dir:{as_open_clip(directory) if is_huggingface(directory) else directory}"
+
+
+@lru_cache(maxsize=8)
+def _on_the_hub(name: str) -> Path | None:
+    """The directory of a model on the hub; ``None`` where open_clip finds it itself."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    file = HubFile.parse(name)
+    if file.revision is None:
+        with _loading(name):
+            try:
+                hf_hub_download(file.repository, CONFIG)
+                return None
+            except EntryNotFoundError:  # of the layout of transformers
+                pass
+    return fetch_snapshot(file)
 
 
 def _directory(name: str) -> Path | None:

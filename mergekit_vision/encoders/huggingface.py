@@ -1,0 +1,173 @@
+"""CLIP models of the library transformers as backbones: turned into open_clip's layout once, in the cache directory."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from mergekit_vision.checkpoints import save_safetensors
+from mergekit_vision.checkpoints.opening import open_container, weights_file
+from mergekit_vision.checkpoints.places import Place, huggingface_place, huggingface_text_place
+from mergekit_vision.checkpoints.weights import CheckpointWeights
+from mergekit_vision.encoders.config import CONFIG
+from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import raise_faults
+from mergekit_vision.support.files import cache_dir
+from mergekit_vision.support.fingerprints import digest, stamp
+from mergekit_vision.support.json_files import read_json, write_json
+from mergekit_vision.support.schema import Schema, faults
+
+_FORMAT = 1  # of what is kept in the cache
+_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
+_OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+class _Open(Schema):
+    """A mapping of which transformers knows more keys; absent ones have its defaults, as it writes differences alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    num_hidden_layers: int = 12
+
+
+class _Vision(_Open):
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    num_channels: Literal[3] = 3
+
+
+class _Text(_Open):
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    vocab_size: Literal[49408] = 49408  # of CLIP's tokenizer, the only one that goes with these models
+    max_position_embeddings: int = 77
+    eos_token_id: Literal[2, 49407] = 49407  # 2 is an old mistake, under which the largest index is looked for
+
+
+class _Clip(Schema):
+    model_config = ConfigDict(extra="ignore")
+
+    model_type: Literal["clip"]
+    projection_dim: int = 512
+    vision_config: _Vision = _Vision()
+    text_config: _Text = _Text()
+
+
+class _Processor(Schema):
+    model_config = ConfigDict(extra="ignore")
+
+    image_mean: list[float] = _OPENAI_MEAN
+    image_std: list[float] = _OPENAI_STD
+    resample: Literal[2, 3] = 3
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Whether a model directory is in the layout of transformers and not in open_clip's."""
+    return (directory / "config.json").is_file() and not (directory / CONFIG).is_file()
+
+
+def as_open_clip(directory: Path) -> Path:
+    """The directory of the same model in open_clip's layout, made in the cache directory where it is not there yet.
+
+    Raises:
+        InputError: when it is not a whole CLIP model, open_clip cannot express it, or the cache cannot be written.
+    """
+    config = _checked(_Clip, directory / "config.json", _merged_config)
+    processor = _checked(_Processor, directory / "preprocessor_config.json", dict)
+    weights = weights_file(directory)
+    files = [file for file in (directory / "config.json", directory / "preprocessor_config.json", weights) if file.is_file()]
+    place = cache_dir() / "backbones" / digest(_FORMAT, [stamp(file.resolve()) for file in files])
+    if not place.is_dir():
+        _write(place, _model_config(config, directory), _preprocess_config(processor), _weights(weights))
+    return place
+
+
+def _merged_config(content: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as transformers reads it: parts under older names come first."""
+    older = {part: content.get(f"{part}_dict") for part in ("vision_config", "text_config")}
+    return {**content, **{part: value for part, value in older.items() if value is not None}}
+
+
+def _checked(schema: type[Schema], path: Path, prepare: Any) -> Any:
+    content = prepare(read_json(path)) if path.is_file() else {}
+    raise_faults(path, faults(schema, content, "the file"))
+    return schema.model_validate(content)
+
+
+def _model_config(config: _Clip, directory: Path) -> dict[str, Any]:
+    vision, text = config.vision_config, config.text_config
+    if vision.hidden_act != text.hidden_act or {vision.layer_norm_eps, text.layer_norm_eps} != {1e-5}:
+        raise InputError(
+            f"{directory / 'config.json'}: open_clip has one activation function for both towers, and layer_norm_eps 1e-5; "
+            f"here are {vision.hidden_act} and {text.hidden_act}, {vision.layer_norm_eps:g} and {text.layer_norm_eps:g}"
+        )
+    return {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": vision.hidden_act == "quick_gelu",
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.hidden_size,
+            "layers": vision.num_hidden_layers,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            "mlp_ratio": text.intermediate_size / text.hidden_size,
+        },
+    }
+
+
+def _preprocess_config(processor: _Processor) -> dict[str, Any]:
+    return {
+        "mean": processor.image_mean,
+        "std": processor.image_std,
+        "interpolation": _INTERPOLATION[processor.resample],
+        "resize_mode": "shortest",
+    }
+
+
+def _weights(file: Path) -> CheckpointWeights:
+    """Both towers, their projections and the logit scale, under open_clip's keys."""
+    container = open_container(file)
+    parts: dict[str, list[tuple[Place, str]]] = {}
+    for name in container.entries:
+        place = huggingface_text_place(name) or huggingface_place(name.removeprefix("vision_model."))
+        if place is not None:
+            parts.setdefault(place.key, []).append((place, name))
+    if missing := {"visual.proj", "text_projection", "token_embedding.weight", "logit_scale"} - parts.keys():
+        problem = f"lacks {', '.join(sorted(missing))}; zero-shot heads need a whole CLIPModel, with its text tower"
+        raise InputError(f"{file}: {problem}")
+    ordered = {key: sorted(found, key=lambda part: part[0].third or 0) for key, found in parts.items()}
+    return CheckpointWeights(container, ordered, {})
+
+
+def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:
+    """Write the whole directory, or nothing of it."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=place.parent, prefix=".draft-"))
+        try:
+            save_safetensors(draft / "open_clip_model.safetensors", weights)
+            write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
+            draft.rename(place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        if not place.is_dir():  # another process may have been faster
+            problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"
+            raise InputError(f"{place}: {problem}") from error
