@@ -88,7 +88,9 @@ def _source(module: str) -> Path | None:
 
 
 def _installed(file: Path) -> bool:
-    """Whether a file belongs to the standard library or to an installed package."""
+    """Whether a file belongs to the standard library or to an installed package, of this environment or of one below it."""
+    if {"site-packages", "dist-packages"} & set(file.resolve().parts):
+        return True
     paths = sysconfig.get_paths()
     places = {Path(paths[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return bool(places & set(file.resolve().parents))

@@ -69,6 +69,19 @@ def test_code_that_a_class_imports_counts(package: Path, file: str, changes: boo
     assert (code_fingerprint([method()]) != before) == changes
 
 
+@pytest.mark.parametrize("place", ["site-packages", "dist-packages"])
+def test_packages_of_an_environment_below_this_one_do_not_count(
+    package: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a virtual environment with the system's packages sees them."""
+    (package / place).mkdir()
+    (package / "beside.py").rename(package / place / "beside.py")
+    monkeypatch.syspath_prepend(package / place)
+    before = code_fingerprint([method()])
+    (package / place / "beside.py").write_text("changed = 1\n")
+    assert code_fingerprint([method()]) == before
+
+
 @pytest.mark.parametrize("file", ["method.py", "helper.py", "late.py"])
 def test_comments_do_not_count(package: Path, file: str) -> None:
     before = code_fingerprint([method()])
