@@ -52,7 +52,6 @@ def save_model(
         record: what was merged and how; becomes ``merge.json`` and the model card.
     """
     check_output(directory)
-    preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
     with ExitStack() as drafts:  # all are written, then all renamed
 
         def draft(name: str) -> Path:
@@ -63,10 +62,10 @@ def save_model(
             save_safetensors(draft(EXPERTS), tensors)
             write_json(draft(ROUTERS), routers)
         save_safetensors(draft(MODEL), weights)
-        write_json(draft(CONFIG), {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess})
+        write_json(draft(CONFIG), open_clip_config(backbone))
         draft("README.md").write_text(model_card(record, bool(routed)), encoding="utf-8")
         write_json(draft(RECORD), record)
-        _save_tokenizer(directory, backbone)
+        save_tokenizer(directory, backbone)
     if not routed:  # experts of an earlier merge do not belong to this one
         for name in (ROUTERS, EXPERTS):
             (directory / name).unlink(missing_ok=True)
@@ -130,8 +129,14 @@ def load(directory: str | Path, allow_code: bool = False) -> VisionEncoder:
     return encoder
 
 
-def _save_tokenizer(directory: Path, backbone: Backbone) -> None:
-    """open_clip reads a Hugging Face tokenizer from the model's own directory."""
+def open_clip_config(backbone: Backbone) -> dict[str, Any]:
+    """What ``open_clip_config.json`` holds."""
+    preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
+    return {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess}
+
+
+def save_tokenizer(directory: Path, backbone: Backbone) -> None:
+    """Save a model's Hugging Face tokenizer, if it has one: open_clip reads that from the model's own directory."""
     if not dict(backbone.model.get("text_cfg", {})).get("hf_tokenizer_name"):
         return
     import open_clip
