@@ -72,6 +72,10 @@ def _run(arguments: list[str]) -> int:
         from mergekit_vision.cli.export import export
 
         export(arguments[1:])
+    elif arguments[0] == "push":
+        from mergekit_vision.cli.push import push
+
+        push(arguments[1:])
     else:
         from mergekit_vision.cli.program import run
 

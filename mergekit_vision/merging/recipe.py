@@ -3,8 +3,9 @@
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_vision.checkpoints import CheckpointWeights
@@ -98,6 +99,7 @@ class Recipe:
             "backbone": suite.backbone,
             "pretrained": suite.pretrained,
             "experts": expert_paths(suite, experts),
+            "datasets": hub_datasets(suite, experts),
             "merger": merger_record(merger),
             "citation": citations(merger),
             "scale": scale,
@@ -111,3 +113,9 @@ class Recipe:
 def expert_paths(suite: Suite, experts: Mapping[str, CheckpointWeights]) -> dict[str, str]:
     """Task -> file of its expert, relative to the suite's directory."""
     return {task: os.path.relpath(weights.path, suite.path.parent) for task, weights in experts.items()}
+
+
+def hub_datasets(suite: Suite, tasks: Iterable[str]) -> dict[str, str]:
+    """Task -> id of its data set on the Hugging Face hub, of the tasks whose data come from there."""
+    named = {task: [str(source["hub"]) for source in suite.tasks[task].data.values() if "hub" in source] for task in tasks}
+    return {task: names[-1] for task, names in named.items() if names and not Path(names[-1]).is_absolute()}  # else a local copy
