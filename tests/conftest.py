@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the tests run side by side, each process on one core
@@ -10,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the tests run side by side, each proc
 from typing import TYPE_CHECKING
 
 import pytest
+from loopback_hub import LoopbackHub
 from tiny import write_suite
 
 if TYPE_CHECKING:
@@ -57,3 +59,10 @@ def bench(tiny_suite: Path) -> "Workbench":
     from mergekit_vision.merging.workbench import Workbench
 
     return Workbench.open(VisionTasks(str(tiny_suite)), Runtime(torch.device("cpu")))
+
+
+@pytest.fixture
+def loopback_hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    """An empty Hugging Face hub on the loopback interface, until the test ends."""
+    with LoopbackHub(tmp_path / "hub").serving() as hub:
+        yield hub

@@ -13,7 +13,12 @@ COMMANDS = {
 }
 """Commands that run a trainer; its methods of these names."""
 
-OTHER_COMMANDS = {"methods": "list the installed merging methods"}
+OTHER_COMMANDS = {
+    "methods": "list the installed merging methods",
+    "export": "write a merged model for transformers, open_clip, ONNX or torch.export",
+    "push": "upload a merged model to the Hugging Face hub",
+}
+"""Commands that run none, and have options of their own."""
 
 HELP = f"""usage: mergekit-vision COMMAND --suite SUITE.yaml [options]
 

@@ -1,7 +1,5 @@
 """CLIP models of the library transformers as backbones: turned into open_clip's layout once, in the cache directory."""
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from mergekit_vision.checkpoints.weights import CheckpointWeights
 from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import raise_faults
-from mergekit_vision.support.files import cache_dir
+from mergekit_vision.support.files import cache_dir, replacing_directory
 from mergekit_vision.support.fingerprints import digest, stamp
 from mergekit_vision.support.json_files import read_json, write_json
 from mergekit_vision.support.schema import Schema, faults
@@ -159,15 +157,9 @@ def _weights(file: Path) -> CheckpointWeights:
 def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:
     """Write the whole directory, or nothing of it."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=place.parent, prefix=".draft-"))
-        try:
+        with replacing_directory(place) as draft:
             save_safetensors(draft / "open_clip_model.safetensors", weights)
             write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
-            draft.rename(place)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
-        if not place.is_dir():  # another process may have been faster
-            problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"
-            raise InputError(f"{place}: {problem}") from error
+        problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"
+        raise InputError(f"{place}: {problem}") from error

@@ -1,16 +1,18 @@
 """The model card of a merged model."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mergekit_vision.export.markdown import code, plain
+from mergekit_vision.export.sharing import hub_id, shareable
 from mergekit_vision.support.json_files import readable
 from mergekit_vision.version import __version__
 
 _USE_STATIC = """```python
 import open_clip
 
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH_OF_THIS_DIRECTORY")
+model, _, preprocess = open_clip.create_model_and_transforms("{open_clip}")
 ```
 """
 
@@ -19,50 +21,153 @@ _USE_DYNAMIC = """The model is dynamic: every image or token chooses among low-r
 
 ```python
 import mergekit_vision
-
-encoder = mergekit_vision.load("PATH_OF_THIS_DIRECTORY")   # encoder.encode_image(images)
+{imports}
+encoder = mergekit_vision.load({directory})   # encoder.encode_image(images)
 ```
 
-open_clip loads the directory as `local-dir:PATH_OF_THIS_DIRECTORY` too, but only the static base, without the experts.
+open_clip loads it as `{open_clip}` too, but only the static base, without the experts.
 """
 
 
-def model_card(record: Mapping[str, Any], dynamic: bool = False) -> str:
-    """README of a merged model's directory, in the layout the Hugging Face hub reads.
+def model_card(
+    record: Mapping[str, Any],
+    dynamic: bool = False,
+    results: Mapping[str, Any] | None = None,
+    license_id: str | None = None,
+    repository: str | None = None,
+) -> str:
+    """README of a merged model, in the layout the Hugging Face hub reads. No path of this machine stands in it.
 
     Args:
         record: what ``merge.json`` holds.
         dynamic: whether the model has routed experts.
+        results: what ``results.json`` of an evaluation holds.
+        license_id: the license by its name on the hub, where it is known.
+        repository: ``org/name`` on the hub, if that is where the model will be.
     """
     merger = record["merger"]
-    hub = record["backbone"].startswith("hf-hub:")  # what stands here must be a model of the hub
-    base = f"base_model: {record['backbone'].removeprefix('hf-hub:')}\n" if hub else ""
-    rows = "\n".join(f"| {task} | {Path(file).name} |" for task, file in record["experts"].items())
-    arguments = "\n".join(f"- `{name}`: {readable(value)}" for name, value in merger["init_args"].items())
-    use = _USE_DYNAMIC if dynamic else _USE_STATIC
-    papers = "\n".join(f"- {paper}" for paper in record.get("citation", ()))
+    shared = shareable(record)
+    configuration = json.dumps(shared, indent=2, default=str)
+    arguments = "\n".join(f"- {code(name)}: {plain(readable(value))}" for name, value in _arguments(shared).items())
+    papers = "\n".join(f"- {plain(paper)}" for paper in record.get("citation", ()))
     citation = f"\n## Citation\n\n{papers}\n" if papers else ""
-    backbone = record["backbone"].rpartition("/")[2]
+    backbone = shared["backbone"].removeprefix("local-dir:").rpartition("/")[2]
     return f"""---
-library_name: open_clip
-tags: [clip, model-merging, mergekit-vision]
-{base}---
+{_metadata(record, dynamic, results, license_id)}
+---
 
-# {record["suite"]} merged with {merger.get("recipe", merger["name"])}
+# {_title(record)}
 
-{len(record["experts"])} experts fine-tuned from `{backbone}` merged without training by mergekit-vision {__version__},
+{len(record["experts"])} experts fine-tuned from {code(backbone)} merged without training by mergekit-vision {__version__},
 at scaling coefficient {record["scale"]:g}.
 
-| task | expert |
-|---|---|
-{rows}
+{_table(shared["experts"], results)}
 
 ## Method
 
-`{merger["class_path"]}`
+{code(merger["class_path"])}
 
 {arguments}
 {citation}
 ## Use
 
-{use}"""
+{_use(dynamic, repository)}
+## Configuration
+
+```json
+{configuration}
+```
+"""
+
+
+def _arguments(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = record["merger"]["init_args"]
+    return found
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    merger = record["merger"]
+    return plain(f"{record['suite']} merged with {merger.get('recipe', merger['name'])}")
+
+
+def _table(experts: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    """The experts, and what was measured."""
+    if results is None:
+        return "\n".join(
+            ["| task | expert |", "|---|---|", *(f"| {plain(task)} | {plain(file)} |" for task, file in experts.items())]
+        )
+    rows = [f"| task | expert | {plain(results['split'])} accuracy | images |", "|---|---|---|---|"]
+    for task in [*experts, *(task for task in results["tasks"] if task not in experts)]:
+        measured = results["tasks"].get(task)
+        numbers = f"{100 * measured['accuracy']:.2f} % | {measured['n']}" if measured else "– | –"
+        rows.append(f"| {plain(task)} | {plain(experts.get(task, '–'))} | {numbers} |")
+    return "\n".join(rows)
+
+
+def _use(dynamic: bool, repository: str | None) -> str:
+    place = f"hf-hub:{repository}" if repository else "local-dir:PATH_OF_THIS_DIRECTORY"
+    if not dynamic:
+        return _USE_STATIC.format(open_clip=place)
+    if repository is None:
+        return _USE_DYNAMIC.format(open_clip=place, imports="", directory='"PATH_OF_THIS_DIRECTORY"')
+    imports, directory = "from huggingface_hub import snapshot_download\n", f'snapshot_download("{repository}")'
+    return _USE_DYNAMIC.format(open_clip=place, imports=imports, directory=directory)
+
+
+def _metadata(record: Mapping[str, Any], dynamic: bool, results: Mapping[str, Any] | None, license_id: str | None) -> str:
+    """The block that the hub reads, without its marks."""
+    from huggingface_hub import ModelCardData
+
+    base_models = list(dict.fromkeys(_base_models(record)))
+    known: dict[str, Any] = {"base_model": base_models, "base_model_relation": "merge"} if base_models else {}
+    if datasets := sorted(set((record.get("datasets") or {}).values())):
+        known["datasets"] = datasets
+    if results:
+        known |= {"metrics": ["accuracy"], "model_name": _line(_name(record)), "eval_results": _measured(record, results)}
+    card = ModelCardData(
+        library_name="mergekit-vision" if dynamic else "open_clip",
+        license=license_id or "other",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "merge", "model-merging", "mergekit-vision"],
+        **known,
+    )
+    return str(card.to_yaml())
+
+
+def _measured(record: Mapping[str, Any], results: Mapping[str, Any]) -> list[Any]:
+    """The accuracies as the hub has them; data sets of one id and configuration would be taken for one."""
+    from huggingface_hub import EvalResult
+
+    ids: Mapping[str, str] = record.get("datasets") or {}
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=ids.get(task, "custom"),
+            dataset_name=_line(task),
+            dataset_config=None if list(ids.values()).count(ids.get(task, "")) == 1 else _line(task),
+            dataset_split=_line(results["split"]),
+            metric_type="accuracy",
+            metric_value=round(row["accuracy"], 6),
+        )
+        for task, row in results["tasks"].items()
+    ]
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return f"{record['suite']} {record['merger'].get('recipe', record['merger']['name'])}"
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _base_models(record: Mapping[str, Any]) -> Iterator[str]:
+    """Ids on the hub of the backbone and of the experts, of those that have one."""
+    for name in (record["backbone"], *record["experts"].values()):
+        if found := hub_id(name):
+            yield found
+        elif name == record["backbone"] and record.get("pretrained"):
+            import open_clip
+
+            source = open_clip.get_pretrained_cfg(name, record["pretrained"]).get("hf_hub") or ""
+            yield from ["/".join(source.split("/")[:2])] if source.count("/") else []

@@ -53,6 +53,8 @@ class _Record(Schema):
     search: list[dict[str, FiniteFloat]]
     seconds: dict[str, FiniteFloat]
     versions: dict[str, str]
+    sources: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    datasets: dict[str, str] = Field(default_factory=dict)
     citation: list[str] = Field(default_factory=list)
     version: Literal[1] = Field(1, alias="schema")
     files: dict[_FileName, _File] = Field(default_factory=dict)

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ class Recipe:
             "pretrained": suite.pretrained,
             "experts": expert_paths(suite, experts),
             "sources": expert_sources(experts, bench.evaluator.runtime.team),
+            "datasets": hub_datasets(suite, experts),
             "merger": merger_record(merger),
             "citation": citations(merger),
             "scale": scale,
@@ -140,3 +142,9 @@ def expert_sources(experts: Mapping[str, Expert], team: Team) -> dict[str, dict[
 def expert_paths(suite: Suite, experts: Mapping[str, Expert]) -> dict[str, str]:
     """Task -> file of its expert, relative to the suite's directory."""
     return {task: os.path.relpath(weights.path, suite.path.parent) for task, weights in experts.items()}
+
+
+def hub_datasets(suite: Suite, tasks: Iterable[str]) -> dict[str, str]:
+    """Task -> id of its data set on the Hugging Face hub, of the tasks whose data come from there."""
+    named = {task: [str(source["hub"]) for source in suite.tasks[task].data.values() if "hub" in source] for task in tasks}
+    return {task: names[-1] for task, names in named.items() if names and not Path(names[-1]).is_absolute()}  # else a local copy

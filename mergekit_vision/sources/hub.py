@@ -40,7 +40,13 @@ class HubImages(ImageSource):
     ) -> None:
         datasets = _library()
         self._where, self._label = f"{dataset} [{split}]", label
-        data = _fetch(datasets, dataset, lambda: datasets.load_dataset(dataset, name=name, split=split, revision=revision))
+        builder = _builder(datasets, dataset, name, revision)
+
+        def read() -> Any:
+            builder.download_and_prepare()
+            return builder.as_dataset(split=split)
+
+        data = _fetch(datasets, dataset, read)
         self.names = _class_names(data.features, image, label, self._where)
         # undecoded, so that a damaged image can be named
         self._data = data.cast_column(image, datasets.Image(decode=False)).select_columns([image, label])
@@ -86,8 +92,7 @@ def hub_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """
     dataset, split = config["hub"], config["split"]
     datasets = _library()
-    name, revision = config.get("name"), config.get("revision")
-    info = _fetch(datasets, dataset, lambda: datasets.load_dataset_builder(dataset, name=name, revision=revision).info)
+    info = _builder(datasets, dataset, config.get("name"), config.get("revision")).info
     plain = split.split("[")[0]  # "train[:80%]" is a part of "train"
     if info.splits and plain not in info.splits:
         raise InputError(f"{dataset}: no split {plain!r}{closest(plain, info.splits)}; it has {', '.join(info.splits)}")
@@ -104,15 +109,50 @@ def _library() -> Any:
     return datasets
 
 
+def _builder(datasets: Any, dataset: str, name: str | None, revision: str | None) -> Any:
+    """What knows a data set's description and where its files are.
+
+    Raises:
+        InputError: when it cannot be found; or, where only an earlier copy can be, when that is not of ``revision``.
+    """
+    builder = _fetch(datasets, dataset, lambda: datasets.load_dataset_builder(dataset, name=name, revision=revision))
+    earlier = type(builder).__module__.startswith("datasets.packaged_modules.cache")  # without the hub it takes any revision
+    if earlier and revision and builder.hash != _commit(dataset, revision):
+        raise InputError(
+            f"{dataset}: the hub cannot be reached, and the copy on this machine is not known to be of revision {revision!r} "
+            f"(it is of commit {builder.hash}); load it once with access to the hub"
+        )
+    return builder
+
+
+def _commit(dataset: str, revision: str) -> str:
+    """The commit that a branch or tag stood for when the hub was last asked, or else ``revision`` itself."""
+    from huggingface_hub import constants
+
+    reference = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}" / "refs" / revision
+    return reference.read_text().strip() if reference.is_file() else revision
+
+
 def _fetch(datasets: Any, dataset: str, load: Callable[[], _Result]) -> _Result:
     try:
         return load()
+    except ConnectionError as error:
+        offline = "HF_HUB_OFFLINE is set" if _offline(datasets) else "the hub cannot be reached"
+        problem = f"not on this machine, and {offline}; load it once with access to the hub"
+        raise InputError(f"{dataset}: {problem} ({' '.join(str(error).split())})") from error
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         # that one says only that an error occurred
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ else error
+        hidden = isinstance(error, datasets.exceptions.DatasetNotFoundError) and "Revision" not in str(error)
+        remedy = "; if it is private, log in by `hf auth login` or set HF_TOKEN" if hidden else ""
         raise InputError(
-            f"{dataset}: cannot be loaded by `datasets` ({type(cause).__name__}: {' '.join(str(cause).split())})"
+            f"{dataset}: cannot be loaded by `datasets` ({type(cause).__name__}: {' '.join(str(cause).split())}){remedy}"
         ) from error
+
+
+def _offline(datasets: Any) -> bool:
+    """Whether the user keeps the library from the network; versions name that differently."""
+    return any(getattr(datasets.config, name, False) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
 
 
 def _class_names(features: Mapping[str, Any], image: str, label: str, where: str) -> tuple[str, ...] | None:

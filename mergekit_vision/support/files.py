@@ -76,6 +76,33 @@ def remove_abandoned(work: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a directory beside its final place and rename it there when it is complete.
+
+    Args:
+        path: the directory to write; missing parents are created. All that it held is gone when the block ends.
+
+    Yields:
+        An empty directory beside ``path``. When the block raises anything, it is removed and ``path`` stays as it was.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name[:64]}.{uuid.uuid4().hex}")
+    old = draft.with_suffix(".old")
+    draft.mkdir()
+    try:
+        yield draft
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for rest in (draft, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
 def cache_dir() -> Path:
     """Directory of everything that can be computed again: ``$MERGEKIT_VISION_CACHE``, else the user's cache directory.
 

@@ -63,9 +63,8 @@ def test_what_open_clip_cannot_express_is_refused(tmp_path: Path, change: dict[s
     huggingface_model().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     content = json.loads(config.read_text())
-    merged = {
-        key: {**content[key], **value} if isinstance(value, dict) and key in content else value for key, value in change.items()
-    }
+    for key, value in change.items():
+        content[key] = {**content[key], **value} if key in content and isinstance(value, dict) else value
     config.write_text(json.dumps(content))
     with pytest.raises(InputError, match=rf"config\.json: (.|\n)*{hint}"):
         describe_backbone(f"local-dir:{tmp_path}")

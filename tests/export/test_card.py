@@ -23,7 +23,12 @@ def front_matter(card: str) -> dict[str, object]:
 
 def test_a_card_says_what_was_merged_and_how() -> None:
     card = model_card(RECORD)
-    assert front_matter(card) == {"library_name": "open_clip", "tags": ["clip", "model-merging", "mergekit-vision"]}
+    assert front_matter(card) == {
+        "library_name": "open_clip",
+        "license": "other",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": ["clip", "merge", "model-merging", "mergekit-vision"],
+    }
     assert "# digits merged with TIES" in card
     assert "2 experts fine-tuned from `base`" in card
     assert "at scaling coefficient 0.5." in card
@@ -49,4 +54,4 @@ def test_a_card_says_how_the_model_is_loaded(dynamic: bool) -> None:
 
 
 def test_a_backbone_of_the_hub_is_the_base_model() -> None:
-    assert front_matter(model_card({**RECORD, "backbone": "hf-hub:org/clip"}))["base_model"] == "org/clip"
+    assert front_matter(model_card({**RECORD, "backbone": "hf-hub:org/clip"}))["base_model"] == ["org/clip"]

@@ -1,0 +1,162 @@
+"""A merged model on the Hugging Face hub: what goes there, and how it gets there in one commit."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_vision.errors import InputError
+from mergekit_vision.export.card import model_card
+from mergekit_vision.export.hub_errors import hub_errors
+from mergekit_vision.export.manifest import CONFIG, EXPERTS, MODEL, RECORD, ROUTERS, read_record
+from mergekit_vision.export.sharing import shareable, without_directories
+from mergekit_vision.support.json_files import same, write_json
+
+CARD, RESULTS = "README.md", "results.json"
+_LARGE = (CONFIG, MODEL, EXPERTS, ROUTERS)
+_TOKENIZER = (
+    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json",
+    "tokenizer.model", "vocab.json", "vocab.txt"
+)  # fmt: skip
+_TOKENIZER_CONFIG = "tokenizer_config.json"  # which may name the directory that a tokenizer was read from
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What of a merged model goes to the hub.
+
+    Attributes:
+        files: path in the repository -> the file on this machine, in order of their names.
+        left: names of what else lies in the model's directory, which stays there.
+    """
+
+    files: Mapping[str, Path]
+    left: tuple[str, ...]
+
+    @property
+    def card(self) -> str:
+        """The model card."""
+        return self.files[CARD].read_text(encoding="utf-8")
+
+
+@contextmanager
+def packed(directory: Path, repository: str, results: Path | None = None, license_id: str | None = None) -> Iterator[Parcel]:
+    """Put together what goes to the hub, without asking it.
+
+    The model's files go as they are, but no path of this machine goes along: ``merge.json`` names files without their
+    directories, and the model card is written anew. Files that are no part of the model stay.
+
+    Args:
+        directory: of the merged model.
+        repository: ``org/name``.
+        results: ``results.json`` of an evaluation of this model, for the card; the one in ``directory`` unless given, if there is
+            one.
+        license_id: the license by its name on the hub; ``other`` unless given.
+
+    Yields:
+        The parcel, whose files exist inside of the context.
+
+    Raises:
+        InputError: when the directory holds no whole merged model, or the results are of another one.
+    """
+    _check_repository(repository)
+    record = read_record(directory)
+    missing = [name for name in (CONFIG, MODEL) if not (directory / name).is_file()]
+    if missing:
+        raise InputError(f"{directory}: {' and '.join(missing)} missing; merge again")
+    accuracies = _read_results(directory, results, record)
+    names = [name for name in (*_LARGE, *_TOKENIZER) if (directory / name).is_file()]
+    with tempfile.TemporaryDirectory() as place:
+        changed = Path(place)
+        write_json(changed / RECORD, shareable(record))
+        if (directory / _TOKENIZER_CONFIG).is_file():
+            write_json(changed / _TOKENIZER_CONFIG, without_directories(_read(directory / _TOKENIZER_CONFIG)))
+        card = model_card(record, ROUTERS in names, accuracies, license_id, repository)
+        (changed / CARD).write_text(card, encoding="utf-8")
+        files = {name: directory / name for name in names} | {path.name: path for path in changed.iterdir()}
+        left = sorted(path.name for path in directory.iterdir() if path.name not in files)
+        yield Parcel(dict(sorted(files.items())), tuple(left))
+
+
+def push(parcel: Parcel, repository: str, private: bool = False, revision: str | None = None) -> str:
+    """Upload a parcel in one commit. The repository and the branch are made where they are missing.
+
+    A model of an earlier push is replaced: the files of its experts go, where this one has none.
+
+    Args:
+        parcel: what goes there.
+        repository: ``org/name``.
+        private: whether a new repository is private; an existing one stays as it is.
+        revision: branch; ``main`` unless given.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        InputError: when there is no token, or the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    _check_repository(repository)
+    if not get_token():
+        raise InputError(f"{repository}: no token to push with; log in by `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    with hub_errors(repository):
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision not in (None, "main"):
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repository, revision=revision)
+        stale = [name for name in (EXPERTS, ROUTERS) if name in there and name not in parcel.files]
+        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        message = "Upload model merged with mergekit-vision"
+        return str(api.create_commit(repository, operations, commit_message=message, revision=revision).commit_url)
+
+
+def _check_repository(repository: str) -> None:
+    from huggingface_hub import utils as module
+
+    utils: Any = module
+    try:
+        utils.validate_repo_id(repository)
+    except utils.HFValidationError as error:
+        raise InputError(f"`repo` {repository}: {' '.join(str(error).split())}", of="command") from error
+    if repository.count("/") != 1:
+        raise InputError(f"`repo` {repository}: name it as org/name, or your-name/name", of="command")
+
+
+def _read_results(directory: Path, path: Path | None, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The accuracies of the card, from a file that was measured on this very model.
+
+    Raises:
+        InputError: when they are of anything else.
+    """
+    if path is None and not (directory / RESULTS).is_file():
+        return None
+    path = path or directory / RESULTS
+    content = _read(path)
+    if content.get("kind") != "evaluation":
+        raise InputError(f"`results` {path}: not of an evaluation; name the file that test or validate wrote", of="command")
+    if not all(same(content.get(key), record.get(key)) for key in ("suite", "merger", "scale")):
+        raise InputError(f"`results` {path}: measured on another model than {directory}; test this one", of="command")
+    if content.get("route") not in (None, "router"):
+        problem = f"measured with route {content['route']}, which is not how the model chooses its experts"
+        raise InputError(f"`results` {path}: {problem}; test it with route router", of="command")
+    return content
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: when it holds none.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error})") from error
