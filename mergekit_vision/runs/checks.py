@@ -1,6 +1,7 @@
 """Checks of a run before any long work starts."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from mergekit_vision.encoders.backbone import describe_backbone
@@ -19,6 +20,8 @@ def check_place(directory: Path) -> None:
     try:
         _check_links(directory)
         _check_nearest(directory)
+        with suppress(FileNotFoundError):
+            directory.lstat()  # says what is wrong with the name itself
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
