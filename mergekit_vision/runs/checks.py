@@ -22,9 +22,9 @@ def check_place(directory: Path) -> None:
         _check_nearest(directory)
         with suppress(FileNotFoundError):
             directory.lstat()  # says what is wrong with the name itself
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"`default_root_dir` {str(directory)!r}: cannot be used ({reason}); name another directory", of="trainer"
