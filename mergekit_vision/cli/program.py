@@ -32,21 +32,24 @@ class SaveConfig(SaveConfigCallback):
         """Nothing yet: a run that fails leaves no configuration behind."""
 
     def teardown(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save; Lightning comes here only after a run that did not fail."""
-        if trainer.is_global_zero:
+        """Save; Lightning comes here only after a run that did not fail. A merged model is not written yet."""
+        if trainer.is_global_zero and not _is_merging(trainer):
             self.save_config(trainer, pl_module, stage)
 
     def save_config(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's directory; ``config-test.yaml`` where that belongs to a merge."""
         directory = Path(trainer.default_root_dir)
-        merging = isinstance(trainer, Trainer) and trainer.merging
-        name = f"config-{stage}.yaml" if (directory / RECORD).exists() and not merging else "config.yaml"
+        name = f"config-{stage}.yaml" if (directory / RECORD).exists() and not _is_merging(trainer) else "config.yaml"
         try:
             with replacing(directory / name) as draft:
                 self.parser.save(self.config, draft, skip_none=False, overwrite=True, multifile=False)
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"{directory / name}: cannot be written ({reason}); the run itself is complete") from error
+
+
+def _is_merging(trainer: lightning.Trainer) -> bool:
+    return isinstance(trainer, Trainer) and trainer.merging
 
 
 class MergeCLI(LightningCLI):
@@ -82,6 +85,12 @@ class MergeCLI(LightningCLI):
         parser.add_argument("--output", type=str, default="runs/latest", help="directory of everything that is written")
         parser.link_arguments("suite", "data.suite")
         parser.link_arguments("output", "trainer.default_root_dir")
+
+    def after_merge(self) -> None:
+        """Save the configuration of a merge, now that the model is there."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfig) and self.trainer.is_global_zero:
+                callback.save_config(self.trainer, self.model, "merge")
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; what a constructor refuses is the user's mistake."""

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, model_validator
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import raise_faults
@@ -41,6 +41,14 @@ class _Vision(_Open):
     width: _Side = 768
     head_width: _Side = 64
     mlp_ratio: _Positive = 4.0
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "_Vision":
+        """open_clip takes as many whole heads as there are."""
+        numbers = (self.width, self.head_width, self.layers)
+        if all(type(number) is int for number in numbers) and self.width % self.head_width:
+            raise ValueError(f"`head_width` {self.head_width} does not divide `width` {self.width}")
+        return self
 
 
 class _Text(_Open):

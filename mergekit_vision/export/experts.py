@@ -101,9 +101,12 @@ def _unpacked(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any], 
     router_class = _router_class(entry["router"], allow_code)
     try:
         router = router_class(**buffers, **entry["arguments"])
-        experts = LowRankExperts(parts["up"], parts["down"], router, parts.get("bias"), entry["evidence"])
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {entry['router']} does not take its saved state: {error}; {_REMEDY}") from error
+    try:
+        experts = LowRankExperts(parts["up"], parts["down"], router, parts.get("bias"), entry["evidence"])
+    except ValueError as error:
+        raise InputError(f"{name}: {error}; {_REMEDY}") from error
     _try_out(name, experts)
     return experts
 

@@ -1,19 +1,20 @@
 """``merge.json``: what was merged and how, and the size and the SHA-256 of each of the model's files."""
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, NonNegativeInt
+from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import raise_faults
 from mergekit_vision.support.fingerprints import sha256 as hash_of
 from mergekit_vision.support.json_files import indented, read_json
-from mergekit_vision.support.schema import Schema, faults
+from mergekit_vision.support.schema import Schema, faults, shown
 from mergekit_vision.support.switching import unsettled
 
 RECORD, CARD = "merge.json", "README.md"
@@ -26,7 +27,15 @@ _BLANK = "0" * 64  # stands for a file's own hash while that is computed
 _REMEDY = "merge again, or set `verify` to false to use the model as it is"
 
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits")]
-_FileName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$", description="a plain file name")]
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[^./\\\x00][^/\\\x00]*", name):
+        raise ValueError(f"must name plain files, not {shown(name)}")
+    return name
+
+
+_FileName = Annotated[str, AfterValidator(_plain)]
 
 
 class _File(Schema):

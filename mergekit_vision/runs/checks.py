@@ -1,6 +1,7 @@
 """Checks of a run before any long work starts."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from mergekit_vision.encoders.backbone import describe_backbone
@@ -19,9 +20,11 @@ def check_place(directory: Path) -> None:
     try:
         _check_links(directory)
         _check_nearest(directory)
+        with suppress(FileNotFoundError):
+            directory.lstat()  # says what is wrong with the name itself
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"`default_root_dir` {str(directory)!r}: cannot be used ({reason}); name another directory", of="trainer"

@@ -57,6 +57,27 @@ def test_open_clip_loads_the_merged_directory(command, tmp_path: Path) -> None:
     assert {"README.md", "config.yaml", "merge.json"} <= {path.name for path in (tmp_path / "merged").iterdir()}
 
 
+def test_a_changed_merged_model_is_evaluated_only_unverified(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("merge", "-m", "TaskArithmetic", "-o", "merged") == 0
+    record = tmp_path / "merged" / "merge.json"
+    record.write_text(record.read_text() + "\n")
+    assert command("validate", "--merged", "merged", "-o", "out") == 1
+    assert "merge.json was changed after it was written; merge again, or set --model.verify to false" in capsys.readouterr().err
+    assert command("validate", "--merged", "merged", "-o", "out", "--no-verify") == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no such limit")
+def test_a_merge_that_may_write_no_large_file_says_so_in_one_line(tiny_suite: Path, tmp_path: Path) -> None:
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    script = f"{limited} from mergekit_vision.cli.main import main; raise SystemExit(main())"
+    options = ["merge", "-s", str(tiny_suite), "-m", "TaskArithmetic", "-o", str(tmp_path / "merged")]
+    ended = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, check=False)
+    (line,) = [line for line in ended.stderr.splitlines() if "error" in line]
+    assert line.startswith(f"mergekit-vision: error: --output {tmp_path}/merged: the model cannot be written (")
+    assert ended.returncode == 1
+    assert list((tmp_path / "merged").iterdir()) == []
+
+
 def test_results_say_what_was_run(command, tmp_path: Path, tiny_suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         command("test", "--model.merger", "TIES", "--model.merger.density", "0.5", "--model.scale", "0.7", "--output", "out") == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
 from mergekit_vision.errors import InputError
@@ -72,3 +73,36 @@ def test_memory_that_runs_out_is_no_mistake_of_the_user(backbone: str, monkeypat
     monkeypatch.setattr("open_clip.create_model", full)
     with pytest.raises(MemoryError):
         load_clip(backbone)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("visual.proj", torch.nan, "holds NaN or infinity"),
+        ("visual.proj", 3e38, r"holds values up to 3e\+38, above 65504"),
+        ("text_projection", torch.inf, "holds NaN or infinity"),
+        ("token_embedding.weight", -1e9, r"holds values up to 1e\+09, above 65504"),
+    ],
+)
+def test_weights_that_cannot_be_run_are_refused(root: Path, key: str, value: float, message: str) -> None:
+    path = root / "base" / "open_clip_model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    weights[key].view(-1)[-1] = value
+    save_file(weights, path)
+    with pytest.raises(InputError, match=rf"backbone local-dir:{root}/base: {key} {message}; copy or download"):
+        load_clip(f"local-dir:{root / 'base'}")
+
+
+def test_a_changed_configuration_is_read_again(root: Path) -> None:
+    name, path = f"local-dir:{root / 'base'}", root / "base" / "open_clip_config.json"
+    assert not describe_backbone(name).tower["quick_gelu"]
+    path.write_text(path.read_text().replace('"quick_gelu": false', '"quick_gelu": true'))
+    assert describe_backbone(name).tower["quick_gelu"]
+
+
+def test_weights_of_another_size_are_one_line(root: Path) -> None:
+    path = root / "base" / "open_clip_config.json"
+    path.write_text(path.read_text().replace('"embed_dim": 32', '"embed_dim": 48'))
+    with pytest.raises(InputError, match="size mismatch for") as caught:
+        load_clip(f"local-dir:{root / 'base'}")
+    assert len(str(caught.value).splitlines()) == 1

@@ -102,6 +102,9 @@ def test_a_model_that_was_not_merged_here_is_not_written_over(tmp_path: Path) ->
     check_output(tmp_path)
     with pytest.raises(InputError, match="is a file; name a directory"):
         check_output(tmp_path / "merge.json")
+    (tmp_path / "experts.json").mkdir()
+    with pytest.raises(InputError, match=r"experts\.json is a directory, and a file of the model must go there"):
+        check_output(tmp_path)
 
 
 def test_a_directory_that_is_no_merged_model_is_one_clear_error(tmp_path: Path) -> None:

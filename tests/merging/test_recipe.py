@@ -12,17 +12,18 @@ import mergekit_vision.encoders.backbone
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Runtime
-from mergekit_vision.merger import merged_weights
+from mergekit_vision.merger import Merged, MergeInputs, merged_weights
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.esmpp import ESMPP
+from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.suites.suite import Suite
 
 
-@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 1e30, -65505.0, 10**400])
 def test_a_coefficient_that_is_no_number_is_refused(scale: float) -> None:
     with pytest.raises(InputError, match=r"`scale` is .*, but must be a finite number") as caught:
         Recipe(scale)
@@ -52,6 +53,34 @@ def test_experts_are_chosen_in_the_order_that_is_asked_for(tiny_suite: Path) -> 
         ) as caught:
             Recipe(experts=experts).chosen(suite)
         assert caught.value.of == "model"
+
+
+def test_a_merged_model_that_overflows_is_refused(bench: Workbench) -> None:
+    with pytest.raises(InputError, match=r"^Huge at coefficient 60000: visual\.proj holds .* above 65504") as caught:
+        Recipe(6e4).merge(bench, Huge())
+    assert str(caught.value).endswith("; take a smaller `scale`, or leave out the expert it comes from")
+    assert caught.value.of == "model"
+    Recipe(60.0).merge(bench, TaskArithmetic())
+
+
+class Huge(TaskArithmetic):
+    """As if one parameter had been fine-tuned until it diverged."""
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        return Merged({"visual.proj": torch.full_like(inputs.base["visual.proj"], 2.0)})
+
+
+@pytest.mark.parametrize("part", ["up", "router"])
+def test_experts_with_nan_are_refused(bench: Workbench, part: str) -> None:
+    class Spoiled(SMILE):
+        def merge(self, inputs: MergeInputs) -> Merged:
+            merged = super().merge(inputs)
+            experts = next(iter(merged.routed.values()))
+            (experts.up if part == "up" else experts.router.basis).view(-1)[0] = torch.nan
+            return merged
+
+    with pytest.raises(InputError, match=rf"^Spoiled at coefficient 1: visual\..*in_proj\.{part}.* holds NaN or infinity"):
+        Recipe().merge(bench, Spoiled(rank=2, gate_rank=1))
 
 
 def test_the_model_is_the_backbone_plus_the_scaled_update(bench: Workbench) -> None:

@@ -31,6 +31,21 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
             Trainer(default_root_dir=str(place))
 
 
+def test_links_that_lead_nowhere_and_impossible_names(tmp_path: Path) -> None:
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("nowhere", "loop"):
+        for place in (tmp_path / name, tmp_path / name / "deep"):
+            with pytest.raises(InputError, match=rf"^`default_root_dir` {place}: {tmp_path}/{name} is a link that leads nowhere"):
+                check_place(place)
+    for name in ("n" * 300, "nul\0"):
+        with pytest.raises(InputError, match=r"^`default_root_dir` .*: cannot be used \(.*\); name another directory$"):
+            check_place(tmp_path / name)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    check_place(tmp_path / "link" / "deep")
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write anywhere")
 def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -51,5 +66,14 @@ def test_a_merged_model_belongs_to_its_suite(tiny_suite: Path, tmp_path: Path) -
         check_merged(tmp_path, suite)
     Trainer(default_root_dir=str(tmp_path), accelerator="cpu").merge(MergedCLIP(TaskArithmetic()), VisionTasks(str(tiny_suite)))
     check_merged(tmp_path, suite)
+    config = tmp_path / "open_clip_config.json"
+    before = config.read_text()
+    for old, new in (('"quick_gelu": false', '"quick_gelu": true'), ('"head_width": 16', '"head_width": 8'), ("0.48", "0.49")):
+        config.write_text(before.replace(old, new))
+        with pytest.raises(InputError, match=r"open_clip_config\.json (was changed|has)"):
+            check_merged(tmp_path, suite)
+        with pytest.raises(InputError, match="merged from another backbone"):
+            check_merged(tmp_path, suite, verify=False)
+    config.write_text(before)
     with pytest.raises(InputError, match=r"merged from another backbone than that of .*suite\.yaml \(local-dir:"):
         check_merged(tmp_path, Suite.load("demo"))

@@ -1,8 +1,14 @@
+import errno
+import itertools
+import os
 from pathlib import Path
 
 import pytest
+from killing import killed_at
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.support.files import cache_dir, replacing
+from mergekit_vision.support.locks import abandoned, locked
 
 
 def test_replacing_creates_parents_and_leaves_only_the_file(tmp_path: Path) -> None:
@@ -30,6 +36,54 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, error: type[Ba
         interrupted()
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
     assert target.read_text() == "old"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in a fork")
+def test_what_killed_processes_leave_is_removed_by_the_next_and_nothing_else_is(tmp_path: Path) -> None:
+    target = tmp_path / "x.json"
+    target.write_text("old")
+
+    def write(content: str) -> None:
+        with replacing(target) as draft:
+            draft.write_text(content)
+
+    for number in itertools.count():
+        if not killed_at(number, lambda: write("new")):
+            break
+        assert target.read_text() in ("old", "new")
+    assert number > 6
+    (tmp_path / ".mergekit-vision" / "mine").mkdir(parents=True)
+    with replacing(target) as draft:
+        write("meanwhile")  # another's draft is in use, and stays
+        assert draft.is_file()
+    assert [path.name for path in (tmp_path / ".mergekit-vision").iterdir()] == ["mine"]
+    (tmp_path / ".mergekit-vision" / "mine").rmdir()
+    write("last")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.json": "last"}
+
+
+def test_a_file_system_without_locks_is_written_to_and_never_cleaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    left = tmp_path / ".mergekit-vision" / ("0" * 32)
+    left.mkdir(parents=True)
+    with replacing(tmp_path / "x.json") as draft:
+        draft.write_text("new")
+    assert (tmp_path / "x.json").read_text() == "new"
+    assert left.is_dir()
+
+
+def test_a_folder_is_used_by_one_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    with locked(folder):
+        assert not abandoned(folder)
+        with pytest.raises(InputError, match=f"^{tmp_path}: another process is writing here"), locked(folder):
+            pytest.fail("used by two")
+    assert abandoned(folder)
+    with locked(folder):
+        pass
 
 
 def test_cache_dir_follows_the_variable(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
