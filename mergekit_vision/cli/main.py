@@ -1,15 +1,25 @@
 """Runs a command, and says how it ended; imports nothing heavy before it has to."""
 
+import errno
+import os
 import re
 import sys
 import traceback
+from contextlib import redirect_stdout
+from typing import TextIO, cast
 
 from mergekit_vision.cli.commands import HELP, check_command
+from mergekit_vision.cli.signals import Terminated, terminable
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.terminal import Output, harmless
 from mergekit_vision.version import __version__
 
 _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "command": "--"}
 _LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
+_MACHINE = {  # what the machine, not the program, fails at: full disks, limits, missing rights, names that no file can have
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.EMFILE, errno.ENFILE),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,18 +30,36 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 after a user's mistake, which is one line on standard error; 70 after an error of the program
-        itself, whose traceback is written to a file; 130 after an interruption.
+        itself, whose traceback is written to a file; 130 after an interruption; 143 after SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    output = Output(sys.stdout)
+    with redirect_stdout(cast(TextIO, output)):
+        status = _status([argument for argument in arguments if argument != "--debug"], debug)
+        output.flush()
+    if output.failure is None or isinstance(output.failure, BrokenPipeError):  # who reads has read enough
+        return status
+    return status or _end(f"standard output: {output.failure.strerror}; files are written all the same", 1, debug=False)
+
+
+def _status(arguments: list[str], debug: bool) -> int:
+    """The exit status of a run, after everything that ended it was said."""
     try:
-        return _run([argument for argument in arguments if argument != "--debug"])
+        with terminable():
+            return _run(arguments)
     except InputError as error:
         return _end(in_options(error), 1, debug)
     except KeyboardInterrupt:
         print("mergekit-vision: interrupted; completed results are on disk, no file is partial", file=sys.stderr)
         return 130
+    except Terminated:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of the run are terminated too
+            print("mergekit-vision: terminated; completed results are on disk, no file is partial", file=sys.stderr)
+        return 143
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            return _end(f"{error.filename or 'a file'}: {error.strerror}", 1, debug)
         first = (str(error).splitlines() or [""])[0]
         what = f"{type(error).__name__}: {first}" if first else type(error).__name__
         return _end(f"{what}; this is a bug, please report it with {_traceback_file()}", 70, debug)
@@ -86,8 +114,8 @@ def _run(arguments: list[str]) -> int:
 def _end(message: str, status: int, debug: bool) -> int:
     """Say why a run ends."""
     if debug:
-        traceback.print_exc()
-    print(f"mergekit-vision: error: {message}", file=sys.stderr)
+        print(harmless(traceback.format_exc()), file=sys.stderr)
+    print(harmless(f"mergekit-vision: error: {message}"), file=sys.stderr)
     return status
 
 

@@ -72,6 +72,9 @@ class MergeCLI(LightningCLI):
         command, *rest = sys.argv[1:]
         check_options(rest, self._subcommand_parsers[command]._option_string_actions)
         super().parse_arguments(parser, args)
+        seed = self.config[command]["seed_everything"]
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise InputError(f"--seed_everything must lie in 0 to 2**32 - 1, not {seed}")
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the program and for each of its commands."""
@@ -95,11 +98,17 @@ class MergeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; what a constructor refuses is the user's mistake."""
         try:
-            super().instantiate_classes()
+            with _nothing_exits():
+                super().instantiate_classes()
         except InputError:
             raise
         except (ValueError, ImportError, MisconfigurationException) as error:
             raise InputError(explain(str(error))) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a command."""
+        with _nothing_exits():
+            super()._run_subcommand(subcommand)
 
 
 def run(arguments: list[str]) -> None:
@@ -128,10 +137,24 @@ def run(arguments: list[str]) -> None:
             )
         except MisconfigurationException as error:
             raise InputError(str(error)) from error
-        except SystemExit as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run like a failed one
-                raise KeyboardInterrupt from error
-            raise
+
+
+@contextmanager
+def _nothing_exits() -> Iterator[None]:
+    """Turn an attempt to end the program into an error: a run ends with its results, or with a reason.
+
+    Raises:
+        InputError: when a method, a data set or a router tries to.
+        KeyboardInterrupt: when the user interrupted the run, which Lightning then ends like a failed one.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise InputError(
+            f"the code of a method, a data set or a router ended the run (SystemExit: {error.code}); --debug shows where"
+        ) from error
 
 
 @contextmanager

@@ -13,13 +13,26 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
+
+from mergekit_vision.support.terminal import harmless
 
 Item = TypeVar("Item")
 
-console = Console(soft_wrap=True)
+
+class _Harmless(Console):
+    """A console on which no text that is shown makes the terminal act."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is shown, piece by piece."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=harmless(segment.text))
+
+
+console = _Harmless(soft_wrap=True)
 
 logger = logging.getLogger("mergekit_vision")
 logger.addHandler(logging.NullHandler())  # a library says nothing unless asked to

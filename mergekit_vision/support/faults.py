@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mergekit_vision.errors import InputError
 
+_LISTED = 20
+
 
 def closest(word: str, known: Collection[str]) -> str:
     """Hint for a misspelled word: ``" (did you mean `parquet`?)"``, or nothing where no known word is near."""
@@ -22,6 +24,8 @@ def closest_file(path: Path) -> str:
 
 
 def raise_faults(path: Path, faults: list[str], of: str | None = None) -> None:
-    """Raise one :class:`~mergekit_vision.errors.InputError` that lists all faults found in a file, if there are any."""
+    """Raise one :class:`~mergekit_vision.errors.InputError` that lists the faults found in a file, twenty at most, if there are any."""
     if faults:
-        raise InputError("\n  ".join([f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}", *faults]), of)
+        more = [f"… and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+        head = f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}"
+        raise InputError("\n  ".join([head, *faults[:_LISTED], *more]), of)

@@ -18,7 +18,7 @@ def import_by_path(path: str) -> Any:
         raise InputError(f"{path!r} is no dotted path such as package.module.Class")
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # whatever the module raises
+    except (Exception, SystemExit) as error:  # whatever the module raises
         raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -32,6 +32,6 @@ def registered(group: str, path: str) -> Any:
         if path in (point.name, point.value.replace(":", ".")):
             try:
                 return point.load()
-            except Exception as error:  # whatever the module raises
+            except (Exception, SystemExit) as error:  # whatever the module raises
                 raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return None
