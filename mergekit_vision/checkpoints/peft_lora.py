@@ -128,7 +128,9 @@ def _module(name: str) -> str:
 
 def _linear(container: Container, module: str) -> Place:
     place = linear_place(module)
-    named = any("visual." in name for name in container.entries)  # then blocks without it are the text tower's
+    named = any(
+        "visual." in name and ".lora_" in name for name in container.entries
+    )  # then blocks without it are the text tower's
     if place is not None and not (named and module.startswith("transformer.")):
         return place
     if module.startswith(("text_model.", "text_projection", "transformer.resblocks")) or ".text_model." in module:
