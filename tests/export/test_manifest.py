@@ -130,7 +130,10 @@ def test_an_edited_model_card_is_mentioned_and_no_obstacle(directory: Path, capl
     (directory / "README.md").write_text("# Mine\n")
     with caplog.at_level("WARNING", logger="mergekit_vision"):
         load(directory)
+        (directory / "README.md").unlink()
+        load(directory)
     assert "README.md has 7 bytes, but was written with" in caplog.text
+    assert "README.md is missing" in caplog.text
 
 
 def test_a_model_of_an_earlier_version_can_be_used_unchecked(directory: Path) -> None:
