@@ -19,6 +19,7 @@ from mergekit_vision.encoders.config import CONFIG, check_size, read_config
 from mergekit_vision.encoders.huggingface import as_open_clip, is_huggingface
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.json_files import to_json
+from mergekit_vision.support.memory import is_spent
 from mergekit_vision.support.tensors import unusable
 
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
@@ -237,9 +238,9 @@ def _loading(name: str) -> Iterator[None]:
     with _without_root_messages():
         try:
             yield
-        except torch.cuda.OutOfMemoryError:
-            raise
         except _UNLOADABLE as error:
+            if is_spent(error):
+                raise
             raise InputError(f"backbone {name}: {_shortened(str(error))}") from error
 
 

@@ -145,7 +145,7 @@ def read_checked(path: Path, schema: Any) -> Any:
 
 def _absent(directory: Path, files: Collection[str]) -> list[str]:
     """Files that are missing, and experts that are not this model's: what would be evaluated is another model."""
-    missing = [f"{name} is missing" for name in files if not (directory / name).is_file()]
+    missing = [f"{name} is missing" for name in files if name != CARD and not (directory / name).is_file()]
     others = [name for name in (EXPERTS, ROUTERS) if files and name not in files and (directory / name).exists()]
     return [*missing, *(f"{name} is there, but does not belong to this model" for name in others)]
 
@@ -163,6 +163,8 @@ def _altered(directory: Path, content: Mapping[str, Any]) -> list[str]:
 
 
 def _difference(path: Path, size: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
     if path.stat().st_size != size:
         return f"{path.name} has {path.stat().st_size} bytes, but was written with {size}"
     return None if hash_of(path) == sha256 else f"{path.name} was changed after it was written"

@@ -1,15 +1,12 @@
 """Memory that runs out, in one line."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from mergekit_vision.errors import InputError
-
-_SPENT = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|failed to allocate", re.IGNORECASE)
-_WANTED = re.compile(r"tried to allocate ([\d.]+ ?[a-z]+)", re.IGNORECASE)
+from mergekit_vision.support.memory import is_spent, wanted
 
 
 @contextmanager
@@ -25,11 +22,11 @@ def explained_memory(work: str, device: torch.device) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _SPENT.search(str(error)):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_spent(error):
             raise
-        wanted = _WANTED.search(str(error))
-        needed = f" ({wanted[1]} more were needed at once)" if wanted else ""
+        size = wanted(error)
+        needed = f" ({size} more were needed at once)" if size else ""
         smaller = "merge fewer experts, take fewer proxy images or a smaller batch, or free memory"
         remedy = smaller if device.type == "cpu" else f"use the CPU (`accelerator` cpu), or {smaller}"
         raise InputError(f"{work} ran out of memory on {device}{needed}; {remedy}", of="trainer") from error

@@ -47,7 +47,7 @@ def check(directory: Path, models: dict[float, dict[str, bytes]]) -> float:
     return scale
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation(save: Save, directory: Path, models: dict[float, dict[str, bytes]], step: int) -> None:
     """Each merge cleans up after the one before, too."""
     found = []

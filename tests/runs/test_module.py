@@ -126,8 +126,10 @@ def test_a_model_merged_from_another_backbone_is_refused(trainer: Trainer, tiny_
     config = json.loads((directory / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["mean"] = [0.0, 0.0, 0.0]
     (directory / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="another backbone"):
-        Trainer(default_root_dir=str(tmp_path / "t")).test(MergedCLIP(merged=str(directory)), VisionTasks(str(tiny_suite)))
+    for verify, message in ((True, "open_clip_config.json has .* bytes, but was written with"), (False, "another backbone")):
+        model = MergedCLIP(merged=str(directory), verify=verify)
+        with pytest.raises(InputError, match=message):
+            Trainer(default_root_dir=str(tmp_path / "t")).test(model, VisionTasks(str(tiny_suite)))
 
 
 def test_routes_of_a_dynamic_model(tmp_path: Path, tiny_suite: Path) -> None:
