@@ -142,6 +142,8 @@ def _said(detail: ErrorDetails, described: str | None = None) -> str:
     """The text of a fault without its place."""
     if detail["type"] in _OWN_WORDS:
         return detail["msg"].removeprefix("Value error, ")
+    if detail["loc"][-1:] == (_KEY,):
+        return f"key {brief(detail['input'])} must be {_KINDS.get(detail['type'], 'another')}"
     must = described or _KINDS.get(detail["type"])
     text = f"must be {must}" if must else detail["msg"].replace("Input should be", "must be").replace("Input should", "must")
     return f"{text}, not {shown(detail['input'])}"
