@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PlainValidator,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -49,7 +49,9 @@ _KINDS = {
 _REPR = _Short()
 
 
-def _usable(path: str) -> str:
+def _usable(path: object) -> str:
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"must be text, not {shown(path)}")
     expanded(path)
     return path
 
@@ -57,7 +59,7 @@ def _usable(path: str) -> str:
 Text = Annotated[str, Field(min_length=1)]
 """Text that is not empty."""
 
-FilePath = Annotated[Text, AfterValidator(_usable)]
+FilePath = Annotated[str, PlainValidator(_usable)]  # pydantic's own text has no bytes that are no UTF-8, which names may have
 """Text that can be a path, if not of anything there is."""
 
 _OWN_WORDS = {"value_error", "fault"}  # raised by a validator of ours; said by a schema further in
