@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from mergekit_vision.errors import InputError
 
 _MOST = 1024  # of a machine
@@ -22,6 +24,7 @@ def check_devices(devices: list[int] | str | int) -> None:
 
 
 def _numbers(devices: list[int] | str | int) -> list[int]:
+    """A number of devices, or their numbers; raises a ``ValueError`` where there is none."""
     if devices == "auto":
         return [-1]
     if isinstance(devices, str):
@@ -36,8 +39,8 @@ def check_slurm() -> None:
         InputError: with what is missing.
     """
     tasks, job = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_JOB_NAME")
-    if tasks is None or job in ("bash", "interactive"):  # where Lightning does not look at them either
-        return
+    if tasks is None or job in ("bash", "interactive") or torch.distributed.is_torchelastic_launched():
+        return  # Lightning does not look at them either
     needed = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", *(["SLURM_NTASKS_PER_NODE"] if tasks != "1" else [])]
     missing = [name for name in needed if not os.environ.get(name, "").isdigit()]
     if missing or not tasks.isdigit():

@@ -96,6 +96,17 @@ def test_each_mistake_is_named(root: Path, case: str) -> None:
     assert "input" not in text.lower()
 
 
+def test_thousands_of_faults_are_counted_at_once(root: Path) -> None:
+    content = content_of(root)
+    content["tasks"] |= {f"t{number}": {"expert": number, f"x{number}": 0} for number in range(1000)}
+    with pytest.raises(InputError) as caught:
+        Suite.load(write_file(root, content))
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith(": 3000 faults")
+    assert lines[1].startswith("  tasks.t0: unknown key `x0`")
+    assert lines[-1] == "  … and 2980 more"
+
+
 def places(content: Any, above: Place = ()) -> Iterator[Place]:
     """Of every part of some content."""
     yield above
