@@ -1,17 +1,17 @@
 """Short names of the options that matter, and checks of what was typed before the parser sees it."""
 
 import inspect
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from mergekit_vision import registry
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import closest
+from mergekit_vision.support.yaml_files import read_yaml
 
 
 class Short(NamedTuple):
@@ -98,7 +98,7 @@ def summary(command: str) -> str:
 
 
 def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
-    """Refuse options that do not exist, and methods that are not installed, each with the nearest right name.
+    """Refuse options that do not exist, methods that are not installed, each with the nearest right name, and hostile files.
 
     Args:
         arguments: of the command, with full names.
@@ -107,6 +107,9 @@ def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
     Raises:
         InputError: for the first that is wrong.
     """
+    for config in (value for option, value in _pairs(arguments) if option == "--config"):
+        if os.path.lexists(config):
+            read_yaml(Path(config))
     values = dict(_pairs(arguments))
     if (name := values.get("--model.merger", "")) and _is_name(name):
         registry.get(name)
@@ -140,9 +143,8 @@ def merger_names(arguments: Sequence[str]) -> list[str]:
 def _named_in(config: str) -> Iterator[str]:
     """Class paths under ``model.merger`` of a configuration file; none where it cannot be read, which the parser says."""
     try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        yield from _class_paths(content["model"]["merger"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        yield from _class_paths(read_yaml(Path(config))["model"]["merger"])
+    except (ValueError, KeyError, TypeError):
         return
 
 

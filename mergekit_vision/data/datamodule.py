@@ -59,9 +59,13 @@ class VisionTasks(LightningDataModule):
         allow_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("cache_mb", cache_mb, 0)):
-            if value is not None and value < least:
-                raise InputError(f"`{name}` must be {least} or more, not {value}", of="data")
+        for name, value, least, most in (
+            ("batch_size", batch_size, 1, 1 << 20),
+            ("num_workers", num_workers, 0, 1 << 10),
+            ("cache_mb", cache_mb, 0, 1 << 30),
+        ):
+            if value is not None and not least <= value <= most:
+                raise InputError(f"`{name}` must lie in {least} to {most}, not {value}", of="data")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.proxies = proxies

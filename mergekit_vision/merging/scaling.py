@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from mergekit_vision.errors import InputError
 
+_MOST_HALVINGS = 50  # no more make a difference to numbers of 64 bits
+
 
 @dataclass(frozen=True)
 class ScaleSearch:
@@ -30,10 +32,10 @@ class ScaleSearch:
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
             raise InputError(f"`search.low` ({self.low}) must be below `search.high` ({self.high}), both finite", of="model")
-        if not 0 < self.first < math.inf or self.halvings < 0:
-            raise InputError(
-                f"`search.first` ({self.first}) must be above 0 and `search.halvings` ({self.halvings}) not below", of="model"
-            )
+        if not 0 < self.first < math.inf:
+            raise InputError(f"`search.first` ({self.first}) must be above 0 and finite", of="model")
+        if not 0 <= self.halvings <= _MOST_HALVINGS:
+            raise InputError(f"`search.halvings` must lie in 0 to {_MOST_HALVINGS}, not {self.halvings}", of="model")
 
     def doubled(self) -> list[float]:
         """The coefficients of the first stage, ascending.

@@ -22,6 +22,7 @@ from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.memory import explained_memory
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
+from mergekit_vision.runs.processes import check_devices, check_slurm
 from mergekit_vision.runs.runtime import runtime_of
 from mergekit_vision.sources.folder import FlatFolder
 from mergekit_vision.support.console import console, logger, quiet_lightning
@@ -64,6 +65,8 @@ class Trainer(lightning.Trainer):
         enable_progress_bar: bool = True,
     ) -> None:
         check_place(Path(default_root_dir))
+        check_devices(devices)
+        check_slurm()
         bar = enable_progress_bar and console.is_terminal
         chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         with quiet_lightning():

@@ -40,13 +40,23 @@ def suite_faults(
     activation: str | None = None,
 ) -> list[str]:
     """What :func:`check_suite` raises, one text a fault, with other ``splits`` (task -> those it must have) for each task."""
-    faults = []
+    shared = _shared_faults(suite, shapes, activation) if experts else []
+    faults = [f"backbone: {fault}" for fault in shared]
     for task in suite.tasks.values():
-        if experts:
+        if experts and not shared:
             faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(suite, task, shapes, activation)]
         for split in dict.fromkeys(splits.get(task.name, ())):
             faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(suite, task, split)]
     return faults
+
+
+def _shared_faults(suite: Suite, shapes: Shapes, activation: str | None) -> list[str]:
+    """What keeps all experts alike from fitting the backbone, which then is another than theirs; none of a single expert."""
+    try:
+        found = [expert_faults(expert, "each expert", shapes, activation) for expert in suite.experts.values()]
+    except InputError:  # one cannot be opened
+        return []
+    return found[0] if len(found) > 1 and all(faults == found[0] for faults in found) else []
 
 
 def _expert_faults(suite: Suite, task: Task, shapes: Shapes, activation: str | None) -> list[str]:

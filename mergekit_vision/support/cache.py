@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -113,6 +112,11 @@ def _keep(path: Path, content: bytes) -> None:
         _warn_once(str(cache_dir()), str(error.strerror or error))
 
 
-@cache
 def _warn_once(directory: str, reason: str) -> None:
-    logger.warning("%s: cannot be written to (%s); results are not remembered", directory, reason)
+    if directory not in _warned:
+        _warned.add(directory)
+        logger.warning("%s: cannot be written to (%s); results are not remembered", directory, reason)
+
+
+_warned: set[str] = set()
+"""Cache directories of which it was said that nothing can be written there."""

@@ -67,7 +67,8 @@ def console_output() -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with _at_level(logging.ERROR, "huggingface_hub"):  # which announces each of its retries; our message says it once
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -110,15 +111,21 @@ def track(items: Iterable[Item], description: str) -> Iterator[Item]:
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's remarks on training, devices and its other products out, while the context is open."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    with _at_level(logging.WARNING, "lightning.pytorch", "lightning.fabric"), warnings.catch_warnings():
+        for message in _IRRELEVANT:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@contextmanager
+def _at_level(level: int, *names: str) -> Iterator[None]:
+    """Let some loggers say nothing below a level, while the context is open."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [each.level for each in loggers]
     for each in loggers:
-        each.setLevel(logging.WARNING)
+        each.setLevel(level)
     try:
-        with warnings.catch_warnings():
-            for message in _IRRELEVANT:
-                warnings.filterwarnings("ignore", message=message)
-            yield
+        yield
     finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+        for each, before in zip(loggers, levels, strict=True):
+            each.setLevel(before)

@@ -1,15 +1,15 @@
 """Schemas of files: what is wrong with a file's content, in words of the file."""
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PlainValidator,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -49,7 +49,9 @@ _KINDS = {
 _REPR = _Short()
 
 
-def _usable(path: str) -> str:
+def _usable(path: object) -> str:
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"must be text, not {shown(path)}")
     expanded(path)
     return path
 
@@ -57,7 +59,7 @@ def _usable(path: str) -> str:
 Text = Annotated[str, Field(min_length=1)]
 """Text that is not empty."""
 
-FilePath = Annotated[Text, AfterValidator(_usable)]
+FilePath = Annotated[str, PlainValidator(_usable)]  # pydantic's own text has no bytes that are no UTF-8, which names may have
 """Text that can be a path, if not of anything there is."""
 
 _OWN_WORDS = {"value_error", "fault"}  # raised by a validator of ours; said by a schema further in
@@ -117,8 +119,8 @@ def faults(schema: Any, content: object, place: str = "") -> list[str]:
     try:
         TypeAdapter(schema).validate_python(content, strict=True)
     except ValidationError as error:
-        found = sorted(error.errors(), key=lambda detail: tuple(_positions(content, detail["loc"])))
-        return [_line(content, detail, place) for detail in found]
+        found = _Content(content)
+        return [found.line(detail, place) for detail in sorted(error.errors(), key=found.order)]
     return []
 
 
@@ -142,34 +144,50 @@ def _said(detail: ErrorDetails, described: str | None = None) -> str:
     """The text of a fault without its place."""
     if detail["type"] in _OWN_WORDS:
         return detail["msg"].removeprefix("Value error, ")
+    if detail["loc"][-1:] == (_KEY,):
+        return f"key {brief(detail['input'])} must be {_KINDS.get(detail['type'], 'another')}"
     must = described or _KINDS.get(detail["type"])
     text = f"must be {must}" if must else detail["msg"].replace("Input should be", "must be").replace("Input should", "must")
     return f"{text}, not {shown(detail['input'])}"
 
 
-def _line(content: object, detail: ErrorDetails, whole: str) -> str:
-    """One fault with its place: the path of keys, then the number of a list's entry."""
-    place = detail["loc"][:-2] if detail["loc"][-1:] == (_KEY,) else detail["loc"]
-    path, entry = [], ""
-    for key in place:
-        if isinstance(content, Sequence):
-            entry = f"entry {key} "
-        else:
-            path.append(str(key))
-        content = _below(content, key)
-    where = ".".join(path) or whole
-    return f"{where}: {entry}{_said(detail)}" if where else f"{entry}{_said(detail)}"
+class _Content:
+    """The content of a file, in which places of pydantic's errors are looked up."""
 
+    def __init__(self, whole: object) -> None:
+        self._whole = whole
+        self._indexes: dict[int, dict[str, tuple[int, object]]] = {}
 
-def _positions(content: object, place: Sequence[int | str]) -> Iterator[int]:
-    """Where the keys of a path stand in the file, level by level, to sort by."""
-    for key in place:
-        names = [str(name) for name in content] if isinstance(content, Mapping) else []
-        yield names.index(str(key)) if str(key) in names else key if isinstance(key, int) else -1
-        content = _below(content, key)
+    def line(self, detail: ErrorDetails, whole: str) -> str:
+        """One fault with its place: the path of keys, then the number of a list's entry."""
+        place = detail["loc"][:-2] if detail["loc"][-1:] == (_KEY,) else detail["loc"]
+        path, entry = [], ""
+        for key, _, listed in self._steps(place):
+            if listed:
+                entry = f"entry {key} "
+            else:
+                path.append(str(key))
+        where = ".".join(path) or whole
+        return f"{where}: {entry}{_said(detail)}" if where else f"{entry}{_said(detail)}"
 
+    def order(self, detail: ErrorDetails) -> tuple[int, ...]:
+        """Where the keys of a fault's path stand in the file, level by level, to sort by."""
+        return tuple(position for _, position, _ in self._steps(detail["loc"]))
 
-def _below(content: object, key: int | str) -> object:
-    if isinstance(content, Mapping):
-        return next((value for name, value in content.items() if str(name) == str(key)), None)
-    return content[key] if isinstance(content, Sequence) and isinstance(key, int) and key < len(content) else None
+    def _steps(self, place: Iterable[int | str]) -> Iterator[tuple[int | str, int, bool]]:
+        """Each key of a path with its position, and whether it is the number of a list's entry."""
+        part = self._whole
+        for key in place:
+            listed = isinstance(part, list | tuple)
+            position, part = self._found(part, key)
+            yield key, position, listed
+
+    def _found(self, part: object, key: int | str) -> tuple[int, object]:
+        if isinstance(part, Mapping):
+            if id(part) not in self._indexes:  # there can be as many faults as keys
+                names = enumerate(part.items())
+                self._indexes[id(part)] = {str(name): (position, value) for position, (name, value) in names}
+            return self._indexes[id(part)].get(str(key), (-1, None))
+        if isinstance(part, list | tuple) and isinstance(key, int) and key < len(part):
+            return key, part[key]
+        return -1, None

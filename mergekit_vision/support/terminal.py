@@ -5,8 +5,8 @@ import re
 from contextlib import suppress
 from typing import Any, TextIO
 
-_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but for tab and new line, and what turns the direction of writing around."""
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and new line, what turns the direction of writing around, and bytes that were no UTF-8."""
 
 
 def harmless(text: str) -> str:

@@ -59,10 +59,18 @@ def test_every_fault_of_experts_and_data_is_listed(root: Path) -> None:
 
 def test_long_lists_of_keys_are_shortened(root: Path) -> None:
     shapes = {**shapes_of(root), **{f"visual.new.{i}": (1,) for i in range(30)}}
-    lines = faults_of(check_suite, Suite.load(root / "suite.yaml"), shapes)
-    assert len(lines) == 3
-    assert "visual.new.7 … and 22 more (30 in all)" in lines[0]
-    assert "visual.new.8," not in lines[0]
+    (line,) = faults_of(check_suite, Suite.load(root / "suite.yaml"), shapes)  # once, and not for each expert
+    assert line.startswith("backbone: each expert lacks visual.new.0, ")
+    assert "visual.new.7 … and 22 more (30 in all)" in line
+    assert "visual.new.8," not in line
+
+
+def test_what_one_expert_alone_lacks_is_told_of_it(root: Path) -> None:
+    weights = dict(open_weights(root / "experts" / "colors.safetensors"))
+    del weights["visual.proj"]
+    save_file(weights, root / "experts" / "colors.safetensors")
+    (line,) = faults_of(check_suite, Suite.load(root / "suite.yaml"), shapes_of(root))
+    assert line.startswith("tasks.colors.expert: ")
 
 
 def test_experts_are_checked_without_reading_a_tensor(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,6 +86,14 @@ def test_a_value_that_does_not_fit_is_computed_again_whatever_its_digest(cache: 
     SHARES.recall(["key"], lambda: 0.5)
     spoil(cache / "shares", content)
     assert SHARES.recall(["key"], lambda: 0.75) == 0.75
+
+
+def test_many_at_once_each_get_one_whole_value(cache: Path) -> None:
+    lists = Cache("lists", json_form(list))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: lists.recall(["key"], lambda: [number] * 1000), range(64)))
+    assert all(len(value) == 1000 and len(set(value)) == 1 for value in found)
+    assert lists.recall(["key"], lambda: pytest.fail("it is known")) in found
 
 
 def test_what_is_no_file_is_not_waited_for(cache: Path) -> None:

@@ -25,3 +25,11 @@ def test_all_faults_are_one_error() -> None:
     assert str(caught.value) == "suite.yaml: 2 faults\n  one\n  two"
     with pytest.raises(InputError, match=r"^suite\.yaml: 1 fault\n  one$"):
         raise_faults(Path("suite.yaml"), ["one"])
+
+
+def test_of_many_faults_the_first_twenty_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        raise_faults(tmp_path, [f"fault {number}" for number in range(20_000)])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{tmp_path}: 20000 faults"
+    assert lines[1:] == [*(f"  fault {number}" for number in range(20)), "  … and 19980 more"]
