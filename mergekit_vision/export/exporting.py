@@ -95,7 +95,7 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
 
 
 def _checked_record(merged: Path, verify: bool) -> dict[str, Any]:
-    """What ``merge.json`` holds; ``verify``, which a message may name, is an argument of the command here, not of a run's model."""
+    """What ``merge.json`` holds; ``verify``, which a message may name, is the command's argument here, not a run's."""
     try:
         return read_record(merged, verify)
     except InputError as error:
