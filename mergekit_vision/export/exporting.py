@@ -1,7 +1,5 @@
 """Exporting a merged model: everything is checked first, and the result is checked before it is there."""
 
-import json
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,22 +11,22 @@ from mergekit_vision.export.directory import load_experts
 from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.export.manifest import ROUTERS, read_record
 from mergekit_vision.export.merged import open_merged
+from mergekit_vision.export.output import output_faults, write_contents
 from mergekit_vision.export.writer import Writer
+from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, raise_faults
 from mergekit_vision.support.files import replacing_directory
-from mergekit_vision.support.fingerprints import fingerprint
 from mergekit_vision.support.imports import import_by_path
-from mergekit_vision.support.json_files import write_json
-from mergekit_vision.version import __version__
-
-EXPORT = "export.json"
-"""What was exported, how far it lies from the merged model, and the files that export wrote."""
-
-logger = logging.getLogger(__name__)
 
 
 def export_model(
-    merged: Path, to: str, output: Path, device: str = "cpu", base_only: bool = False, allow_code: bool = False
+    merged: Path,
+    to: str,
+    output: Path,
+    device: str = "cpu",
+    base_only: bool = False,
+    allow_code: bool = False,
+    verify: bool = True,
 ) -> float:
     """Write a merged model in another format, load it by the format's own library, and compare it with ours.
 
@@ -39,6 +37,7 @@ def export_model(
         device: that a ``torch`` program is made for.
         base_only: leave out the routed experts of a dynamic model.
         allow_code: import a router class even if no installed package registers it.
+        verify: compare the files of ``merged`` with their checksums first.
 
     Returns:
         How far the embeddings of the written model lie from ours, at most, relative to their norm.
@@ -47,9 +46,9 @@ def export_model(
         InputError: when something stands in the way, or the written model computes anything else; nothing is left then.
     """
     check_request(merged, to, output, device, base_only)
-    routed = {} if base_only else load_experts(merged, allow_code)
     logger.info("reading %s", merged)
-    model = open_merged(merged, routed)
+    record = _checked_record(merged, verify)
+    model = open_merged(merged, record, {} if base_only else load_experts(merged, allow_code))
     model.encoder.to(device)
     writer = cast(Writer, import_by_path(FORMATS[to].writer)())
     raise_faults(merged, writer.faults(model))
@@ -63,7 +62,8 @@ def export_model(
                 f"{to}: embeddings of what was written differ from those of {merged} by {difference:.1e} of their norm, "
                 f"more than {TOLERANCE:.0e}; it was removed. Please report this"
             )
-        _write_record(draft, {"format": to, "base_only": base_only, "difference": difference}, dict(model.record))
+        merge = {"suite": record["suite"], "method": record["merger"]["name"], "scale": record["scale"]}
+        write_contents(draft, {"format": to, "base_only": base_only, "difference": difference, "merge": merge})
     return difference
 
 
@@ -73,10 +73,10 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
     Raises:
         InputError: that names every fault.
     """
-    read_record(merged)
+    _checked_record(merged, verify=False)
     if to not in FORMATS:
         raise InputError(f"`to` {to}: not a format{closest(to, FORMATS)}; the formats are {', '.join(FORMATS)}", of="command")
-    form, faults = FORMATS[to], [*_output_faults(output), *_device_faults(to, device)]
+    form, faults = FORMATS[to], [*output_faults(output), *_device_faults(to, device)]
     if missing := form.missing():
         faults.append(f"`to` {to}: needs {', '.join(missing)}; pip install 'mergekit-vision[{form.extra}]'")
     if (merged / ROUTERS).exists() and not form.routed and not base_only:
@@ -89,41 +89,19 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
         raise InputError("\n  ".join(faults), of="command")
 
 
+def _checked_record(merged: Path, verify: bool) -> dict[str, Any]:
+    """What ``merge.json`` holds; ``verify``, which a message may name, is the command's argument here, not a run's."""
+    try:
+        return read_record(merged, verify)
+    except InputError as error:
+        raise InputError(str(error), of=error.of and "command") from error
+
+
 def _device_faults(to: str, device: str) -> list[str]:
     try:
-        torch.zeros((), device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         return [f"`device` {device}: cannot be used ({str(error).splitlines()[0]})"]
     if torch.device(device).type != "cpu" and to != "torch":
         return [f"`device` {device}: of use to the format torch only; what {to} writes runs on any device"]
     return []
-
-
-def _output_faults(output: Path) -> list[str]:
-    """Why ``output`` must not be replaced: it is a file, or holds files that export did not write, or that were changed since."""
-    if output.exists() and not output.is_dir():
-        return [f"`output` {output}: is a file; name a directory"]
-    written = _written(output)
-    others = [name for name, path in _files(output).items() if name != EXPORT and written.get(name) != fingerprint(path)]
-    if not others:
-        return []
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return [f"`output` {output}: holds files that export did not write ({', '.join(others[:3])}{more}); name another directory"]
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    return {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if not path.is_dir()}
-
-
-def _written(directory: Path) -> dict[str, str]:
-    """Name and hash of each file that an earlier export wrote."""
-    try:
-        return dict(json.loads((directory / EXPORT).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_record(directory: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
-    merge = {"suite": record.get("suite"), "method": record.get("merger", {}).get("name"), "scale": record.get("scale")}
-    files = {name: fingerprint(path) for name, path in _files(directory).items()}
-    write_json(directory / EXPORT, {**about, "mergekit_vision": __version__, "merge": merge, "files": files})
