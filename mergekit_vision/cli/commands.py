@@ -13,7 +13,11 @@ COMMANDS = {
 }
 """Commands that run a trainer; its methods of these names."""
 
-OTHER_COMMANDS = {"methods": "list the installed merging methods"}
+OTHER_COMMANDS = {
+    "methods": "list the installed merging methods",
+    "export": "write a merged model for transformers, open_clip, ONNX or torch.export",
+}
+"""Commands that run none, and have options of their own."""
 
 HELP = f"""usage: mergekit-vision COMMAND --suite SUITE.yaml [options]
 

@@ -9,7 +9,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.version import __version__
 
 _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "command": "--"}
-_LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite"}
+_LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,6 +68,10 @@ def _run(arguments: list[str]) -> int:
         from mergekit_vision.cli.methods import list_methods
 
         list_methods(arguments[1:])
+    elif arguments[0] == "export":
+        from mergekit_vision.cli.export import export
+
+        export(arguments[1:])
     else:
         from mergekit_vision.cli.program import run
 

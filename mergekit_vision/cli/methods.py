@@ -1,17 +1,10 @@
 """``mergekit-vision methods``: what is installed."""
 
-import argparse
 import json
 from collections.abc import Iterable
-from typing import NoReturn
 
-from mergekit_vision.errors import InputError
+from mergekit_vision.cli.plain_parser import PlainParser
 from mergekit_vision.registry import Method, broken, methods
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"methods: {message}")
 
 
 def list_methods(arguments: list[str]) -> None:
@@ -24,7 +17,7 @@ def list_methods(arguments: list[str]) -> None:
         InputError: for an unknown option.
         SystemExit: after ``--help``.
     """
-    parser = _Parser("mergekit-vision methods", description="List the installed merging methods.", allow_abbrev=False)
+    parser = PlainParser("methods", "List the installed merging methods.")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON list of objects: name, title, paper, needs, kind")
     form.add_argument("--markdown", action="store_true", help="print a Markdown table, with what each does")

@@ -82,15 +82,14 @@ def _write(
     draft: Path, backbone: Backbone, weights: Weights, routed: Mapping[str, LowRankExperts], record: Mapping[str, Any]
 ) -> None:
     """Write the files of a model into an empty folder, the one that lists them last."""
-    preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
     if routed:
         tensors, routers = pack_experts(routed)
         save_safetensors(draft / EXPERTS, tensors)
         write_json(draft / ROUTERS, routers)
     save_safetensors(draft / MODEL, weights)
-    write_json(draft / CONFIG, {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess})
+    write_json(draft / CONFIG, open_clip_config(backbone))
     (draft / CARD).write_text(model_card(record, bool(routed)), encoding="utf-8")
-    _save_tokenizer(draft, backbone)
+    save_tokenizer(draft, backbone)
     write_record(draft, record)
 
 
@@ -143,8 +142,14 @@ def load(directory: str | Path, allow_code: bool = False, verify: bool = True) -
     return encoder
 
 
-def _save_tokenizer(directory: Path, backbone: Backbone) -> None:
-    """open_clip reads a Hugging Face tokenizer from the model's own directory."""
+def open_clip_config(backbone: Backbone) -> dict[str, Any]:
+    """What ``open_clip_config.json`` holds."""
+    preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
+    return {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess}
+
+
+def save_tokenizer(directory: Path, backbone: Backbone) -> None:
+    """Save a model's Hugging Face tokenizer, if it has one: open_clip reads that from the model's own directory."""
     if not dict(backbone.model.get("text_cfg", {})).get("hf_tokenizer_name"):
         return
     import open_clip

@@ -1,0 +1,27 @@
+"""The parser of commands that run no trainer."""
+
+import argparse
+from typing import NoReturn
+
+from mergekit_vision.errors import InputError
+
+
+class PlainParser(argparse.ArgumentParser):
+    """Parses the arguments of one command; a mistake is one line.
+
+    Args:
+        command: its name.
+        description: what it does.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(f"mergekit-vision {command}", description=description, allow_abbrev=False)
+        self.command = command
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what cannot be parsed.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{self.command}: {message}")

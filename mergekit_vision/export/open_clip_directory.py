@@ -1,0 +1,28 @@
+"""``open_clip``: a plain model directory of open_clip."""
+
+from pathlib import Path
+
+import torch
+
+from mergekit_vision.checkpoints import save_safetensors
+from mergekit_vision.export.directory import CONFIG, MODEL, open_clip_config, save_tokenizer
+from mergekit_vision.export.merged import MergedModel
+from mergekit_vision.export.writer import Embed, Writer
+from mergekit_vision.support.json_files import write_json
+
+
+class OpenClip(Writer):
+    """What ``open_clip.create_model_and_transforms("local-dir:…")`` loads: both towers, without the record of the merge."""
+
+    def write(self, model: MergedModel, directory: Path) -> None:
+        """Write both towers."""
+        save_safetensors(directory / MODEL, model.weights())
+        write_json(directory / CONFIG, open_clip_config(model.backbone))
+        save_tokenizer(directory, model.backbone)
+
+    def load(self, directory: Path) -> Embed:
+        """Load it by open_clip."""
+        import open_clip
+
+        clip = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True).eval()
+        return torch.no_grad()(clip.encode_image)  # type: ignore[no-any-return]

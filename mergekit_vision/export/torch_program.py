@@ -1,0 +1,44 @@
+"""``torch``: the image encoder as a program of ``torch.export``, which runs without this package."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from mergekit_vision.export.merged import MergedModel
+from mergekit_vision.export.preprocessing import write_preprocessing
+from mergekit_vision.export.writer import Embed, Writer
+
+PROGRAM = "model.pt2"
+
+
+class TorchProgram(Writer):
+    """``model.pt2``: images ``[N, 3, H, W]`` to embeddings ``[N, embed_dim]``, for any ``N``, on the device it was made for."""
+
+    def write(self, model: MergedModel, directory: Path) -> None:
+        """Write the program and the preprocessing."""
+        torch.export.save(traced(model), directory / PROGRAM)
+        write_preprocessing(model, directory)
+
+    def load(self, directory: Path) -> Embed:
+        """Load the program."""
+        program = torch.export.load(directory / PROGRAM)
+        device = next(iter(program.state_dict.values())).device
+        module = program.module()
+
+        def embed(images: Tensor) -> Tensor:
+            return module(images.to(device)).cpu()  # type: ignore[no-any-return]
+
+        return embed
+
+
+@torch.no_grad()
+def traced(model: MergedModel) -> ExportedProgram:
+    """The encoder as a graph with its routing inside, for batches of any size.
+
+    Routed layers leave the paths that look at a choice on the host when ``torch.compiler.is_compiling()``, as it is here.
+    """
+    example = torch.zeros(2, 3, *model.image_size, device=model.device)  # one image would make the batch a constant
+    batch = torch.export.Dim("batch")
+    return torch.export.export(model.encoder, (example,), dynamic_shapes={"images": {0: batch}}, strict=False)
