@@ -1,7 +1,6 @@
 """Exporting a merged model: everything is checked first, and the result is checked before it is there."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from mergekit_vision.export.directory import ROUTERS, load_experts, read_record
 from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.export.merged import open_merged
 from mergekit_vision.export.writer import Writer
+from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, raise_faults
 from mergekit_vision.support.files import replacing_directory
 from mergekit_vision.support.fingerprints import fingerprint
@@ -22,8 +22,6 @@ from mergekit_vision.version import __version__
 
 EXPORT = "export.json"
 """What was exported, how far it lies from the merged model, and the files that export wrote."""
-
-logger = logging.getLogger(__name__)
 
 
 def export_model(

@@ -1,0 +1,197 @@
+"""Exports, loaded by their own libraries alone, against the merged models; and what is refused."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mergekit_vision import InputError, load
+from mergekit_vision.export import formats
+from mergekit_vision.export.exporting import export_model
+from mergekit_vision.export.open_clip_directory import OpenClip
+from mergekit_vision.export.torch_program import TorchProgram
+
+Merged = Callable[[str], Path]
+Embed = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def without_this_package(*others: str) -> Iterator[None]:
+    """Nothing of this package can be imported, nor of ``others``, while the context is open."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("mergekit_vision", *others):
+                patch.setitem(sys.modules, name, None)
+        yield
+
+
+def by_transformers(directory: Path) -> Embed:
+    transformers = pytest.importorskip("transformers")
+    encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(directory).eval()
+    return lambda images: encoder(pixel_values=images).image_embeds
+
+
+def by_open_clip(directory: Path) -> Embed:
+    import open_clip
+
+    return open_clip.create_model(f"local-dir:{directory}").eval().encode_image
+
+
+def by_onnxruntime(directory: Path) -> Embed:
+    session = pytest.importorskip("onnxruntime").InferenceSession(directory / "model.onnx")
+    return lambda images: torch.from_numpy(session.run(None, {"pixels": images.numpy()})[0])
+
+
+def by_torch(directory: Path) -> Embed:
+    return torch.export.load(directory / "model.pt2").module()
+
+
+READERS = {"huggingface": by_transformers, "open_clip": by_open_clip, "onnx": by_onnxruntime, "torch": by_torch}
+
+
+def needs(to: str) -> None:
+    """Skip a test where a format's packages are missing."""
+    for package in formats.FORMATS[to].packages:
+        pytest.importorskip(package, reason=f"the extra {formats.FORMATS[to].extra} is not installed")
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("ESM", "huggingface"),
+        ("ESM", "open_clip"),
+        ("ESM", "onnx"),
+        ("ESMPP", "onnx"),
+        ("ESMPPBayes", "onnx"),
+        ("SMILE", "onnx"),
+        ("ESM", "torch"),
+        ("ESMPPBayes", "torch"),
+        ("SMILE", "torch"),
+    ],
+)
+def test_predictions_are_those_of_the_merged_model(name: str, to: str, merged: Merged, tmp_path: Path) -> None:
+    needs(to)
+    difference = export_model(merged(name), to, tmp_path / "out")
+    images, head = normal(256, 3, 16, 16), normal(10, 32)
+    with torch.no_grad():
+        expected = load(merged(name))(images)
+        with without_this_package(*([] if to == "open_clip" else ["open_clip"])):
+            embed = READERS[to](tmp_path / "out")
+            found = torch.cat([embed(part) for part in images.split([1, 5, 120, 130])])
+    equal = (F.normalize(found, dim=-1) @ head.T).argmax(1) == (F.normalize(expected, dim=-1) @ head.T).argmax(1)
+    assert equal.float().mean() >= 0.999
+    assert difference < 1e-5
+    assert (expected - load(merged("ESM"))(images)).norm() > 1e-2 * expected.norm() or name == "ESM", "the experts do nothing"
+
+
+def test_the_static_base_alone(merged: Merged, tmp_path: Path) -> None:
+    export_model(merged("ESMPP"), "open_clip", tmp_path / "base", base_only=True)
+    base = load(merged("ESMPP"))
+    assert base.routing is not None
+    base.routing.mode = "base"
+    images = normal(9, 3, 16, 16)
+    with torch.no_grad():
+        found = by_open_clip(tmp_path / "base")(images)
+        assert (found - base(images)).norm() < 1e-5 * found.norm()
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "export.json",
+    }
+
+
+@pytest.mark.parametrize("to", [name for name, form in formats.FORMATS.items() if not form.routed])
+def test_a_dynamic_model_is_refused_where_its_experts_have_no_room(to: str, merged: Merged, tmp_path: Path) -> None:
+    needs(to)
+    with pytest.raises(InputError, match=r"is a dynamic model, .*take one of onnx, torch.*`base_only`") as caught:
+        export_model(merged("SMILE"), to, tmp_path / "out")
+    assert caught.value.of == "command"
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_that_is_wrong_with_a_request_is_said_at_once(merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError) as caught:
+        export_model(merged("ESMPP"), "huggingface", tmp_path / "out", device="nowhere")
+    lines = str(caught.value).splitlines()
+    assert "`output`" in lines[0]
+    assert "is a file; name a directory" in lines[0]
+    assert "`device` nowhere: cannot be used" in lines[1]
+    assert "needs transformers; pip install 'mergekit-vision[hf]'" in lines[2]
+    assert "dynamic model" in lines[3]
+    with pytest.raises(InputError, match=r"`to` torsh: not a format \(did you mean `torch`\?\); the formats are huggingface,"):
+        export_model(merged("ESM"), "torsh", tmp_path / "new")
+    with pytest.raises(InputError, match="not a merged model"):
+        export_model(tmp_path, "torch", tmp_path / "new")
+
+
+def test_only_what_export_wrote_is_replaced(merged: Merged, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    export_model(merged("ESM"), "open_clip", output)
+    export_model(merged("ESM"), "open_clip", output)
+    content = {path.name: path.read_bytes() for path in output.iterdir()}
+    (output / "notes").mkdir()
+    (output / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files that export did not write \(notes/mine\.txt\); name another"):
+        export_model(merged("ESM"), "open_clip", output)
+    (output / "notes" / "mine.txt").unlink()
+    (output / "notes").rmdir()
+    (output / "open_clip_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"did not write \(open_clip_config\.json\)"):
+        export_model(merged("ESM"), "open_clip", output)
+    (output / "open_clip_config.json").write_bytes(content["open_clip_config.json"])
+    export_model(merged("ESM"), "open_clip", output)
+    for own in (merged("ESM"), tmp_path):
+        with pytest.raises(InputError, match="holds files that export did not write"):
+            export_model(merged("ESM"), "open_clip", own)
+
+
+def test_an_export_that_computes_something_else_is_an_error_and_not_there(
+    merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_model(merged("ESM"), "open_clip", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    write = OpenClip.write
+
+    def spoiled(self: OpenClip, model: object, directory: Path) -> None:
+        write(self, model, directory)  # type: ignore[arg-type]
+        file = directory / "open_clip_config.json"
+        file.write_text(file.read_text().replace('"quick_gelu": false', '"quick_gelu": true'))
+
+    monkeypatch.setattr(OpenClip, "write", spoiled)
+    for output in ("new", "out"):
+        with pytest.raises(InputError, match=r"open_clip: embeddings of what was written differ .* more than 1e-05; it was removed"):
+            export_model(merged("ESM"), "open_clip", tmp_path / output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_record_says_what_was_exported(merged: Merged, tmp_path: Path) -> None:
+    difference = export_model(merged("ESM"), "torch", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (record["format"], record["base_only"], record["difference"]) == ("torch", False, difference)
+    assert record["merge"] == {"suite": "tiny", "method": "ESM", "scale": 0.7}
+    assert set(record["files"]) == {"model.pt2", "preprocess.json"}
+    assert json.loads((tmp_path / "out" / "preprocess.json").read_text()) == {
+        "size": [16, 16],
+        "mode": "RGB",
+        "mean": [0.48, 0.46, 0.41],
+        "std": [0.27, 0.26, 0.28],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+    assert str(Path.cwd()).encode() not in (tmp_path / "out" / "model.pt2").read_bytes()
+    assert TorchProgram().load(tmp_path / "out")(normal(2, 3, 16, 16)).shape == (2, 32)
