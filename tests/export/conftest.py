@@ -11,16 +11,20 @@ from small_models import Save, small_models
 from tiny import CONFIG, write_backbone
 
 from mergekit_vision import MergedCLIP, Merger, Trainer, VisionTasks
+from mergekit_vision.export.exporting import export_model
+from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP, ESMPPBayes
 from mergekit_vision.plugins.smile import SMILE
 
+_LAYERS = ("in_proj",)  # graphs of few layers are quick to make
+
 MERGERS: dict[str, Merger] = {
     "ESM": ESM(),
-    "ESMPP": ESMPP(rank=4),
+    "ESMPP": ESMPP(rank=4, layers=_LAYERS),
     # of so small a model the tokens have no 32 axes that float32 could tell apart, on which the covariance would be taken
-    "ESMPPBayes": ESMPPBayes(rank=4, pooling=("mean", "deviation", "first")),
-    "SMILE": SMILE(rank=4, gate_rank=2),
+    "ESMPPBayes": ESMPPBayes(rank=4, layers=_LAYERS, pooling=("mean", "deviation", "first")),
+    "SMILE": SMILE(rank=4, gate_rank=2, layers=_LAYERS),
 }
 
 
@@ -34,6 +38,22 @@ def merged(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
             trainer = Trainer(default_root_dir=str(root / name), accelerator="cpu")
             trainer.merge(MergedCLIP(MERGERS[name], scale=0.7), VisionTasks(str(tiny_suite)))
         return root / name
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def exported(merged: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """One of the ``MERGERS``' models in a format, once for all tests: directory of the export."""
+    root = tmp_path_factory.mktemp("exported")
+
+    def directory(name: str, to: str) -> Path:
+        for package in FORMATS[to].packages:
+            pytest.importorskip(package, reason=f"the extra {FORMATS[to].extra} is not installed")
+        output = root / f"{name}-{to}"
+        if not output.exists():
+            export_model(merged(name), to, output)
+        return output
 
     return directory
 
