@@ -1,13 +1,12 @@
 """Exports, loaded by their own libraries alone, against the merged models; and what is refused."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from exports import READERS, by_open_clip, without_this_package
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,41 +17,6 @@ from mergekit_vision.export.open_clip_directory import OpenClip
 
 Merged = Callable[[str], Path]
 Exported = Callable[[str, str], Path]
-Embed = Callable[[Tensor], Tensor]
-
-
-@contextmanager
-def without_this_package(*others: str) -> Iterator[None]:
-    """Nothing of this package can be imported, nor of ``others``, while the context is open."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in list(sys.modules):
-            if name.partition(".")[0] in ("mergekit_vision", *others):
-                patch.setitem(sys.modules, name, None)
-        yield
-
-
-def by_transformers(directory: Path) -> Embed:
-    transformers = pytest.importorskip("transformers")
-    encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(directory).eval()
-    return lambda images: encoder(pixel_values=images).image_embeds
-
-
-def by_open_clip(directory: Path) -> Embed:
-    import open_clip
-
-    return open_clip.create_model(f"local-dir:{directory}").eval().encode_image
-
-
-def by_onnxruntime(directory: Path) -> Embed:
-    session = pytest.importorskip("onnxruntime").InferenceSession(directory / "model.onnx")
-    return lambda images: torch.from_numpy(session.run(None, {"pixels": images.numpy()})[0])
-
-
-def by_torch(directory: Path) -> Embed:
-    return torch.export.load(directory / "model.pt2").module()
-
-
-READERS = {"huggingface": by_transformers, "open_clip": by_open_clip, "onnx": by_onnxruntime, "torch": by_torch}
 
 
 def normal(*shape: int) -> Tensor:
