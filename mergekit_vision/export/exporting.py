@@ -88,7 +88,7 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
 
 def _device_faults(to: str, device: str) -> list[str]:
     try:
-        torch.zeros((), device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         return [f"`device` {device}: cannot be used ({str(error).splitlines()[0]})"]
     if torch.device(device).type != "cpu" and to != "torch":
@@ -101,7 +101,8 @@ def _output_faults(output: Path) -> list[str]:
     if output.exists() and not output.is_dir():
         return [f"`output` {output}: is a file; name a directory"]
     written = _written(output)
-    others = [name for name, path in _files(output).items() if name != EXPORT and written.get(name) != fingerprint(path)]
+    own = written.keys() | ({EXPORT} if written else set())
+    others = [name for name, path in _files(output).items() if name not in own or _changed(path, written.get(name))]
     if not others:
         return []
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -109,7 +110,13 @@ def _output_faults(output: Path) -> list[str]:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    return {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if not path.is_dir()}
+    """Name and path of each file and link."""
+    found = sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(directory).as_posix(): path for path in found}
+
+
+def _changed(path: Path, known: str | None) -> bool:
+    return path.is_symlink() or (known is not None and fingerprint(path) != known)
 
 
 def _written(directory: Path) -> dict[str, str]:

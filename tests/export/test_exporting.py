@@ -117,7 +117,12 @@ def test_only_what_export_wrote_is_replaced(merged: Merged, tmp_path: Path) -> N
         export_model(merged("ESM"), "open_clip", output)
     (output / "open_clip_config.json").write_bytes(content["open_clip_config.json"])
     export_model(merged("ESM"), "open_clip", output)
-    for own in (merged("ESM"), tmp_path):
+    (output / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"did not write \(link\)"):
+        export_model(merged("ESM"), "open_clip", output)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "export.json").write_text('{"format": "video"}')
+    for own in (merged("ESM"), tmp_path, tmp_path / "theirs"):
         with pytest.raises(InputError, match="holds files that export did not write"):
             export_model(merged("ESM"), "open_clip", own)
 
