@@ -51,7 +51,7 @@ docs: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing PyTorch and what else is needed into .venv: a few GB, a few minutes"
-	$(BIN)/python -m pip install --editable '.[test,hub]'
+	$(BIN)/python -m pip install --editable '.[test,hub,hf,onnx]'
 	touch $@
 
 $(OLDEST)/ready: setup.cfg pyproject.toml

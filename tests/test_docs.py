@@ -15,17 +15,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import open_clip
 import pytest
+import torch
 import yaml
 from PIL import Image
 from synthetic import Zoo
 
 import mergekit_vision
-from mergekit_vision import functional
+from mergekit_vision import MergedCLIP, Trainer, VisionTasks, functional
 from mergekit_vision.__main__ import main
 from mergekit_vision.cli.commands import COMMANDS, OTHER_COMMANDS
 from mergekit_vision.cli.options import SHORT, expanded
+from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger
+from mergekit_vision.plugins.esm import ESM
+from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.registry import mergers
 from mergekit_vision.sources.config import config_faults
 from mergekit_vision.suites.layout import read_suite
@@ -285,7 +290,8 @@ def check_package_command(words: list[str]) -> None:
     """What `pip` and `pytest` are given is there."""
     for word in words[1:]:
         if word.startswith(".["):
-            assert re.search(rf"^{word[2:-1]} =$", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE), f"no extra {word}"
+            for extra in word[2:-1].split(","):
+                assert re.search(rf"^{extra} =$", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE), f"no extra {extra}"
         elif "/" in word:
             assert (ROOT / word).exists()
 
@@ -346,3 +352,27 @@ def test_code_on_the_page_of_python(
     assert {path.name for path in (tmp_path / "runs" / "compare").iterdir()} >= {"results.json", "report.html"}
     printed = capsys.readouterr().out
     assert all(f"{name} {merger.__module__}" in printed for name, merger in OWN.items())
+
+
+def test_commands_and_code_on_the_page_of_export(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, in order, on small models; each library finds the same probabilities or embeddings."""
+    for package in {package for form in FORMATS.values() for package in form.packages}:
+        pytest.importorskip(package, reason="the extras hf and onnx are not installed")
+    monkeypatch.chdir(tmp_path)
+    for name, merger in {"esm": ESM(), "esmpp": ESMPP(rank=2, layers=("c_fc",))}.items():
+        Trainer(default_root_dir=f"runs/{name}", accelerator="cpu").merge(MergedCLIP(merger), VisionTasks(str(tiny_suite)))
+    exports = [words[1:] for words in commands("export.md") if words[:2] == ["mergekit-vision", "export"]]
+    assert {words[words.index("--to") + 1] for words in exports} == FORMATS.keys()
+    assert [main(words) for words in exports] == [0] * len(exports)
+    Image.effect_noise((32, 32), 60).convert("RGB").save("photo.png")
+    theirs, ours, graph = ({"__name__": "export"} for _ in range(3))
+    for names, block in zip((theirs, theirs, ours, graph), blocks("export.md", "python"), strict=False):
+        exec(compile(block, "export.md", "exec"), names)
+    assert theirs["embeddings"].shape == (1, 32)
+    assert theirs["probabilities"].tolist()[0] == pytest.approx(ours["probabilities"].tolist()[0], abs=0.02)
+    _, _, preprocess = open_clip.create_model_and_transforms("local-dir:runs/esmpp")
+    with torch.no_grad():
+        image = mergekit_vision.load("runs/esmpp")(preprocess(Image.open("photo.png"))[None])
+    assert (torch.from_numpy(graph["embeddings"]) - image).norm() < 1e-3 * image.norm()
+    exec(compile(blocks("export.md", "python")[-1], "export.md", "exec"), graph)
+    assert graph["embeddings"].shape == (7, 32)

@@ -67,12 +67,12 @@ def write_file(root: Path, content: dict[str, Any]) -> Path:
     return root / "suite.yaml"
 
 
-def write_backbone(place: Path) -> dict[str, Tensor]:
+def write_backbone(place: Path, config: dict[str, Any] = CONFIG) -> dict[str, Tensor]:
     """Save a seeded random model in open_clip's ``local-dir:`` layout; its vision tower's weights."""
     import open_clip
 
     place.mkdir()
-    (place / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    (place / "open_clip_config.json").write_text(json.dumps(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.create_model(f"local-dir:{place}", load_weights=False)

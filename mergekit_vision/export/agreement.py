@@ -31,9 +31,9 @@ def largest_difference(embed: Callable[[Tensor], Tensor], model: MergedModel) ->
 
 def relative(found: Tensor, expected: Tensor) -> Tensor:
     """Distance of each row from the expected one, in norms of that: ``[N]``, float64; infinite where a value is not finite."""
-    found, expected = found.double(), expected.double()
-    distance: Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return distance.nan_to_num(nan=torch.inf)
+    norm = torch.linalg.vector_norm
+    ratio: Tensor = norm(found.double() - expected.double(), dim=-1) / norm(expected.double(), dim=-1)
+    return ratio.nan_to_num(nan=torch.inf)
 
 
 @torch.no_grad()

@@ -163,7 +163,7 @@ def _line(text: object) -> str:
 
 def _base_models(record: Mapping[str, Any]) -> Iterator[str]:
     """Ids on the hub of the backbone and of the experts, of those that have one."""
-    for name in (record["backbone"], *record["experts"].values()):
+    for name in (record["backbone"], *shareable(record)["experts"].values()):
         if found := hub_id(name):
             yield found
         elif name == record["backbone"] and record.get("pretrained"):

@@ -1,7 +1,6 @@
 """Exporting a merged model: everything is checked first, and the result is checked before it is there."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.export.manifest import ROUTERS, read_record
 from mergekit_vision.export.merged import open_merged
 from mergekit_vision.export.writer import Writer
+from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, raise_faults
 from mergekit_vision.support.files import replacing_directory
 from mergekit_vision.support.fingerprints import fingerprint
@@ -23,8 +23,6 @@ from mergekit_vision.version import __version__
 
 EXPORT = "export.json"
 """What was exported, how far it lies from the merged model, and the files that export wrote."""
-
-logger = logging.getLogger(__name__)
 
 
 def export_model(
@@ -91,7 +89,7 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
 
 def _device_faults(to: str, device: str) -> list[str]:
     try:
-        torch.zeros((), device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         return [f"`device` {device}: cannot be used ({str(error).splitlines()[0]})"]
     if torch.device(device).type != "cpu" and to != "torch":
@@ -104,7 +102,8 @@ def _output_faults(output: Path) -> list[str]:
     if output.exists() and not output.is_dir():
         return [f"`output` {output}: is a file; name a directory"]
     written = _written(output)
-    others = [name for name, path in _files(output).items() if name != EXPORT and written.get(name) != fingerprint(path)]
+    own = written.keys() | ({EXPORT} if written else set())
+    others = [name for name, path in _files(output).items() if name not in own or _changed(path, written.get(name))]
     if not others:
         return []
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -112,7 +111,13 @@ def _output_faults(output: Path) -> list[str]:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    return {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if not path.is_dir()}
+    """Name and path of each file and link."""
+    found = sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(directory).as_posix(): path for path in found}
+
+
+def _changed(path: Path, known: str | None) -> bool:
+    return path.is_symlink() or (known is not None and fingerprint(path) != known)
 
 
 def _written(directory: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ class Onnx(Writer):
             opset_version=OPSET,
             input_names=[PIXELS],
             output_names=[EMBEDDINGS],
+            dynamic_shapes={"images": {0: BATCH}},  # its name in the graph
             verbose=False,
         )
         assert program is not None

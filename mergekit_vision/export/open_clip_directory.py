@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from mergekit_vision.checkpoints import save_safetensors
+from mergekit_vision.encoders.backbone import load_clip
 from mergekit_vision.export.directory import open_clip_config, save_tokenizer
 from mergekit_vision.export.manifest import CONFIG, MODEL
 from mergekit_vision.export.merged import MergedModel
@@ -22,8 +21,5 @@ class OpenClip(Writer):
         save_tokenizer(directory, model.backbone)
 
     def load(self, directory: Path) -> Embed:
-        """Load it by open_clip."""
-        import open_clip
-
-        clip = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True).eval()
-        return torch.no_grad()(clip.encode_image)  # type: ignore[no-any-return]
+        """Load it by ``open_clip.create_model``."""
+        return load_clip(f"local-dir:{directory}").encode_image  # type: ignore[return-value]

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from mergekit_vision.export.merged import MergedModel
 from mergekit_vision.export.preprocessing import write_preprocessing
@@ -41,4 +42,8 @@ def traced(model: MergedModel) -> ExportedProgram:
     """
     example = torch.zeros(2, 3, *model.image_size, device=model.device)  # one image would make the batch a constant
     batch = torch.export.Dim("batch")
-    return torch.export.export(model.encoder, (example,), dynamic_shapes={"images": {0: batch}}, strict=False)
+    program = torch.export.export(model.encoder, (example,), dynamic_shapes={"images": {0: batch}}, strict=False)
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        node.meta.pop("stack_trace", None)  # it names files of this machine, and would be saved
+    return program

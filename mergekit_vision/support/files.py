@@ -84,23 +84,21 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the directory to write; missing parents are created. All that it held is gone when the block ends.
 
     Yields:
-        An empty directory beside ``path``. When the block raises anything, it is removed and ``path`` stays as it was.
+        An empty directory on the same file system, with the name of ``path``. When the block raises anything, it is removed and
+        ``path`` stays as it was.
     """
     target = Path(path).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name[:64]}.{uuid.uuid4().hex}")
-    old = draft.with_suffix(".old")
-    draft.mkdir()
-    try:
+    with _draft_folder(target.parent / WORK) as folder:
+        draft, old = folder / target.name, folder / f"{target.name}.old"
+        draft.mkdir()
         yield draft
-        if target.exists():
-            target.rename(old)
-        draft.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for rest in (draft, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        try:
+            if target.exists():
+                target.rename(old)
+            draft.rename(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
 
 
 def cache_dir() -> Path:
