@@ -96,6 +96,10 @@ def _run(arguments: list[str]) -> int:
         from mergekit_vision.cli.methods import list_methods
 
         list_methods(arguments[1:])
+    elif arguments[0] == "inspect":
+        from mergekit_vision.cli.inspect import inspect
+
+        inspect(arguments[1:])
     elif arguments[0] == "export":
         from mergekit_vision.cli.export import export
 

@@ -1,5 +1,6 @@
 """Whether experts descend from the backbone: their weights beside its own, before anything is merged."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -62,6 +63,8 @@ def distance(weights: Weights, base: Weights, keys: Iterable[str]) -> Distance:
 
 
 def _faults(expert: Expert, found: Distance) -> list[str]:
+    if not math.isfinite(found.norm):
+        return ["holds NaN or infinity in the attention's output projections; fine-tune it again or leave it out"]
     how = f"cosine to the backbone {found.cosine:.2f}, norm of the difference {found.difference:.2g} of the backbone's"
     if expert.origin["kind"] == "delta" and found.difference > _FAR / 2 and found.cosine > 1 - _NEAR / 10:
         return [f"is said to be differences, but looks like whole weights ({how}); leave out `kind: delta`"]

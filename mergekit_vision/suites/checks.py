@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
+from mergekit_vision.checkpoints import Expert
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import check_source
 from mergekit_vision.suites.suite import Suite, Task
@@ -50,13 +51,24 @@ def suite_faults(
 
 def _expert_faults(suite: Suite, task: Task, shapes: Shapes, activation: str | None) -> list[str]:
     try:
-        expert = suite.experts[task.name]
+        return expert_faults(suite.experts[task.name], str(task.expert), shapes, activation)
     except InputError as error:
         return [str(error)]
+
+
+def expert_faults(expert: Expert, name: str, shapes: Shapes, activation: str | None = None) -> list[str]:
+    """Why an expert does not fit a backbone, as far as headers tell, one text a fault.
+
+    Args:
+        expert: what is checked.
+        name: of the expert, for the texts.
+        shapes: of the backbone's vision tower.
+        activation: of the backbone, ``quick_gelu`` or ``gelu``.
+    """
     faults, found = [], expert.shapes
     own = expert.origin.get("activation")
     if activation is not None and own is not None and own != activation:
-        return [f"{task.expert} has the activation function {own}, and the backbone {activation}: they are not one architecture"]
+        return [f"{name} has the activation function {own}, and the backbone {activation}: they are not one architecture"]
     missing = [key for key in shapes if key not in found and not expert.relative and key not in expert.optional]
     extra = [key for key in found if key not in shapes]
     misshapen = [
@@ -64,7 +76,7 @@ def _expert_faults(suite: Suite, task: Task, shapes: Shapes, activation: str | N
     ]
     for what, keys in (("lacks", missing), ("has unknown", extra), ("has other shapes than the backbone:", misshapen)):
         if keys:
-            faults.append(f"{task.expert} {what} {_shortened(keys)}")
+            faults.append(f"{name} {what} {_shortened(keys)}")
     if faults:
         faults[-1] += "; an expert must be the backbone's vision tower, fine-tuned"
     return faults

@@ -24,7 +24,7 @@ def closest_file(path: Path) -> str:
 
 
 def raise_faults(path: Path, faults: list[str], of: str | None = None) -> None:
-    """Raise one :class:`~mergekit_vision.errors.InputError` that lists the faults found in a file, twenty at most, if there are any."""
+    """Raise one :class:`~mergekit_vision.errors.InputError` that lists a file's faults, if any: twenty, and how many more."""
     if faults:
         more = [f"… and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
         head = f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}"

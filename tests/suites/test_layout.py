@@ -1,12 +1,16 @@
 """Layout of suite files: every fault is found and named."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from suite_faults import faults_of
 from tiny import content_of, write_file
 
+from mergekit_vision.checkpoints import ExpertSource
+from mergekit_vision.checkpoints.hub import HubFile
 from mergekit_vision.errors import InputError
+from mergekit_vision.suites.layout import read_suite
 from mergekit_vision.suites.suite import Suite
 
 
@@ -112,3 +116,41 @@ def test_a_name_too_long_for_a_file_is_no_file(root: Path) -> None:
 def test_what_names_no_suite(name: str) -> None:
     with pytest.raises(InputError):
         Suite.load(name)
+
+
+@pytest.mark.parametrize(
+    ("expert", "expected"),
+    [
+        ("x.pt", {"path": "x.pt"}),
+        ({"path": "x", "kind": "lora", "scale": 2}, {"path": "x", "kind": "lora", "scale": 2.0}),
+        ({"path": "x", "key": "teacher", "ema": True}, {"path": "x", "key": "teacher", "ema": True}),
+        ("hf-hub:org/name@v1:a/b.pt", {"hub": ("org/name", "v1", "a/b.pt")}),
+        ({"hub": "org/name", "revision": "v2"}, {"hub": ("org/name", "v2", None)}),
+    ],
+)
+def test_experts_are_texts_or_mappings(tmp_path: Path, expert: object, expected: dict[str, Any]) -> None:
+    task = {"expert": expert, "data": {"val": {"folder": "d"}}}
+    path = write_file(tmp_path, {"backbone": "ViT-B-32", "tasks": {"a": task}})
+    found = read_suite(path)["tasks"]["a"]["expert"]
+    plain = {"path": tmp_path / expected.pop("path")} if "path" in expected else {"hub": HubFile(*expected.pop("hub"))}
+    assert found == ExpertSource(**plain, **expected)
+
+
+@pytest.mark.parametrize(
+    ("expert", "fault"),
+    [
+        ({"path": "x", "hub": "a/b"}, "tasks.a.expert: needs `path`"),
+        ({"kind": "lora"}, "tasks.a.expert: needs `path`"),
+        ({"path": "x", "revision": "v"}, "tasks.a.expert: `revision` goes with `hub`"),
+        ({"hub": "name"}, "tasks.a.expert: name: must be hf-hub:org/name"),
+        ({"path": "x", "knd": "lora"}, "tasks.a.expert: unknown key `knd` (did you mean `kind`?)"),
+        ({"path": "x", "kind": "lra"}, "tasks.a.expert.kind: must be auto, weights, delta or lora"),
+        ({"path": "x", "scale": float("nan")}, "tasks.a.expert.scale: must be a finite number"),
+        (3, "tasks.a.expert: must be the path of a checkpoint"),
+        ("hf-hub:x", "tasks.a.expert: hf-hub:x: must be hf-hub:org/name"),
+    ],
+)
+def test_faults_of_experts_are_named(tmp_path: Path, expert: object, fault: str) -> None:
+    task = {"expert": expert, "data": {"val": {"folder": "d"}}}
+    (line,) = faults_of(read_suite, write_file(tmp_path, {"backbone": "ViT-B-32", "tasks": {"a": task}}))
+    assert line.startswith(fault)

@@ -1,0 +1,144 @@
+"""What a checkpoint is, and whether it can be an expert."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_vision.checkpoints import Expert, ExpertSource, open_expert
+from mergekit_vision.checkpoints.container import Container
+from mergekit_vision.checkpoints.opening import open_container, weights_file
+from mergekit_vision.encoders.backbone import describe_backbone, load_clip
+from mergekit_vision.encoders.vision import VisionEncoder
+from mergekit_vision.errors import InputError
+from mergekit_vision.merger import LinearInfo, Weights
+from mergekit_vision.merging.lineage import Distance, check_lineage, distance
+from mergekit_vision.suites.checks import expert_faults
+from mergekit_vision.suites.suite import Suite
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        files: that hold the weights, with their sizes in bytes.
+        container: kind of the file, in words.
+        tensors: how many are stored, of all kinds.
+        numbers: how many numbers they hold.
+        dtypes: dtype -> how many tensors have it.
+        origin: what an expert's tower was found to be; empty where there is none.
+        architecture: of the tower, as far as shapes tell.
+        models: names of open_clip's models of this architecture.
+        refused: why it cannot be an expert, or not one of the suite; empty where it can.
+        whole: the tower beside the backbone; ``None`` without a suite.
+        changes: Linear layer -> norm of its change, relative to the backbone's weight.
+    """
+
+    files: dict[str, int]
+    container: str
+    tensors: int
+    numbers: int
+    dtypes: dict[str, int]
+    origin: dict[str, Any] = field(default_factory=dict)
+    architecture: dict[str, int] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)
+    refused: str = ""
+    whole: Distance | None = None
+    changes: dict[LinearInfo, float] = field(default_factory=dict)
+
+
+def inspect_checkpoint(source: ExpertSource, suite: Path | None = None) -> Inspection:
+    """Look at a checkpoint: at its header, and with a suite at its weights beside the suite's backbone.
+
+    Args:
+        source: of the checkpoint.
+        suite: file of a suite, whose backbone it is compared with.
+
+    Raises:
+        InputError: when the file cannot be read at all, or the suite or its backbone is at fault.
+    """
+    found = _outside(open_container(weights_file(source.fetch())))
+    try:
+        expert = open_expert(source)
+    except InputError as error:
+        found.refused = str(error)
+        return found
+    found.origin = dict(expert.origin)
+    found.architecture = _architecture(expert.shapes)
+    found.models = _models(found.architecture)
+    if suite is not None:
+        _compare(found, expert, Suite.load(suite))
+    return found
+
+
+def _outside(container: Container) -> Inspection:
+    entries = container.entries.values()
+    return Inspection(
+        files={str(file): file.stat().st_size for file in container.files},
+        container=container.kind,
+        tensors=len(entries),
+        numbers=sum(torch.Size(info.shape).numel() for info in entries),
+        dtypes=dict(Counter(info.dtype for info in entries)),
+    )
+
+
+def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Sizes of a tower by the shapes of its parameters; of an adapter's, nothing but the width can be told.
+
+    >>> shapes = {"visual.conv1.weight": (768, 3, 32, 32), "visual.positional_embedding": (50, 768), "visual.proj": (768, 512)}
+    >>> _architecture(shapes)
+    {'width': 768, 'patch size': 32, 'image size': 224, 'embedding': 512}
+    """
+    found: dict[str, int] = {}
+    if patch := shapes.get("visual.conv1.weight"):
+        found |= {"width": patch[0], "patch size": patch[2]}
+    if patch and (positions := shapes.get("visual.positional_embedding")):
+        found["image size"] = round((positions[0] - 1) ** 0.5) * patch[2]
+    if projection := shapes.get("visual.proj"):
+        found["embedding"] = projection[1]
+    blocks = {int(key.split(".")[3]) for key in shapes if key.startswith("visual.transformer.resblocks.")}
+    return {**found, **({"layers": max(blocks) + 1} if blocks else {})}
+
+
+def _models(architecture: Mapping[str, int]) -> list[str]:
+    """open_clip's plain CLIP models whose vision tower has these sizes."""
+    import open_clip
+
+    names = {"width": "width", "patch size": "patch_size", "image size": "image_size", "layers": "layers"}
+    if not architecture.keys() >= names.keys():
+        return []
+    found = []
+    for name in (name for name in open_clip.list_models() if name.startswith("ViT")):
+        config = open_clip.get_model_config(name)
+        vision = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, **config["vision_cfg"]}
+        same = all(vision[key] == architecture[part] for part, key in names.items())
+        if same and architecture.get("embedding") in (None, config["embed_dim"]) and "timm_model_name" not in vision:
+            found.append(name)
+    return found
+
+
+def _compare(found: Inspection, expert: Expert, suite: Suite) -> None:
+    """Set the weights beside those of a suite's backbone, if they fit."""
+    backbone = describe_backbone(suite.backbone, suite.pretrained)
+    faults = expert_faults(expert, str(expert.path), backbone.shapes, backbone.activation)
+    if faults:
+        found.refused = "; ".join(faults)
+        return
+    encoder = VisionEncoder(load_clip(suite.backbone, suite.pretrained).visual)  # type: ignore[arg-type]
+    base, linears = encoder.weights(), encoder.linears
+    weights = expert.on(base)
+    found.whole = distance(weights, base, base)
+    found.changes = {linear: _change(weights, base, linear.weight) for linear in linears}
+    try:
+        check_lineage({expert.path.name: expert}, base, linears)
+    except InputError as error:
+        found.refused = str(error)
+
+
+def _change(weights: Weights, base: Weights, key: str) -> float:
+    value = base[key].float()
+    return float((weights[key].float() - value).norm() / value.norm().clamp(min=1e-30))

@@ -1,0 +1,94 @@
+"""Experts and backbones on the hub, against a hub on the loopback interface."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from clip_models import embeddings, huggingface_model, open_clip_tower, their_embeddings
+from loopback_hub import READER, LoopbackHub, point_at
+from safetensors.torch import save
+
+from mergekit_vision.checkpoints import ExpertSource, open_expert
+from mergekit_vision.encoders.backbone import describe_backbone, load_clip
+from mergekit_vision.errors import InputError
+
+TOWER = {f"visual.{key}": value for key, value in open_clip_tower().state_dict().items()}
+
+
+@pytest.fixture
+def hub(loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """The hub, as this process sees it."""
+    point_at(loopback_hub, tmp_path / "home", monkeypatch)
+    return loopback_hub
+
+
+def source(text: str) -> ExpertSource:
+    return ExpertSource.parse(text, Path("/"))
+
+
+def test_a_revision_is_a_commit_in_the_record(hub: LoopbackHub) -> None:
+    first = hub.commit("org/experts", {"mnist.safetensors": save(TOWER)})
+    second = hub.commit("org/experts", {"mnist.safetensors": save({key: value + 1 for key, value in TOWER.items()})})
+    for revision, sha, added in (("@main", second, 1), (f"@{first}", first, 0), ("", second, 1)):
+        expert = open_expert(source(f"hf-hub:org/experts{revision}:mnist.safetensors"))
+        assert torch.equal(expert["visual.proj"], TOWER["visual.proj"] + added)
+        assert expert.origin["hub"] == f"hf-hub:org/experts{revision}:mnist.safetensors"
+        assert expert.origin["revision"] == sha
+
+
+def test_only_what_is_needed_is_downloaded(hub: LoopbackHub, tmp_path: Path) -> None:
+    files = {
+        "model.safetensors": save(TOWER),
+        "pytorch_model.bin": b"x" * 1000,
+        "tf_model.h5": b"y" * 1000,
+        "README.md": b"hello",
+    }
+    hub.commit("org/expert", files)
+    hub.commit("org/many", {f"{name}/model.safetensors": save(TOWER) for name in ("a", "b")})
+    open_expert(source("hf-hub:org/expert"))
+    expert = open_expert(source("hf-hub:org/many:a"))
+    assert expert.path.parts[-2:] == ("a", "model.safetensors")
+    found = {file.name for file in (tmp_path / "home").rglob("*") if file.is_symlink()}
+    assert found == {"model.safetensors"}
+    assert not [file for file in (tmp_path / "home").rglob("b") if file.is_dir()]
+
+
+def test_what_cannot_be_had_is_one_line(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.commit("org/expert", {"x.safetensors": save(TOWER)})
+    hub.commit("org/secret", {"x.safetensors": save(TOWER)}, private=True)
+    hub.create("org/gated", gated=True)
+    for text, hint in (
+        ("hf-hub:org/nothing", "no such repository, or it is private"),
+        ("hf-hub:org/secret", "no such repository, or it is private"),
+        ("hf-hub:org/expert@v9", "no such revision"),
+        ("hf-hub:org/expert:y.safetensors", "no such file or directory"),
+    ):
+        with pytest.raises(InputError, match=f"{text}: .*{hint}") as caught:
+            open_expert(source(text))
+        assert "\n" not in str(caught.value)
+    point_at(hub, tmp_path / "home", monkeypatch, token=READER)
+    assert open_expert(source("hf-hub:org/secret")).shapes
+
+
+def test_offline_the_cache_is_used_and_what_lacks_named(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit("org/expert", {"x.safetensors": save(TOWER)})
+    hub.commit("org/other", {"x.safetensors": save(TOWER)})
+    online = open_expert(source("hf-hub:org/expert"))
+    point_at(hub, tmp_path / "home", monkeypatch, offline=True)
+    assert open_expert(source("hf-hub:org/expert")).fingerprint() == online.fingerprint()
+    with pytest.raises(InputError, match=r"hf-hub:org/other: is not in the hub's cache on this machine"):
+        open_expert(source("hf-hub:org/other"))
+
+
+def test_a_backbone_of_transformers_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the library transformers")
+    model = huggingface_model()
+    model.save_pretrained(tmp_path / "model")
+    first = hub.push("org/clip", tmp_path / "model")
+    hub.commit("org/clip", {"config.json": b"{}"})
+    clip = load_clip(f"hf-hub:org/clip@{first}")
+    visual = {f"visual.{key}": value for key, value in clip.visual.state_dict().items()}
+    assert torch.allclose(embeddings(visual), their_embeddings(model), atol=1e-5)
+    assert describe_backbone(f"hf-hub:org/clip@{first}").activation == "quick_gelu"

@@ -1,0 +1,79 @@
+"""``mergekit-vision inspect``."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergekit_vision.cli.main import main
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main(["inspect", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_an_expert_beside_its_backbone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expert = root / "experts" / "colors.safetensors"
+    status, out, err = shown(capsys, expert, "--suite", root / "suite.yaml")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith(f"file          {expert}, ")
+    assert lines[1].startswith("container     safetensors: ")
+    assert lines[2] == "holds         weights (open_clip), names visual.*"
+    assert lines[3] == "architecture  width 32, patch size 8, image size 16, embedding 32, layers 2"
+    assert "cosine 0.9" in lines[4]
+    assert [line.split()[0] for line in lines[-2:]] == ["0", "1"]
+    assert "█" in out
+
+
+def test_what_it_prints_can_be_read_by_programs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = {key: value for key, value in load_file(root / "base" / "open_clip_model.safetensors").items() if "visual" in key}
+    key = "visual.transformer.resblocks.1.mlp.c_fc.weight"
+    save_file({**base, key: 1.5 * base[key]}, root / "x.safetensors")
+    status, out, _ = shown(capsys, root / "x.safetensors", "-s", root / "suite.yaml", "--json")
+    found = json.loads(out)
+    assert status == 0
+    changed = {name: value for name, value in found["changes"].items() if value}
+    assert changed == {"visual.transformer.resblocks.1.mlp.c_fc": pytest.approx(0.5)}
+    assert found["dtypes"] == {"float32": len(base)}
+    assert found["numbers"] == sum(value.numel() for value in base.values())
+
+
+def test_a_model_that_open_clip_knows_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = {"conv1.weight": (768, 3, 32, 32), "positional_embedding": (50, 768), "proj": (768, 512), "class_embedding": (768,)}
+    tensors = {f"visual.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    tensors |= {f"visual.transformer.resblocks.{block}.ln_1.bias": torch.zeros(768) for block in range(12)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    _, out, _ = shown(capsys, tmp_path / "x.safetensors")
+    assert "as ViT-B-32, ViT-B-32-quickgelu" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"weight": torch.zeros(2, 2)}, "holds a classification head"),
+        ({"visual.conv1.weight": torch.zeros(8, 3, 2, 2)}, "lacks visual.class_embedding"),
+    ],
+)
+def test_why_it_is_refused_comes_after_what_it_is(
+    root: Path, capsys: pytest.CaptureFixture[str], content: dict[str, torch.Tensor], reason: str
+) -> None:
+    save_file(content, root / "x.safetensors")
+    status, out, err = shown(capsys, root / "x.safetensors", "--suite", root / "suite.yaml")
+    assert status == 1
+    assert out.splitlines()[1].startswith("container     safetensors: 1 tensors")
+    assert err.startswith("mergekit-vision: error: not an expert: ")
+    assert reason in err
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"), [("none.pt", "cannot be read"), ("hf-hub:x", "must be hf-hub:org/name"), ("--json", "required")]
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], argument: str, hint: str) -> None:
+    status, out, err = shown(capsys, argument)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert hint in err
