@@ -1,5 +1,6 @@
 """``mergekit-vision export``: a merged model in another format."""
 
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from mergekit_vision.cli.plain_parser import PlainParser
@@ -37,4 +38,6 @@ def parser() -> PlainParser:
     parser.add_argument("--device", default="cpu", help="device that a torch program is made for; cpu unless given")
     parser.add_argument("--base-only", action="store_true", help="leave out the routed experts of a dynamic model")
     parser.add_argument("--allow-code", action="store_true", help="import router classes that the model names: trust it first")
+    verified = "compare the merged model's files with their checksums first; the default"
+    parser.add_argument("--verify", action=BooleanOptionalAction, default=True, help=verified)
     return parser

@@ -26,7 +26,13 @@ EXPORT = "export.json"
 
 
 def export_model(
-    merged: Path, to: str, output: Path, device: str = "cpu", base_only: bool = False, allow_code: bool = False
+    merged: Path,
+    to: str,
+    output: Path,
+    device: str = "cpu",
+    base_only: bool = False,
+    allow_code: bool = False,
+    verify: bool = True,
 ) -> float:
     """Write a merged model in another format, load it by the format's own library, and compare it with ours.
 
@@ -37,6 +43,7 @@ def export_model(
         device: that a ``torch`` program is made for.
         base_only: leave out the routed experts of a dynamic model.
         allow_code: import a router class even if no installed package registers it.
+        verify: compare the files of ``merged`` with their checksums first.
 
     Returns:
         How far the embeddings of the written model lie from ours, at most, relative to their norm.
@@ -45,9 +52,9 @@ def export_model(
         InputError: when something stands in the way, or the written model computes anything else; nothing is left then.
     """
     check_request(merged, to, output, device, base_only)
-    routed = {} if base_only else load_experts(merged, allow_code)
     logger.info("reading %s", merged)
-    model = open_merged(merged, routed)
+    record = _checked_record(merged, verify)
+    model = open_merged(merged, record, {} if base_only else load_experts(merged, allow_code))
     model.encoder.to(device)
     writer = cast(Writer, import_by_path(FORMATS[to].writer)())
     raise_faults(merged, writer.faults(model))
@@ -61,7 +68,7 @@ def export_model(
                 f"{to}: embeddings of what was written differ from those of {merged} by {difference:.1e} of their norm, "
                 f"more than {TOLERANCE:.0e}; it was removed. Please report this"
             )
-        _write_record(draft, {"format": to, "base_only": base_only, "difference": difference}, dict(model.record))
+        _write_record(draft, {"format": to, "base_only": base_only, "difference": difference}, record)
     return difference
 
 
@@ -71,7 +78,7 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
     Raises:
         InputError: that names every fault.
     """
-    read_record(merged)
+    _checked_record(merged, verify=False)
     if to not in FORMATS:
         raise InputError(f"`to` {to}: not a format{closest(to, FORMATS)}; the formats are {', '.join(FORMATS)}", of="command")
     form, faults = FORMATS[to], [*_output_faults(output), *_device_faults(to, device)]
@@ -85,6 +92,14 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
         )
     if faults:
         raise InputError("\n  ".join(faults), of="command")
+
+
+def _checked_record(merged: Path, verify: bool) -> dict[str, Any]:
+    """What ``merge.json`` holds; ``verify``, which a message may name, is the command's argument here, not a run's."""
+    try:
+        return read_record(merged, verify)
+    except InputError as error:
+        raise InputError(str(error), of=error.of and "command") from error
 
 
 def _device_faults(to: str, device: str) -> list[str]:
@@ -129,6 +144,6 @@ def _written(directory: Path) -> dict[str, str]:
 
 
 def _write_record(directory: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
-    merge = {"suite": record.get("suite"), "method": record.get("merger", {}).get("name"), "scale": record.get("scale")}
+    merge = {key: record[key] for key in ("suite", "scale")} | {"method": record["merger"]["name"]}
     files = {name: fingerprint(path) for name, path in _files(directory).items()}
     write_json(directory / EXPORT, {**about, "mergekit_vision": __version__, "merge": merge, "files": files})

@@ -1,12 +1,13 @@
 """A CLIP model in the layout of Hugging Face's ``transformers``: what it can express, its configuration and its keys."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mergekit_vision.checkpoints.places import Place, huggingface_place, huggingface_text_place
 from mergekit_vision.encoders.backbone import Backbone
 
 VOCABULARY = 49408
@@ -36,23 +37,6 @@ _MEANING = {
     "vocab_size": "a vocabulary other than CLIP's",
 }
 
-_OUTER = {
-    "class_embedding": "embeddings.class_embedding",
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_pre.": "pre_layrnorm.",  # their spelling
-    "ln_post.": "post_layernorm.",
-    "ln_final.": "final_layer_norm.",
-    "transformer.resblocks.": "encoder.layers.",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".attn.": ".self_attn.",
-    ".c_fc.": ".fc1.",
-    ".c_proj.": ".fc2.",
-}
-"""Parts of open_clip's keys -> theirs, the same in both towers."""
-
 
 def layout_faults(backbone: Backbone) -> list[str]:
     """What of a model ``CLIPModel`` and its processor cannot express, by the keys of open_clip's configuration."""
@@ -74,7 +58,7 @@ def _unusual(backbone: Backbone) -> Iterator[tuple[str, Any, str]]:
         if norm := (config[part].get("norm_kwargs") or {}).keys() - {"eps"}:
             yield f"{part}.norm_kwargs", sorted(norm), "another layer normalization"
     for key in ("image_size", "patch_size"):
-        if len(_pair := set(_both(config["vision_cfg"].get(key, 0)))) > 1:
+        if len(set(_both(config["vision_cfg"].get(key)))) > 1:
             yield f"vision_cfg.{key}", config["vision_cfg"][key], "not square"
     if preprocess["resize_mode"] not in ("shortest", "squash"):
         yield "preprocess_cfg.resize_mode", preprocess["resize_mode"], "borders around the image"
@@ -84,17 +68,18 @@ def _both(size: Any) -> tuple[Any, ...]:
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
-def layout_config(model: Mapping[str, Any], logit_scale: float) -> dict[str, Any]:
+def layout_config(backbone: Backbone, logit_scale: float) -> dict[str, Any]:
     """The content of ``config.json``, with every key: absent ones would take defaults that have changed over the years.
 
     Args:
-        model: open_clip's ``model_cfg``, without :func:`layout_faults`.
+        backbone: without :func:`layout_faults`.
         logit_scale: the model's, a logarithm.
     """
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
+    model = backbone.model
     vision, text = CLIPVisionCfg(**model["vision_cfg"]), CLIPTextCfg(**model["text_cfg"])
-    activation = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu", "projection_dim": model["embed_dim"]}
+    both = {"hidden_act": backbone.activation, "projection_dim": model["embed_dim"]}
     end = VOCABULARY - 1
     return {
         "architectures": ["CLIPModel"],
@@ -106,7 +91,7 @@ def layout_config(model: Mapping[str, Any], logit_scale: float) -> dict[str, Any
         "vision_config": {
             "model_type": "clip_vision_model",
             **_tower(vision, vision.width // vision.head_width),
-            **activation,
+            **both,
             "image_size": _both(vision.image_size)[0],
             "patch_size": _both(vision.patch_size)[0],
             "num_channels": 3,
@@ -114,7 +99,7 @@ def layout_config(model: Mapping[str, Any], logit_scale: float) -> dict[str, Any
         "text_config": {
             "model_type": "clip_text_model",
             **_tower(text, text.heads),
-            **activation,
+            **both,
             "vocab_size": VOCABULARY,
             "max_position_embeddings": text.context_length,
             "bos_token_id": end - 1,
@@ -138,35 +123,23 @@ def _tower(config: Any, heads: int) -> dict[str, Any]:
     }
 
 
-def layout_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def layout_weights(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights of a whole CLIP model under the keys of ``CLIPModel``; the same numbers, query, key and value apart.
 
     Args:
         weights: by open_clip key; the text tower's begin with ``text.``, or with nothing.
+        config: of :func:`layout_config`.
     """
-    return {name: part for key, value in weights.items() for name, part in _renamed(key.removeprefix("text."), value)}
+    from transformers import CLIPConfig, CLIPModel
+
+    with torch.device("meta"):
+        names = CLIPModel(CLIPConfig(**config)).state_dict()
+    plain = {key.removeprefix("text."): value for key, value in weights.items()}
+    places = {name: huggingface_text_place(name) or huggingface_place(name.removeprefix("vision_model.")) for name in names}
+    return {name: _part(plain[place.key], place) for name, place in places.items() if place is not None}
 
 
-def _renamed(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of one parameter.
-
-    >>> import torch
-    >>> [name for name, _ in _renamed("visual.transformer.resblocks.0.attn.in_proj_bias", torch.zeros(6))]  # doctest: +ELLIPSIS
-    ['vision_model.encoder.layers.0.self_attn.q_proj.bias', ...k_proj.bias', ...v_proj.bias']
-    """
-    if key == "logit_scale":
-        yield key, value
-    elif key in ("visual.proj", "text_projection"):  # products from the right there, Linears here
-        yield f"{'visual' if key == 'visual.proj' else 'text'}_projection.weight", value.T
-    else:
-        name = _name(key)
-        if ".in_proj_" not in name:
-            yield name, value
-        else:
-            for role, part in zip("qkv", value.chunk(3), strict=True):
-                yield name.replace(".in_proj_", f".{role}_proj."), part
-
-
-def _name(key: str) -> str:
-    name = f"vision_model.{key.removeprefix('visual.')}" if key.startswith("visual.") else f"text_model.{key}"
-    return re.sub("|".join(map(re.escape, _OUTER)), lambda found: _OUTER[found[0]], name)
+def _part(value: Tensor, place: Place) -> Tensor:
+    """The part of a parameter that has a name of its own there, as it lies there."""
+    part = value if place.third is None else value.chunk(3)[place.third]
+    return part.T if place.transposed else part

@@ -32,9 +32,9 @@ class HuggingFace(Writer):
 
     def write(self, model: MergedModel, directory: Path) -> None:
         """Write weights, configuration, processor and tokenizer."""
-        weights = layout_weights(model.weights())
-        config = layout_config(model.backbone.model, float(weights["logit_scale"]))
-        save_safetensors(directory / "model.safetensors", weights)
+        weights = model.weights()
+        config = layout_config(model.backbone, float(weights["logit_scale"]))
+        save_safetensors(directory / "model.safetensors", layout_weights(weights, config))
         write_json(directory / "config.json", config)
         write_image_processor(directory, model.backbone.preprocess, model.image_size[0])
         write_tokenizer(directory, config["text_config"]["max_position_embeddings"])

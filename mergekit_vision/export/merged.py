@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mergekit_vision.encoders.backbone import Backbone, describe_backbone, load_clip
 from mergekit_vision.encoders.vision import VisionEncoder
-from mergekit_vision.export.manifest import MODEL, read_record
+from mergekit_vision.export.manifest import MODEL
 from mergekit_vision.routers import LowRankExperts
 
 
@@ -51,11 +51,12 @@ class MergedModel:
         return load_file(self.directory / MODEL)
 
 
-def open_merged(directory: Path, routed: Mapping[str, LowRankExperts]) -> MergedModel:
+def open_merged(directory: Path, record: Mapping[str, Any], routed: Mapping[str, LowRankExperts]) -> MergedModel:
     """Read a merged model.
 
     Args:
         directory: written by ``merge``.
+        record: what its ``merge.json`` holds.
         routed: its experts, as :func:`~mergekit_vision.export.directory.load_experts` reads them; empty for the base alone.
 
     Raises:
@@ -65,4 +66,4 @@ def open_merged(directory: Path, routed: Mapping[str, LowRankExperts]) -> Merged
     clip = load_clip(name)
     encoder = VisionEncoder(clip.visual).eval()  # type: ignore[arg-type]
     encoder.route(routed)
-    return MergedModel(directory, read_record(directory), describe_backbone(name), clip, encoder.requires_grad_(False), routed)
+    return MergedModel(directory, record, describe_backbone(name), clip, encoder.requires_grad_(False), routed)

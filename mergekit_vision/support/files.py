@@ -84,8 +84,8 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the directory to write; missing parents are created. All that it held is gone when the block ends.
 
     Yields:
-        An empty directory on the same file system, with the name of ``path``. When the block raises anything, it is removed and
-        ``path`` stays as it was.
+        An empty directory of that name on the same file system. When the block raises anything, it is removed and ``path`` stays
+        as it was.
     """
     target = Path(path).resolve()
     with _draft_folder(target.parent / WORK) as folder:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import Save, small_models
+from small_models import Save, record_at, small_models
 from tiny import CONFIG, write_backbone
 
 from mergekit_vision import MergedCLIP, Merger, Trainer, VisionTasks
 from mergekit_vision.export.exporting import export_model
 from mergekit_vision.export.formats import FORMATS
+from mergekit_vision.export.manifest import write_record
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP, ESMPPBayes
 from mergekit_vision.plugins.smile import SMILE
@@ -71,7 +72,7 @@ def variant(tmp_path: Path) -> Callable[..., Path]:
         place = tmp_path / "variant"
         shutil.rmtree(place, ignore_errors=True)
         write_backbone(place, config)
-        (place / "merge.json").write_text(json.dumps({"suite": "tiny", "scale": 1.0, "merger": {"name": "Average"}}))
+        write_record(place, record_at(1.0))
         return place
 
     return directory

@@ -14,7 +14,7 @@ from mergekit_vision.export.merged import MergedModel, open_merged
 
 @pytest.fixture
 def model(merged: Callable[[str], Path]) -> MergedModel:
-    return open_merged(merged("ESMPP"), load_experts(merged("ESMPP")))
+    return open_merged(merged("ESMPP"), {}, load_experts(merged("ESMPP")))
 
 
 def test_distances_are_relative_to_the_norm_of_each_image() -> None:
@@ -68,7 +68,7 @@ def test_a_model_of_which_nothing_can_be_compared_is_refused(model: MergedModel)
 
 
 def test_random_images_of_a_static_model_are_seeded(merged: Callable[[str], Path]) -> None:
-    static = open_merged(merged("ESM"), {})
+    static = open_merged(merged("ESM"), {}, {})
     expected = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample_images(static), expected)
     assert largest_difference(static.encoder, static) < TOLERANCE

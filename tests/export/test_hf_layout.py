@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIG
 
 from mergekit_vision import InputError
 from mergekit_vision.encoders.backbone import describe_backbone
@@ -18,22 +17,21 @@ Variant = Callable[..., Path]
 
 
 def faults(directory: Path) -> list[str]:
-    describe_backbone.cache_clear()
     return layout_faults(describe_backbone(f"local-dir:{directory}"))
 
 
 def test_keys_and_shapes_are_those_of_their_model(variant: Variant) -> None:
     transformers = pytest.importorskip("transformers")
-    model = open_merged(variant(), {})
-    config = layout_config(model.backbone.model, 2.5)
+    model = open_merged(variant(), {}, {})
+    config = layout_config(model.backbone, 2.5)
     theirs = transformers.CLIPModel(transformers.CLIPConfig(**config)).state_dict()
     shapes = {key: value.shape for key, value in theirs.items() if not key.endswith("position_ids")}
-    assert {key: value.shape for key, value in layout_weights(model.weights()).items()} == shapes
+    assert {key: value.shape for key, value in layout_weights(model.weights(), config).items()} == shapes
 
 
-def test_every_key_of_the_configuration_is_written() -> None:
+def test_every_key_of_the_configuration_is_written(variant: Variant) -> None:
     transformers = pytest.importorskip("transformers")
-    config = layout_config(CONFIG["model_cfg"], 2.5)
+    config = layout_config(describe_backbone(f"local-dir:{variant()}"), 2.5)
     general = transformers.PretrainedConfig().to_dict().keys()
     for part, kind in (("vision_config", "CLIPVisionConfig"), ("text_config", "CLIPTextConfig")):
         own = getattr(transformers, kind)().to_dict().keys() - general
@@ -58,7 +56,6 @@ def test_other_configurations(
 ) -> None:
     """Embeddings of images and of texts agree, or there would be an error."""
     pytest.importorskip("transformers")
-    describe_backbone.cache_clear()
     assert export_model(variant(vision, text, **model), "huggingface", tmp_path / "out") < 1e-5
 
 
@@ -87,22 +84,16 @@ def test_what_it_cannot_express_is_named(variant: Variant) -> None:
 
 def test_a_refusal_names_the_model_and_all_reasons(variant: Variant, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    describe_backbone.cache_clear()
     with pytest.raises(InputError, match=r"variant: 2 faults\n  .*no_ln_pre.*\n  .*proj_bias"):
         export_model(variant({"no_ln_pre": True}, {"proj_bias": True}, custom_text=True), "huggingface", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_query_key_and_value_are_the_thirds_of_the_input_projection() -> None:
-    weights = {
-        "visual.transformer.resblocks.1.attn.in_proj_weight": torch.arange(12.0).view(6, 2),
-        "visual.proj": torch.eye(3, 2),
-    }
-    found = layout_weights(weights)
-    start = "vision_model.encoder.layers.1.self_attn"
-    assert [found[f"{start}.{role}_proj.weight"].tolist() for role in "qkv"] == [
-        [[0, 1], [2, 3]],
-        [[4, 5], [6, 7]],
-        [[8, 9], [10, 11]],
-    ]
-    assert found["visual_projection.weight"].shape == (2, 3)
+def test_query_key_and_value_are_the_thirds_of_the_input_projection(variant: Variant) -> None:
+    pytest.importorskip("transformers")
+    model = open_merged(variant(), {}, {})
+    weights = model.weights()
+    found = layout_weights(weights, layout_config(model.backbone, 2.5))
+    thirds = [found[f"vision_model.encoder.layers.1.self_attn.{role}_proj.weight"] for role in "qkv"]
+    assert torch.equal(torch.cat(thirds), weights["visual.transformer.resblocks.1.attn.in_proj_weight"])
+    assert torch.equal(found["visual_projection.weight"].T, weights["visual.proj"])

@@ -26,7 +26,7 @@ def test_the_graph_is_valid_and_its_batch_has_any_size(exported: Callable[[str, 
 
 
 def test_older_pytorch_is_refused(merged: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = open_merged(merged("ESM"), {})
+    model = open_merged(merged("ESM"), {}, {})
     assert Onnx().faults(model) == []
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1"))
     assert Onnx().faults(model) == ["onnx needs PyTorch 2.6 or newer, not 2.5.1"]

@@ -33,7 +33,7 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[VisionEncoder, Path]]:
+def adapted(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[VisionEncoder, Path]]:
     """The merged encoder of a method, and the directory it was exported to; both made once."""
     root = tmp_path_factory.mktemp("peft")
 
@@ -74,11 +74,11 @@ def summed_scores(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_each_adapter_is_its_expert(exported: Callable[[str], tuple[VisionEncoder, Path]], method: str) -> None:
+def test_each_adapter_is_its_expert(adapted: Callable[[str], tuple[VisionEncoder, Path]], method: str) -> None:
     from peft import PeftModel
     from transformers import CLIPVisionModelWithProjection
 
-    encoder, place = exported(method)
+    encoder, place = adapted(method)
     pixels = images(3)
     found = []
     for expert, name in enumerate(json.loads((place / "router.json").read_text())["adapters"]):
@@ -94,9 +94,9 @@ def test_each_adapter_is_its_expert(exported: Callable[[str], tuple[VisionEncode
 
 @pytest.mark.parametrize("method", OPTIONS)
 def test_an_image_gets_the_expert_with_the_largest_sum_of_scores(
-    exported: Callable[[str], tuple[VisionEncoder, Path]], method: str
+    adapted: Callable[[str], tuple[VisionEncoder, Path]], method: str
 ) -> None:
-    encoder, place = exported(method)
+    encoder, place = adapted(method)
     scores = summed_scores(encoder, images(40))
     best = scores.topk(2).values
     clear = images(40)[best[:, 0] - best[:, 1] > 1e-4 * scores.abs().max()]  # where rounding does not decide
@@ -106,8 +106,8 @@ def test_an_image_gets_the_expert_with_the_largest_sum_of_scores(
     torch.testing.assert_close(Peft().load(place)(clear), by_expert(encoder, clear, chosen), rtol=1e-5, atol=1e-5)
 
 
-def test_the_example_runs_alone(exported: Callable[[str], tuple[VisionEncoder, Path]], tmp_path: Path) -> None:
-    _, place = exported("ESMPP")
+def test_the_example_runs_alone(adapted: Callable[[str], tuple[VisionEncoder, Path]], tmp_path: Path) -> None:
+    _, place = adapted("ESMPP")
     paths = [tmp_path / f"{color}.png" for color in ("red", "blue")]
     for path in paths:
         Image.new("RGB", (20, 24), path.stem).save(path)
