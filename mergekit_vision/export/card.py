@@ -93,9 +93,8 @@ def _title(record: Mapping[str, Any]) -> str:
 def _table(experts: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     """The experts, and what was measured."""
     if results is None:
-        return "\n".join(
-            ["| task | expert |", "|---|---|", *(f"| {plain(task)} | {plain(file)} |" for task, file in experts.items())]
-        )
+        named = [f"| {plain(task)} | {plain(file)} |" for task, file in experts.items()]
+        return "\n".join(["| task | expert |", "|---|---|", *named])
     rows = [f"| task | expert | {plain(results['split'])} accuracy | images |", "|---|---|---|---|"]
     for task in [*experts, *(task for task in results["tasks"] if task not in experts)]:
         measured = results["tasks"].get(task)

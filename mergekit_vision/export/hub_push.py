@@ -148,7 +148,7 @@ def _read_results(directory: Path, path: Path | None, record: Mapping[str, Any])
         return None
     path = path or directory / RESULTS
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("kind") != "evaluation":
+    if not isinstance(content, dict) or content.get("kind") != "evaluation" or not _is_measured(content.get("tasks")):
         raise InputError(f"`results` {path}: not of an evaluation; name the file that test or validate wrote", of="command")
     if not all(same(content.get(key), record.get(key)) for key in ("suite", "merger", "scale")):
         raise InputError(f"`results` {path}: measured on another model than {directory}; test this one", of="command")
@@ -156,3 +156,9 @@ def _read_results(directory: Path, path: Path | None, record: Mapping[str, Any])
         problem = f"measured with route {content['route']}, which is not how the model chooses its experts"
         raise InputError(f"`results` {path}: {problem}; test it with route router", of="command")
     return content
+
+
+def _is_measured(tasks: Any) -> bool:
+    """Whether these are tasks with their accuracies and numbers of images, as an evaluation writes them."""
+    rows = list(tasks.values()) if isinstance(tasks, dict) else [None]
+    return all(isinstance(row, dict) and isinstance(row.get("accuracy"), float) and isinstance(row.get("n"), int) for row in rows)

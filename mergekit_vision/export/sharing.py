@@ -39,5 +39,5 @@ def without_directories(value: Any, always: bool = False) -> Any:
     if value.startswith(_LOCAL):
         return _LOCAL + PureWindowsPath(value.removeprefix(_LOCAL)).name
     path = PureWindowsPath(value)  # knows both kinds of slashes
-    leads_out = path.root or path.drive or path.parts[:1] in (("~",), ("..",))
+    leads_out = path.root or path.parts[:1] in (("~",), ("..",))
     return path.name or value if always or leads_out else value

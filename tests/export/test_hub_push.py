@@ -199,6 +199,7 @@ def test_names_are_text_and_nothing_else(hub: LoopbackHub, model: Path) -> None:
     ("change", "message"),
     [
         ({"kind": "comparison"}, "not of an evaluation"),
+        ({"tasks": {"colors": {"accuracy": "high", "n": 3}}}, "not of an evaluation"),
         ({"scale": 0.123}, "measured on another model"),
         ({"route": "oracle"}, "measured with route oracle"),
     ],
@@ -240,6 +241,14 @@ def test_what_the_hub_refuses_is_one_line(
     assert printed.err.count("\n") == 1
     assert token is None or token not in printed.out + printed.err
     assert not hub.repositories
+
+
+def test_an_unknown_license_is_the_hubs_to_refuse(hub: LoopbackHub, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(model, "--license", "none of them") == 1
+    error = capsys.readouterr().err
+    assert '"license" must be one of a list' in error
+    assert error.count("\n") == 1
+    assert hub.files(REPO) == {}
 
 
 def test_a_hub_that_is_away(
