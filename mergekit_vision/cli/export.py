@@ -23,7 +23,8 @@ def export(arguments: list[str]) -> None:
 
     with console_output():
         difference = export_model(**vars(chosen))
-    console.print(f"{chosen.output}: embeddings of {chosen.to} and of {chosen.merged} agree to {difference:.1e} of their norm")
+    agreed = f"embeddings of {chosen.to} and of {chosen.merged} agree to {difference:.1e} of their norm"
+    console.print(f"{chosen.output}: {agreed}", markup=False, highlight=False)
 
 
 def parser() -> PlainParser:

@@ -1,6 +1,5 @@
 """Exporting a merged model: everything is checked first, and the result is checked before it is there."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +11,12 @@ from mergekit_vision.export.directory import load_experts
 from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.export.manifest import ROUTERS, read_record
 from mergekit_vision.export.merged import open_merged
+from mergekit_vision.export.output import output_faults, write_contents
 from mergekit_vision.export.writer import Writer
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, raise_faults
 from mergekit_vision.support.files import replacing_directory
-from mergekit_vision.support.fingerprints import fingerprint
 from mergekit_vision.support.imports import import_by_path
-from mergekit_vision.support.json_files import write_json
-from mergekit_vision.version import __version__
-
-EXPORT = "export.json"
-"""What was exported, how far it lies from the merged model, and the files that export wrote."""
 
 
 def export_model(
@@ -68,7 +62,8 @@ def export_model(
                 f"{to}: embeddings of what was written differ from those of {merged} by {difference:.1e} of their norm, "
                 f"more than {TOLERANCE:.0e}; it was removed. Please report this"
             )
-        _write_record(draft, {"format": to, "base_only": base_only, "difference": difference}, record)
+        merge = {"suite": record["suite"], "method": record["merger"]["name"], "scale": record["scale"]}
+        write_contents(draft, {"format": to, "base_only": base_only, "difference": difference, "merge": merge})
     return difference
 
 
@@ -81,7 +76,7 @@ def check_request(merged: Path, to: str, output: Path, device: str, base_only: b
     _checked_record(merged, verify=False)
     if to not in FORMATS:
         raise InputError(f"`to` {to}: not a format{closest(to, FORMATS)}; the formats are {', '.join(FORMATS)}", of="command")
-    form, faults = FORMATS[to], [*_output_faults(output), *_device_faults(to, device)]
+    form, faults = FORMATS[to], [*output_faults(output), *_device_faults(to, device)]
     if missing := form.missing():
         faults.append(f"`to` {to}: needs {', '.join(missing)}; pip install 'mergekit-vision[{form.extra}]'")
     if (merged / ROUTERS).exists() and not form.routed and not base_only:
@@ -110,40 +105,3 @@ def _device_faults(to: str, device: str) -> list[str]:
     if torch.device(device).type != "cpu" and to != "torch":
         return [f"`device` {device}: of use to the format torch only; what {to} writes runs on any device"]
     return []
-
-
-def _output_faults(output: Path) -> list[str]:
-    """Why ``output`` must not be replaced: it is a file, or holds files that export did not write, or that were changed since."""
-    if output.exists() and not output.is_dir():
-        return [f"`output` {output}: is a file; name a directory"]
-    written = _written(output)
-    own = written.keys() | ({EXPORT} if written else set())
-    others = [name for name, path in _files(output).items() if name not in own or _changed(path, written.get(name))]
-    if not others:
-        return []
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return [f"`output` {output}: holds files that export did not write ({', '.join(others[:3])}{more}); name another directory"]
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """Name and path of each file and link."""
-    found = sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {path.relative_to(directory).as_posix(): path for path in found}
-
-
-def _changed(path: Path, known: str | None) -> bool:
-    return path.is_symlink() or (known is not None and fingerprint(path) != known)
-
-
-def _written(directory: Path) -> dict[str, str]:
-    """Name and hash of each file that an earlier export wrote."""
-    try:
-        return dict(json.loads((directory / EXPORT).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_record(directory: Path, about: dict[str, Any], record: dict[str, Any]) -> None:
-    merge = {key: record[key] for key in ("suite", "scale")} | {"method": record["merger"]["name"]}
-    files = {name: fingerprint(path) for name, path in _files(directory).items()}
-    write_json(directory / EXPORT, {**about, "mergekit_vision": __version__, "merge": merge, "files": files})

@@ -41,27 +41,30 @@ class HuggingFace(Writer):
 
     def load(self, directory: Path) -> Embed:
         """Load both towers, for the vision tower's embeddings."""
-        clip = _load(directory)
-
-        def embed(images: Tensor) -> Tensor:
-            return clip.visual_projection(clip.vision_model(pixel_values=images).pooler_output)  # type: ignore[no-any-return]
-
-        return embed
+        return _images(_load(directory))
 
     def difference(self, model: MergedModel, directory: Path) -> float:
         """The larger of the images' and the texts' differences."""
-        return max(largest_difference(self.load(directory), model), _text_difference(model, directory))
+        clip = _load(directory)
+        return max(largest_difference(_images(clip), model), _text_difference(clip, directory, model))
+
+
+def _images(clip: Any) -> Embed:
+    def embed(images: Tensor) -> Tensor:
+        return clip.visual_projection(clip.vision_model(pixel_values=images).pooler_output)  # type: ignore[no-any-return]
+
+    return embed
 
 
 @torch.no_grad()
-def _text_difference(model: MergedModel, directory: Path) -> float:
+def _text_difference(clip: Any, directory: Path, model: MergedModel) -> float:
     """How far the embeddings of some texts lie apart, each tokenized by its own library."""
     from transformers import AutoTokenizer
 
-    theirs, ours = _load(directory), cast(Any, model.clip)
     texts = AutoTokenizer.from_pretrained(directory)(_TEXTS, padding=True, truncation=True, return_tensors="pt")
-    found = theirs.text_projection(theirs.text_model(**texts).pooler_output)
-    return float(relative(found, ours.encode_text(load_tokenizer(model.backbone.name)(_TEXTS))).max())
+    found = clip.text_projection(clip.text_model(**texts).pooler_output)
+    expected = cast(Any, model.clip).encode_text(load_tokenizer(model.backbone.name)(_TEXTS))
+    return float(relative(found, expected).max())
 
 
 def _load(directory: Path) -> Any:

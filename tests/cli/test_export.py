@@ -46,6 +46,20 @@ def test_mistakes_are_lines_with_options(tiny_suite: Path, tmp_path: Path, capsy
         assert message in capsys.readouterr().err
 
 
+def test_a_changed_model_is_exported_only_if_that_is_asked_for(
+    tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = tmp_path / "merged"
+    Trainer(default_root_dir=str(merged), accelerator="cpu").merge(MergedCLIP(Average()), VisionTasks(str(tiny_suite)))
+    config = merged / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"quick_gelu": false', '"quick_gelu": true'))
+    command = ["export", "--merged", str(merged), "--to", "open_clip", "-o", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "set --verify to false to use the model as it is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--no-verify"]) == 0
+
+
 def test_help_lists_the_formats_and_loads_nothing_heavy() -> None:
     script = (
         "import sys; from mergekit_vision.cli.main import main\n"
