@@ -237,8 +237,8 @@ class Handler(BaseHTTPRequestHandler):
         except yaml.YAMLError as error:
             self._reply(400, {"errors": [{"message": str(error)}], "warnings": []})
             return
-        missing = [] if "license" in content else [{"message": "empty or missing license in the metadata"}]
-        self._reply(200, {"errors": [], "warnings": missing})
+        known = content.get("license") in ("other", "mit", "apache-2.0")
+        self._reply(200 if known else 400, {"errors": [] if known else [{"message": '"license" must be one of a list'}]})
 
     def preupload(self, parts: Mapping[str, str]) -> None:
         self._check_writer(parts["name"])

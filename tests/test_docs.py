@@ -361,7 +361,8 @@ def test_commands_and_code_on_the_page_of_export(tiny_suite: Path, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     for name, merger in {"esm": ESM(), "esmpp": ESMPP(rank=2, layers=("c_fc",))}.items():
         Trainer(default_root_dir=f"runs/{name}", accelerator="cpu").merge(MergedCLIP(merger), VisionTasks(str(tiny_suite)))
-    exports = [words[1:] for words in commands("export.md") if words[:2] == ["mergekit-vision", "export"]]
+    written = [*commands("export.md"), *commands("peft.md")]
+    exports = [words[1:] for words in written if words[:2] == ["mergekit-vision", "export"]]
     assert {words[words.index("--to") + 1] for words in exports} == FORMATS.keys()
     assert [main(words) for words in exports] == [0] * len(exports)
     Image.effect_noise((32, 32), 60).convert("RGB").save("photo.png")

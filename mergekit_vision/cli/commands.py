@@ -16,7 +16,7 @@ COMMANDS = {
 OTHER_COMMANDS = {
     "methods": "list the installed merging methods",
     "inspect": "show what a checkpoint holds, and whether it can be an expert",
-    "export": "write a merged model for transformers, open_clip, ONNX or torch.export",
+    "export": "write a merged model for transformers, peft, open_clip, ONNX or torch.export",
     "push": "upload a merged model to the Hugging Face hub",
 }
 """Commands that run none, and have options of their own."""

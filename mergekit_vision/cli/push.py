@@ -23,7 +23,7 @@ def push(arguments: list[str]) -> None:
     from mergekit_vision.export import hub_push
     from mergekit_vision.support.console import console
 
-    with hub_push.packed(chosen.merged, chosen.repo, chosen.results, chosen.license) as parcel:
+    with hub_push.packed(chosen.merged, chosen.repo, chosen.results, chosen.license, chosen.verify) as parcel:
         if chosen.dry_run:
             print(_listed(parcel, chosen.repo))
         else:
@@ -43,6 +43,7 @@ def parser() -> PlainParser:
     )
     parser.add_argument("--results", type=Path, metavar="FILE", help=results)
     parser.add_argument("--license", metavar="ID", help="license as the hub names it, such as apache-2.0; other unless given")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare the files with their checksums")
     parser.add_argument("--dry-run", action="store_true", help="list the files and print the card, and upload nothing")
     return parser
 

@@ -93,9 +93,8 @@ def _title(record: Mapping[str, Any]) -> str:
 def _table(experts: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     """The experts, and what was measured."""
     if results is None:
-        return "\n".join(
-            ["| task | expert |", "|---|---|", *(f"| {plain(task)} | {plain(file)} |" for task, file in experts.items())]
-        )
+        named = [f"| {plain(task)} | {plain(file)} |" for task, file in experts.items()]
+        return "\n".join(["| task | expert |", "|---|---|", *named])
     rows = [f"| task | expert | {plain(results['split'])} accuracy | images |", "|---|---|---|---|"]
     for task in [*experts, *(task for task in results["tasks"] if task not in experts)]:
         measured = results["tasks"].get(task)
@@ -163,7 +162,7 @@ def _line(text: object) -> str:
 
 def _base_models(record: Mapping[str, Any]) -> Iterator[str]:
     """Ids on the hub of the backbone and of the experts, of those that have one."""
-    for name in (record["backbone"], *record["experts"].values()):
+    for name in (record["backbone"], *shareable(record)["experts"].values()):
         if found := hub_id(name):
             yield found
         elif name == record["backbone"] and record.get("pretrained"):

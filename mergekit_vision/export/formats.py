@@ -34,6 +34,13 @@ FORMATS = {
         extra="hf",
     ),
     "open_clip": Format("mergekit_vision.export.open_clip_directory.OpenClip", "open_clip model directory"),
+    "peft": Format(
+        "mergekit_vision.export.peft.Peft",
+        "base for transformers and a LoRA adapter for each expert, of which an image gets one",
+        routed=True,
+        packages=("transformers", "peft"),
+        extra="hf",
+    ),
     "onnx": Format(
         "mergekit_vision.export.onnx_graph.Onnx",
         "image encoder as an ONNX graph",

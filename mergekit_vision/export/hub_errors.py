@@ -40,6 +40,8 @@ def _reason(error: BaseException) -> str | None:
     utils: Any = module
     if isinstance(error, utils.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, and pushing needs the hub; unset it"
+    if type(error) is ValueError and isinstance(error.__cause__, utils.HfHubHTTPError):  # what is wrong with a model card
+        return " ".join(str(error).split())
     if isinstance(error, utils.HfHubHTTPError):
         response: Any = error.response
         status = 0 if response is None else int(response.status_code)

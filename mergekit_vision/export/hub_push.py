@@ -1,6 +1,5 @@
 """A merged model on the Hugging Face hub: what goes there, and how it gets there in one commit."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,17 +10,13 @@ from typing import Any
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.card import model_card
 from mergekit_vision.export.hub_errors import hub_errors
-from mergekit_vision.export.manifest import CONFIG, EXPERTS, MODEL, RECORD, ROUTERS, read_record
+from mergekit_vision.export.manifest import CARD, CONFIG, EXPERTS, ROUTERS, read_record, write_record
 from mergekit_vision.export.sharing import shareable, without_directories
-from mergekit_vision.support.json_files import same, write_json
+from mergekit_vision.support.json_files import read_json, same, write_json
 
-CARD, RESULTS = "README.md", "results.json"
-_LARGE = (CONFIG, MODEL, EXPERTS, ROUTERS)
-_TOKENIZER = (
-    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json",
-    "tokenizer.model", "vocab.json", "vocab.txt"
-)  # fmt: skip
-_TOKENIZER_CONFIG = "tokenizer_config.json"  # which may name the directory that a tokenizer was read from
+RESULTS = "results.json"
+_OF_FILES = ("files", "sha256", "schema")  # what of a record is about its files, and not about the merge
+_CONFIGURATIONS = (CONFIG, "tokenizer_config.json")  # which may name the directory that a tokenizer was read from
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,9 @@ class Parcel:
 
 
 @contextmanager
-def packed(directory: Path, repository: str, results: Path | None = None, license_id: str | None = None) -> Iterator[Parcel]:
+def packed(
+    directory: Path, repository: str, results: Path | None = None, license_id: str | None = None, verify: bool = True
+) -> Iterator[Parcel]:
     """Put together what goes to the hub, without asking it.
 
     The model's files go as they are, but no path of this machine goes along: ``merge.json`` names files without their
@@ -55,6 +52,7 @@ def packed(directory: Path, repository: str, results: Path | None = None, licens
         results: ``results.json`` of an evaluation of this model, for the card; the one in ``directory`` unless given, if there is
             one.
         license_id: the license by its name on the hub; ``other`` unless given.
+        verify: compare every file with the checksum that was recorded when it was written.
 
     Yields:
         The parcel, whose files exist inside of the context.
@@ -63,22 +61,34 @@ def packed(directory: Path, repository: str, results: Path | None = None, licens
         InputError: when the directory holds no whole merged model, or the results are of another one.
     """
     _check_repository(repository)
-    record = read_record(directory)
-    missing = [name for name in (CONFIG, MODEL) if not (directory / name).is_file()]
-    if missing:
-        raise InputError(f"{directory}: {' and '.join(missing)} missing; merge again")
-    accuracies = _read_results(directory, results, record)
-    names = [name for name in (*_LARGE, *_TOKENIZER) if (directory / name).is_file()]
+    record = read_record(directory, verify)
+    names = [name for name in record.get("files", {}) if name != CARD]
+    if not names:
+        raise InputError(f"{directory}: merged by an earlier version, which did not record the model's files; merge again")
+    accuracies, shared = _read_results(directory, results, record), _of_merge(record)
     with tempfile.TemporaryDirectory() as place:
-        changed = Path(place)
-        write_json(changed / RECORD, shareable(record))
-        if (directory / _TOKENIZER_CONFIG).is_file():
-            write_json(changed / _TOKENIZER_CONFIG, without_directories(_read(directory / _TOKENIZER_CONFIG)))
-        card = model_card(record, ROUTERS in names, accuracies, license_id, repository)
-        (changed / CARD).write_text(card, encoding="utf-8")
-        files = {name: directory / name for name in names} | {path.name: path for path in changed.iterdir()}
-        left = sorted(path.name for path in directory.iterdir() if path.name not in files)
-        yield Parcel(dict(sorted(files.items())), tuple(left))
+        draft = Path(place).resolve()
+        for name in names:
+            _put(directory / name, draft / name)
+        card = model_card(shared, ROUTERS in names, accuracies, license_id, repository)
+        (draft / CARD).write_text(card, encoding="utf-8")
+        write_record(draft, shareable(shared))
+        files = {path.name: path for path in sorted(draft.iterdir())}
+        left = (path.name for path in directory.iterdir() if path.name not in files and not path.name.startswith("."))
+        yield Parcel(files, tuple(sorted(left)))
+
+
+def _of_merge(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in _OF_FILES}
+
+
+def _put(file: Path, draft: Path) -> None:
+    """A link to a file, or where the file names directories, a copy that does not."""
+    content = read_json(file) if file.name in _CONFIGURATIONS else None
+    if content is None or same(content, without_directories(content)):
+        draft.symlink_to(file.resolve())
+    else:
+        write_json(draft, without_directories(content))
 
 
 def push(parcel: Parcel, repository: str, private: bool = False, revision: str | None = None) -> str:
@@ -137,8 +147,8 @@ def _read_results(directory: Path, path: Path | None, record: Mapping[str, Any])
     if path is None and not (directory / RESULTS).is_file():
         return None
     path = path or directory / RESULTS
-    content = _read(path)
-    if content.get("kind") != "evaluation":
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("kind") != "evaluation" or not _is_measured(content.get("tasks")):
         raise InputError(f"`results` {path}: not of an evaluation; name the file that test or validate wrote", of="command")
     if not all(same(content.get(key), record.get(key)) for key in ("suite", "merger", "scale")):
         raise InputError(f"`results` {path}: measured on another model than {directory}; test this one", of="command")
@@ -148,15 +158,7 @@ def _read_results(directory: Path, path: Path | None, record: Mapping[str, Any])
     return content
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        InputError: when it holds none.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from error
+def _is_measured(tasks: Any) -> bool:
+    """Whether these are tasks with their accuracies and numbers of images, as an evaluation writes them."""
+    rows = list(tasks.values()) if isinstance(tasks, dict) else [None]
+    return all(isinstance(row, dict) and isinstance(row.get("accuracy"), float) and isinstance(row.get("n"), int) for row in rows)

@@ -10,23 +10,21 @@ _HUB = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)")
 
 
 def shareable(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with names of files in place of their paths; ids of the hub stay.
+    """A record with names of files in place of their paths; experts of the hub have their ids.
 
     >>> from mergekit_vision.export.sharing import shareable
     >>> shareable({"backbone": "local-dir:/home/me/clip", "experts": {"a": "x/a.pt", "b": "hf-hub:org/b"}, "rest": ["/x/y", 1]})
     {'backbone': 'local-dir:clip', 'experts': {'a': 'a.pt', 'b': 'hf-hub:org/b'}, 'rest': ['y', 1]}
     """
-    experts = {
-        task: value if hub_id(value) else without_directories(value, always=True) for task, value in record["experts"].items()
-    }
+    sources = record.get("sources", {})
+    names = {task: sources.get(task, {}).get("hub", path) for task, path in record["experts"].items()}
+    experts = {task: name if hub_id(name) else without_directories(name, always=True) for task, name in names.items()}
     return {**without_directories(record), "experts": experts}
 
 
-def hub_id(name: object) -> str | None:
-    """The repository that ``hf-hub:org/name…`` stands for; a mapping may hold it as ``hub``."""
-    if isinstance(name, Mapping):
-        name = f"hf-hub:{str(name['hub']).removeprefix('hf-hub:')}" if name.get("hub") else None
-    match = _HUB.match(str(name))
+def hub_id(name: str) -> str | None:
+    """The repository that ``hf-hub:org/name…`` stands for; ``None`` for other names."""
+    match = _HUB.match(name)
     return match[1] if match else None
 
 
@@ -41,5 +39,5 @@ def without_directories(value: Any, always: bool = False) -> Any:
     if value.startswith(_LOCAL):
         return _LOCAL + PureWindowsPath(value.removeprefix(_LOCAL)).name
     path = PureWindowsPath(value)  # knows both kinds of slashes
-    leads_out = path.root or path.drive or path.parts[:1] in (("~",), ("..",))
+    leads_out = path.root or path.parts[:1] in (("~",), ("..",))
     return path.name or value if always or leads_out else value

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from markdown_it import MarkdownIt
 
 from mergekit_vision.cli.main import main
 from mergekit_vision.export.directory import load
+from mergekit_vision.export.manifest import read_record, write_record
 
 REPO = "org/merged"
 
@@ -37,8 +39,6 @@ def hub(loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def model(models: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the static model that a test may spoil."""
-    import shutil
-
     return Path(shutil.copytree(models["static"], tmp_path / "model"))
 
 
@@ -52,8 +52,15 @@ def metadata(card: str) -> dict[str, Any]:
 
 
 def change_record(directory: Path, **values: Any) -> None:
-    path = directory / "merge.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    """Change what ``merge.json`` says of the merge, as if it had been written so."""
+    record = {**read_record(directory, verify=False), **values}
+    aside = directory.with_name("aside")
+    aside.mkdir()
+    for name in ("merge.json", "config.yaml"):  # which the record does not vouch for
+        (directory / name).rename(aside / name)
+    write_record(directory, {key: value for key, value in record.items() if key not in ("files", "sha256", "schema")})
+    (aside / "config.yaml").rename(directory / "config.yaml")
+    shutil.rmtree(aside)
 
 
 def write_results(directory: Path, path: Path, **values: Any) -> Path:
@@ -127,16 +134,17 @@ def test_a_dry_run_shows_everything_and_asks_nobody(
 
 
 def test_no_path_of_this_machine_goes_along(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
-    experts = {"colors": "/home/me/colors.pt", "grays": "../../me/grays.pt", "stripes": "hf-hub:org/stripes@main:x/y.pt"}
+    experts = {"colors": "/home/me/colors.pt", "grays": "../../me/grays.pt", "stripes": "../../.cache/x/y.pt"}
+    sources = {"colors": {"base": "/home/me/clip"}, "stripes": {"hub": "hf-hub:org/stripes@main:x/y.pt"}}
     merger = {**json.loads((model / "merge.json").read_text())["merger"], "init_args": {"file": "/home/me/secret.txt"}}
-    change_record(model, experts=experts, merger=merger, backbone=f"local-dir:{tmp_path}/clip")
     (model / "tokenizer_config.json").write_text(json.dumps({"name_or_path": f"{tmp_path}/clip", "model_max_length": 77}))
+    change_record(model, experts=experts, sources=sources, merger=merger, backbone=f"local-dir:{tmp_path}/clip")
     assert push(model) == 0
     text = b"\n".join(content for name, content in hub.files(REPO).items() if not name.endswith(".safetensors")).decode()
     assert not re.search(r"/home|\.\./|/tmp", text)
     assert str(tmp_path) not in text
     record = json.loads(hub.files(REPO)["merge.json"])
-    assert record["experts"] == {**experts, "colors": "colors.pt", "grays": "grays.pt"}
+    assert record["experts"] == {"colors": "colors.pt", "grays": "grays.pt", "stripes": "hf-hub:org/stripes@main:x/y.pt"}
     assert record["merger"]["init_args"] == {"file": "secret.txt"}
     assert record["backbone"] == "local-dir:clip"
 
@@ -160,7 +168,8 @@ def test_the_card_says_what_was_measured(hub: LoopbackHub, model: Path) -> None:
     assert "| grays | hf-hub:org/grays-expert:x.pt | 25.00 % | 8 |" in card
     assert f"hf-hub:{REPO}" in card
     configuration = json.loads(re.search(r"```json\n(.*?)\n```", card, flags=re.DOTALL)[1])  # type: ignore[index]
-    assert configuration == json.loads(hub.files(REPO)["merge.json"])
+    uploaded = json.loads(hub.files(REPO)["merge.json"])
+    assert configuration == {key: value for key, value in uploaded.items() if key not in ("files", "sha256", "schema")}
 
 
 def test_a_local_backbone_is_no_base_model(hub: LoopbackHub, model: Path) -> None:
@@ -190,6 +199,7 @@ def test_names_are_text_and_nothing_else(hub: LoopbackHub, model: Path) -> None:
     ("change", "message"),
     [
         ({"kind": "comparison"}, "not of an evaluation"),
+        ({"tasks": {"colors": {"accuracy": "high", "n": 3}}}, "not of an evaluation"),
         ({"scale": 0.123}, "measured on another model"),
         ({"route": "oracle"}, "measured with route oracle"),
     ],
@@ -233,6 +243,14 @@ def test_what_the_hub_refuses_is_one_line(
     assert not hub.repositories
 
 
+def test_an_unknown_license_is_the_hubs_to_refuse(hub: LoopbackHub, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(model, "--license", "none of them") == 1
+    error = capsys.readouterr().err
+    assert '"license" must be one of a list' in error
+    assert error.count("\n") == 1
+    assert hub.files(REPO) == {}
+
+
 def test_a_hub_that_is_away(
     hub: LoopbackHub, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,13 +271,6 @@ def test_a_mistake_is_found_before_the_hub_is_asked(
     (model / "open_clip_model.safetensors").unlink()
     assert push(model, "--dry-run") == 1
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 5
-    words = [
-        "--repo no/such/name",
-        "name it as org/name",
-        "not a merged model",
-        "none.json",
-        "open_clip_model.safetensors missing",
-    ]
+    words = ["--repo no/such/name", "name it as org/name", "not a merged model", "none.json", "1 fault", "safetensors is missing"]
     assert all(word in error for word, error in zip(words, errors, strict=True))
     assert hub.requests == []

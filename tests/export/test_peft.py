@@ -1,0 +1,178 @@
+"""Dynamic models as adapters: what ``transformers`` and ``peft`` make of them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mergekit_vision.cli.main import main
+from mergekit_vision.encoders.routed import RoutedLinear
+from mergekit_vision.encoders.vision import VisionEncoder
+from mergekit_vision.export.adapters import adapter
+from mergekit_vision.export.directory import load
+from mergekit_vision.export.exporting import export_model
+from mergekit_vision.export.image_router import router_faults
+from mergekit_vision.export.peft import Peft
+from mergekit_vision.routers import CosineRouter, LowRankExperts, Router
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+OPTIONS = {
+    "SMILE": ["--merger.rank", "4", "--merger.gate_rank", "2"],
+    "ESMPP": ["--merger.rank", "4", "--proxies", "4"],
+    "ESMPPBayes": ["--merger.rank", "4", "--proxies", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[VisionEncoder, Path]]:
+    """The merged encoder of a method, and the directory it was exported to; both made once."""
+    root = tmp_path_factory.mktemp("peft")
+
+    def export(method: str) -> tuple[VisionEncoder, Path]:
+        merged, output = root / method, root / f"{method}-peft"
+        if not output.exists():
+            assert main(["merge", "-s", str(tiny_suite), "-m", method, *OPTIONS[method], "-o", str(merged)]) == 0
+            assert export_model(merged, "peft", output) < 1e-5
+        return load(merged), output
+
+    return export
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def by_expert(encoder: VisionEncoder, pixels: Tensor, experts: Tensor) -> Tensor:
+    """Embeddings by our encoder, each image with its expert in all layers."""
+    assert encoder.routing
+    encoder.routing.mode, encoder.routing.truth = "oracle", experts
+    return encoder(pixels)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def summed_scores(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+    """Sum over the deciding layers of our own routers' scores of the base's tokens, ``[N, T]``."""
+    assert encoder.routing
+    encoder.routing.mode = "base"
+    scores: list[Tensor] = []
+    layers = [module for module in encoder.modules() if isinstance(module, RoutedLinear) and module.evidence != "hold"]
+    hooks = [layer.register_forward_pre_hook(lambda own, x: scores.append(own.router(x[0]).mean(1))) for layer in layers]
+    encoder(pixels)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(scores).sum(0)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_each_adapter_is_its_expert(adapted: Callable[[str], tuple[VisionEncoder, Path]], method: str) -> None:
+    from peft import PeftModel
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder, place = adapted(method)
+    pixels = images(3)
+    found = []
+    for expert, name in enumerate(json.loads((place / "router.json").read_text())["adapters"]):
+        base: Any = CLIPVisionModelWithProjection.from_pretrained(place / "base")
+        with torch.no_grad():
+            before = base.eval()(pixel_values=pixels).image_embeds
+            model: Any = PeftModel.from_pretrained(base, str(place / "adapters" / name)).eval()
+            found.append(model(pixel_values=pixels).image_embeds)
+        torch.testing.assert_close(found[-1], by_expert(encoder, pixels, torch.full((3,), expert)), rtol=1e-5, atol=1e-5)
+        assert (found[-1] - before).norm() > 1e-2 * before.norm()
+    assert (found[0] - found[1]).norm() > 1e-2 * found[0].norm()
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_an_image_gets_the_expert_with_the_largest_sum_of_scores(
+    adapted: Callable[[str], tuple[VisionEncoder, Path]], method: str
+) -> None:
+    encoder, place = adapted(method)
+    scores = summed_scores(encoder, images(40))
+    best = scores.topk(2).values
+    clear = images(40)[best[:, 0] - best[:, 1] > 1e-4 * scores.abs().max()]  # where rounding does not decide
+    chosen = summed_scores(encoder, clear).argmax(-1)
+    assert len(clear) > 20
+    assert len(chosen.unique()) > 1
+    torch.testing.assert_close(Peft().load(place)(clear), by_expert(encoder, clear, chosen), rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_runs_alone(adapted: Callable[[str], tuple[VisionEncoder, Path]], tmp_path: Path) -> None:
+    _, place = adapted("ESMPP")
+    paths = [tmp_path / f"{color}.png" for color in ("red", "blue")]
+    for path in paths:
+        Image.new("RGB", (20, 24), path.stem).save(path)
+    program = place / "example.py"
+    assert "mergekit_vision" not in program.read_text()
+    command = [sys.executable, str(program), *map(str, paths)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in printed] == [str(path) for path in paths]
+    assert all(line.split()[1] in ("colors", "grays", "stripes") for line in printed)
+
+
+def experts(d_out: int, d_in: int, rank: int, bias: bool = False) -> LowRankExperts:
+    generator = torch.Generator().manual_seed(d_out + rank)
+    up, down = torch.randn(2, d_out, rank, generator=generator), torch.randn(2, rank, d_in, generator=generator)
+    shift = torch.randn(2, d_out, generator=generator) if bias else None
+    return LowRankExperts(up, down, CosineRouter(torch.eye(2, d_in)), shift)
+
+
+def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
+    """By peft's own computation, layer by layer, where layers differ in rank and not all have shifts of their bias."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    block = "visual.transformer.resblocks.0."
+    routed = {
+        f"{block}attn.in_proj": experts(24, 8, 3, bias=True),
+        f"{block}attn.out_proj": experts(8, 8, 2),
+        f"{block}mlp.c_fc": experts(16, 8, 3),
+        f"{block}mlp.c_proj": experts(8, 16, 5, bias=True),
+    }
+    config, tensors = adapter(routed, 1)
+    assert config["lora_alpha"] == config["r"] == 3
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=8))
+    model: Any = get_peft_model(base, LoraConfig(**config))
+    loaded = set_peft_model_state_dict(model, tensors)
+    assert not loaded.unexpected_keys
+    x, y = torch.randn(5, 8), torch.randn(5, 16)
+    layer = base.vision_model.encoder.layers[0]
+    theirs = {
+        "attn.in_proj": [getattr(layer.self_attn, f"{role}_proj") for role in "qkv"],
+        "attn.out_proj": [layer.self_attn.out_proj],
+        "mlp.c_fc": [layer.mlp.fc1],
+        "mlp.c_proj": [layer.mlp.fc2],
+    }
+    for name, modules in theirs.items():
+        own, inputs = routed[block + name], y if name == "mlp.c_proj" else x
+        added = torch.cat([module(inputs) - module.base_layer(inputs) for module in modules], dim=-1)
+        expected = inputs.double() @ (own.up[1].double() @ own.down[1].double()).T
+        expected += 0 if own.bias is None else own.bias[1].double()
+        assert (added.double() - expected).norm() < 1e-6 * expected.norm(), name
+
+
+class Other(Router):
+    """A router of somebody else's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1, :2]
+
+
+def test_what_cannot_be_adapters_is_refused(tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = experts(8, 8, 2)
+    (fault,) = router_faults({"layer": LowRankExperts(layer.up, layer.down, Other())})
+    assert fault.startswith("its router Other cannot be written; only CosineRouter, LinearRouter, ProjectionRouter can")
+    assert main(["merge", "-s", str(tiny_suite), "-m", "Average", "-o", str(tmp_path / "static")]) == 0
+    assert main(["export", "--merged", str(tmp_path / "static"), "--to", "peft", "-o", str(tmp_path / "out")]) == 1
+    assert "a static model has no experts to write as adapters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
