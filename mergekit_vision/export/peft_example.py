@@ -6,7 +6,7 @@ _SCORES = {
     "cosine": '''
 def cosine(x, center, prototypes):
     """Cosines between the mean token and the experts' prototypes."""
-    return F.normalize(x.mean(1) - center, dim=-1) @ prototypes.T
+    return torch.nn.functional.normalize(x.mean(1) - center, dim=-1) @ prototypes.T
 ''',
     "linear": '''
 def linear(x, features, weight, bias, basis=None, offset=None):
@@ -29,7 +29,7 @@ def projection(x, basis):
 
 _PROGRAM = '''"""Encode images: a router chooses an expert for each, and that expert's adapter encodes it.
 
-    python example.py IMAGE...
+Usage: python example.py IMAGE...
 """
 
 import json
@@ -40,7 +40,6 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from torch.nn import functional as F  # noqa: F401
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, logging
 
 logging.set_verbosity_error()  # it would warn that the text tower is not read
@@ -54,7 +53,9 @@ for name in names[1:]:
     model.load_adapter(str(HERE / "adapters" / name), adapter_name=name)
 model.eval()
 
+
 SCORES
+
 
 @torch.no_grad()
 def choose(pixels):
@@ -62,10 +63,11 @@ def choose(pixels):
     scores, hooks = [], []
     for number, layer in enumerate(router["layers"]):
         own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{number}.")}
-        score = lambda module, inputs, kind=layer["kind"], own={**layer["arguments"], **own}: scores.append(
-            globals()[kind](inputs[0], **own)
-        )
-        hooks.append(base.get_submodule(layer["module"]).register_forward_pre_hook(score))
+
+        def add(_, inputs, kind=layer["kind"], arguments={**layer["arguments"], **own}):
+            scores.append(globals()[kind](inputs[0], **arguments))
+
+        hooks.append(base.get_submodule(layer["module"]).register_forward_pre_hook(add))
     with model.disable_adapter():
         model(pixel_values=pixels)
     for hook in hooks:
@@ -93,4 +95,4 @@ if __name__ == "__main__":
 
 def example(kinds: Iterable[str]) -> str:
     """The program, with the functions for these kinds of scores."""
-    return _PROGRAM.replace("\nSCORES\n", "\n".join(_SCORES[kind] for kind in sorted(set(kinds))))
+    return _PROGRAM.replace("SCORES", "\n\n\n".join(_SCORES[kind].strip() for kind in sorted(set(kinds))))

@@ -1,6 +1,7 @@
 """Dynamic models as adapters: what ``transformers`` and ``peft`` make of them."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.export.adapters import adapter
 from mergekit_vision.export.directory import load
 from mergekit_vision.export.exporting import export_model
-from mergekit_vision.export.image_router import router_faults
+from mergekit_vision.export.image_router import KINDS, router_faults
 from mergekit_vision.export.peft import Peft
+from mergekit_vision.export.peft_example import example
 from mergekit_vision.routers import CosineRouter, LowRankExperts, Router
 
 pytest.importorskip("peft")
@@ -106,15 +108,22 @@ def test_an_image_gets_the_expert_with_the_largest_sum_of_scores(
     torch.testing.assert_close(Peft().load(place)(clear), by_expert(encoder, clear, chosen), rtol=1e-5, atol=1e-5)
 
 
-def test_the_example_runs_alone(adapted: Callable[[str], tuple[VisionEncoder, Path]], tmp_path: Path) -> None:
+def test_the_example_runs_without_this_package(
+    adapted: Callable[[str], tuple[VisionEncoder, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     _, place = adapted("ESMPP")
     paths = [tmp_path / f"{color}.png" for color in ("red", "blue")]
     for path in paths:
         Image.new("RGB", (20, 24), path.stem).save(path)
     program = place / "example.py"
     assert "mergekit_vision" not in program.read_text()
-    command = [sys.executable, str(program), *map(str, paths)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", [str(program), *map(str, paths)])
+    capsys.readouterr()
+    runpy.run_path(str(program), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == [str(path) for path in paths]
     assert all(line.split()[1] in ("colors", "grays", "stripes") for line in printed)
 
@@ -159,6 +168,14 @@ def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
         expected = inputs.double() @ (own.up[1].double() @ own.down[1].double()).T
         expected += 0 if own.bias is None else own.bias[1].double()
         assert (added.double() - expected).norm() < 1e-6 * expected.norm(), name
+
+
+@pytest.mark.parametrize("kinds", [["cosine"], ["linear"], ["projection"], list(KINDS.values())])
+def test_the_example_is_written_well(tmp_path: Path, kinds: list[str]) -> None:
+    (tmp_path / "example.py").write_text(example(kinds))
+    for command in (["format", "--check"], ["check"]):
+        checked = subprocess.run([sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "130", tmp_path])
+        assert checked.returncode == 0, command
 
 
 class Other(Router):
