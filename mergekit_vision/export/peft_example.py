@@ -34,6 +34,7 @@ Usage: python example.py IMAGE...
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,16 +58,18 @@ model.eval()
 SCORES
 
 
+def add_scores(scores, kind, arguments, module, inputs):
+    """Score the input of a module, by the function of that name, when the module is called."""
+    scores.append(globals()[kind](inputs[0], **arguments))
+
+
 @torch.no_grad()
 def choose(pixels):
     """Index of the expert of each image: that with the largest sum of scores over the layers, which see the base's tokens."""
     scores, hooks = [], []
     for number, layer in enumerate(router["layers"]):
         own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{number}.")}
-
-        def add(_, inputs, kind=layer["kind"], arguments={**layer["arguments"], **own}):
-            scores.append(globals()[kind](inputs[0], **arguments))
-
+        add = partial(add_scores, scores, layer["kind"], {**layer["arguments"], **own})
         hooks.append(base.get_submodule(layer["module"]).register_forward_pre_hook(add))
     with model.disable_adapter():
         model(pixel_values=pixels)
