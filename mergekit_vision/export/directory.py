@@ -28,6 +28,7 @@ from mergekit_vision.export.manifest import (
 )
 from mergekit_vision.merger import Weights
 from mergekit_vision.routers import LowRankExperts
+from mergekit_vision.support.files import WORK
 from mergekit_vision.support.json_files import write_json
 from mergekit_vision.support.switching import replacing_set, unsettled
 
@@ -48,6 +49,9 @@ def check_output(directory: Path) -> None:
         if (directory / name).is_dir():
             problem = f"{name} is a directory, and a file of the model must go there; remove it or name another"
             raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
+    if (directory / WORK).is_symlink() or (directory / WORK).is_file():
+        problem = f"{WORK} must be a directory, for temporary files; remove it or name another"
+        raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
 
 
 def save_model(

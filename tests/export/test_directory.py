@@ -105,6 +105,10 @@ def test_a_model_that_was_not_merged_here_is_not_written_over(tmp_path: Path) ->
     (tmp_path / "experts.json").mkdir()
     with pytest.raises(InputError, match=r"experts\.json is a directory, and a file of the model must go there"):
         check_output(tmp_path)
+    (tmp_path / "experts.json").rmdir()
+    (tmp_path / ".mergekit-vision").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"\.mergekit-vision must be a directory, for temporary files"):
+        check_output(tmp_path)
 
 
 def test_a_directory_that_is_no_merged_model_is_one_clear_error(tmp_path: Path) -> None:
