@@ -26,13 +26,12 @@ def inspect(arguments: list[str]) -> None:
         SystemExit: after ``--help``.
     """
     chosen = parser().parse_args(arguments)
-    from mergekit_vision.checkpoints import ExpertSource
     from mergekit_vision.runs.inspection import inspect_checkpoint
     from mergekit_vision.support.console import console_output
 
     options = {name: getattr(chosen, name) for name in ("kind", "key", "ema", "scale")}
     with console_output():
-        found = inspect_checkpoint(ExpertSource.parse(chosen.checkpoint, Path.cwd(), **options), chosen.suite)
+        found = inspect_checkpoint(chosen.checkpoint, chosen.suite, **options)
     print(_as_json(found) if chosen.json else "\n".join(_lines(found)))
     if found.refused:
         raise InputError(f"not an expert: {found.refused}")

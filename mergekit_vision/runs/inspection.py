@@ -51,16 +51,18 @@ class Inspection:
     changes: dict[LinearInfo, float] = field(default_factory=dict)
 
 
-def inspect_checkpoint(source: ExpertSource, suite: Path | None = None) -> Inspection:
+def inspect_checkpoint(checkpoint: str, suite: Path | None = None, **options: Any) -> Inspection:
     """Look at a checkpoint: at its header, and with a suite at its weights beside the suite's backbone.
 
     Args:
-        source: of the checkpoint.
+        checkpoint: a path, or ``hf-hub:org/name[@revision][:path/in/repo]``.
         suite: file of a suite, whose backbone it is compared with.
+        options: ``kind``, ``key``, ``ema`` and ``scale`` of an :class:`~mergekit_vision.checkpoints.ExpertSource`.
 
     Raises:
         InputError: when the file cannot be read at all, or the suite or its backbone is at fault.
     """
+    source = ExpertSource.parse(checkpoint, Path.cwd(), **options)
     found = _outside(open_container(weights_file(source.fetch())))
     try:
         expert = open_expert(source)
