@@ -19,3 +19,10 @@ class InputError(ValueError):
 
 class EvaluationError(InputError):
     """Images or labels that cannot be evaluated, whatever the model."""
+
+
+class FailedElsewhereError(InputError):
+    """Another process of the run has failed and says why; this one ends in silence."""
+
+    def __init__(self) -> None:
+        super().__init__("another process failed; its message says why")

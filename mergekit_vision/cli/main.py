@@ -10,7 +10,7 @@ from typing import TextIO, cast
 
 from mergekit_vision.cli.commands import HELP, check_command
 from mergekit_vision.cli.signals import Terminated, terminable
-from mergekit_vision.errors import InputError
+from mergekit_vision.errors import FailedElsewhereError, InputError
 from mergekit_vision.support.terminal import Output, harmless
 from mergekit_vision.version import __version__
 
@@ -48,6 +48,8 @@ def _status(arguments: list[str], debug: bool) -> int:
     try:
         with terminable():
             return _run(arguments)
+    except FailedElsewhereError:
+        return 1
     except InputError as error:
         return _end(in_options(error), 1, debug)
     except KeyboardInterrupt:

@@ -38,7 +38,8 @@ def markdown_table(listed: Iterable[Method], papers: bool = True) -> str:
     for method in listed:
         needs = method.needs.replace("none", "–")
         rows.append([f"`{method.name}`", method.kind, needs, method.summary, *([method.paper or "–"] if papers else [])])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
 def _show(listed: Iterable[Method]) -> None:

@@ -130,6 +130,11 @@ class VisionTasks(LightningDataModule):
         """Number of images of one split of one task."""
         return len(self._images.split(task, split))
 
+    def hub_sources(self, split: str) -> dict[str, dict[str, Any]]:
+        """Of each task to evaluate whose split is a data set of the hub, what names it: its revision too, where one is given."""
+        sources = {name: self.suite.tasks[name].data[split] for name in self.task_names}
+        return {name: dict(config) for name, config in sources.items() if "hub" in config}
+
     def fingerprint(self, task: str, split: str) -> str:
         """Hash of one split's images and labels, for caches by content."""
         return self._images.split(task, split).fingerprint()

@@ -72,6 +72,9 @@ class PixelLoader(DataLoader[Any]):
         self.preprocess, self.device = preprocess.to(device), device
         self.images_only = images_only
         self.cache, self.key = cache, key
+        self._place = ""  # in messages
+        if isinstance(sampler, ExactSampler):
+            self._place = f" (on process {sampler.rank} of {sampler.num_replicas})"
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = self.cache.passes.get(self.key) or self.cache.keep(self.key, self._decoded())
@@ -88,7 +91,7 @@ class PixelLoader(DataLoader[Any]):
     def _decoded(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             if isinstance(batch, InputError):
-                raise batch
+                raise InputError(f"{batch}{self._place}")
             yield batch
 
 

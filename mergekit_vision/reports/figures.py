@@ -1,6 +1,7 @@
 """Pictures of results."""
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.support.files import replacing
+from mergekit_vision.support.terminal import harmless
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +32,10 @@ _STYLE = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # a name with $ in it is no formula
     "svg.hashsalt": "mergekit-vision",  # the same picture, the same file
 }
+_LONGEST_NAME = 24  # letters; more leave no room for what is drawn
 
 
 @contextmanager
@@ -44,18 +48,32 @@ def _figure(width: float, height: float) -> Iterator["Figure"]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """How a figure is written. Letters that the font lacks become boxes, without a word."""
+    import matplotlib
+
+    with warnings.catch_warnings(), matplotlib.rc_context({key: _STYLE[key] for key in ("svg.hashsalt", "text.parse_math")}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def _named(name: str) -> str:
+    """A name as it stands in a figure, where there is room for a few letters."""
+    name = harmless(name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
 def save_png(figure: "Figure", path: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    with replacing(path) as draft:
+    with replacing(path) as draft, _drawing():
         figure.savefig(draft, dpi=150)
 
 
 def as_svg(figure: "Figure") -> bytes:
     """A figure as an SVG document."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": _STYLE["svg.hashsalt"]}):
+    with _drawing():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
@@ -74,7 +92,7 @@ def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             axes.text(mean + 1.5, position, f"{mean:.1f}", va="center", weight="bold")
             if kept is not None and row["kind"] != "experts":
                 axes.text(mean + 14, position, f"({100 * kept:.0f})", va="center", color=GRAY)
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.set_yticks(range(len(rows)), [_named(row["name"]) for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 126)
         axes.set_xticks(range(0, 101, 20))
@@ -148,6 +166,7 @@ class _Table(NamedTuple):
 def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
     from matplotlib import colormaps
 
+    table = table._replace(rows=list(map(_named, table.rows)), columns=list(map(_named, table.columns)))
     width, height = len(table.columns), len(table.rows)
     cell, size = (0.46, 9) if width <= 16 else (0.32, 8)
     names = 0.085 * max(len(name) for name in table.rows)
@@ -196,7 +215,7 @@ def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Map
         for (name, points), color in zip(_joined(curves).items(), cycle(_LINES), strict=False):
             x = [point["coefficient"] for point in points]
             y = [factor * point[key] for point in points]
-            axes.plot(x, y, color=color, linewidth=1.6, marker=".", markersize=4, label=name)
+            axes.plot(x, y, color=color, linewidth=1.6, marker=".", markersize=4, label=harmless(name))
             best = x.index(chosen[name.split(", ")[0]])
             axes.plot(x[best], y[best], marker="o", markersize=8, color=color, markeredgecolor="white")
         ticks = [0.125, 0.25, 0.5, 1, 2, 3]

@@ -53,7 +53,7 @@ def write_comparison(results: Results, directory: Path) -> None:
     figures.save_png(figures.draw_methods(results["rows"]), directory / "methods.png")
     figures.save_png(figures.draw_tasks(results["rows"]), directory / "tasks.png")
     with replacing(directory / "report.html") as draft:
-        draft.write_text(render(results), encoding="utf-8")
+        draft.write_text(render(results), encoding="utf-8", errors="xmlcharrefreplace")
     show(comparison_table(results))
     logger.info("%s", summary(results))
     logger.info("report: %s", directory / "report.html")

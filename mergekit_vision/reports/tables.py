@@ -3,18 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+
+from mergekit_vision.support.console import as_markup
 
 
 def results_table(results: Mapping[str, Any], title: str) -> Table:
     """One row a task, the mean last, as in ``results.json`` of an evaluation; accuracies in %."""
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=as_markup(title), title_justify="left")
     table.add_column("task")
     for name in ("images", "accuracy %", "normalized %"):
         table.add_column(name, justify="right")
     for task, row in results["tasks"].items():
-        table.add_row(task, str(row["n"]), percent(row["accuracy"], 2), percent(row["normalized"], 2))
+        table.add_row(as_markup(task), str(row["n"]), percent(row["accuracy"], 2), percent(row["normalized"], 2))
     table.add_section()
     mean = results["mean"]
     total = sum(row["n"] for row in results["tasks"].values())
@@ -25,7 +26,7 @@ def results_table(results: Mapping[str, Any], title: str) -> Table:
 def comparison_table(results: Mapping[str, Any]) -> Table:
     """One row a method, the backbone first and the experts last, as in ``results.json`` of a comparison."""
     table = Table(
-        title=escape(f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split"), title_justify="left"
+        title=as_markup(f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split"), title_justify="left"
     )
     table.add_column("method", no_wrap=True)
     for name in ("mean\n%", "normalized\n%", "worst task,\nnormalized %", "merge\ns", "extra"):
@@ -33,10 +34,10 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
     for row in results["rows"]:
         method, worst = row["kind"] in ("static", "dynamic"), row["worst"]
         table.add_row(
-            escape(row["name"]),
+            as_markup(row["name"]),
             percent(row["mean"]["accuracy"]),
             percent(row["mean"]["normalized"]),
-            "–" if row["kind"] == "experts" else f"{worst} {percent(row['tasks'][worst]['normalized'])}",
+            "–" if row["kind"] == "experts" else f"{as_markup(worst)} {percent(row['tasks'][worst]['normalized'])}",
             f"{row['seconds']['merge']:.1f}" if method else "–",
             count(row["extra_parameters"]),
             style=None if method else "dim",

@@ -4,11 +4,17 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from mergekit_vision.data.checks import Needs
+from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.manifest import read_record
+from mergekit_vision.sources.config import kind_of
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.fingerprints import fingerprint
 from mergekit_vision.support.json_files import same
+from mergekit_vision.support.source_code import code_fingerprint, versions
+from mergekit_vision.support.team import Team
 
 
 def check_place(directory: Path) -> None:
@@ -73,3 +79,35 @@ def check_processes(processes: int, images: int) -> None:
     """
     if images < processes:
         raise InputError(f"`devices`: {processes} processes for {images} images; take fewer", of="trainer")
+
+
+def check_alike(data: VisionTasks, needs: Needs, team: Team) -> None:
+    """Refuse processes that do not see the same packages and files; of a single one there is nothing to check.
+
+    Raises:
+        InputError: on every process, naming what differs.
+    """
+    if team.size == 1:
+        return
+    first, *others = team.gather(_seen(data, needs))
+    for rank, seen in enumerate(others, start=1):
+        if differing := [what for what in first if seen.get(what) != first[what]]:
+            raise InputError(
+                f"process {rank} of {team.size} sees another version than process 0 of: {', '.join(differing)}; "
+                "give all processes the same packages and files"
+            )
+
+
+def _seen(data: VisionTasks, needs: Needs) -> dict[str, str]:
+    """What must be the same for all processes -> its version or hash; of images that are many files, their number."""
+    suite = data.suite
+    found = {**versions(), "mergekit_vision's code": code_fingerprint([VisionTasks]) or ""}
+    found[str(suite.path)] = fingerprint(suite.path)
+    if needs.experts:
+        files = (task.expert.path for task in suite.tasks.values())
+        found |= {str(path): fingerprint(path) for path in files if path is not None and path.is_file()}
+    for name, task in suite.tasks.items():
+        for split in sorted({*needs.everywhere, *(needs.evaluated if name in data.task_names else ())}):
+            whole = kind_of(task.data[split]) == "parquet"
+            found[f"tasks.{name}.data.{split}"] = data.fingerprint(name, split) if whole else str(data.size(name, split))
+    return found

@@ -19,6 +19,7 @@ from mergekit_vision.merging.recipe import Recipe, expert_paths
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.summary import own_expert_shares, summarize
 from mergekit_vision.runs import conditions, entries
+from mergekit_vision.runs.checks import check_alike
 from mergekit_vision.runs.entries import Entry
 from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.splits import TEST
@@ -52,8 +53,10 @@ class Comparison(LightningModule):
     def setup(self, stage: str) -> None:
         """Evaluate the backbone, the experts and every method, and compare the experts with each other."""
         data = data_of(self.trainer)
-        data.check(self.recipe.needs(frozenset({TEST})))
-        bench = Workbench.open(data, runtime_of(self.trainer))
+        needs, runtime = self.recipe.needs(frozenset({TEST})), runtime_of(self.trainer)
+        data.check(needs)
+        check_alike(data, needs, runtime.team)
+        bench = Workbench.open(data, runtime)
         evaluator, experts = bench.evaluator, self.recipe.chosen(data.suite)
         check_lineage(experts, bench.base, evaluator.encoder.linears)
 
@@ -147,6 +150,7 @@ class Comparison(LightningModule):
             "experts": expert_paths(suite, recipe.chosen(suite)),
             "tasks": {task: {"images": size, "classes": len(suite.tasks[task].classes)} for task, size in sizes.items()},
             "split": TEST,
+            "hub": data.hub_sources(TEST),
             "scale": recipe.scale,
             "search": asdict(recipe.search) if recipe.scale in ("search", "agreement") else None,
             "route": recipe.route,

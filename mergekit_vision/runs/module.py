@@ -27,7 +27,7 @@ from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.figures import draw_routing, save_png
 from mergekit_vision.reports.summary import own_expert_shares, summarize
 from mergekit_vision.reports.tables import results_table
-from mergekit_vision.runs.checks import check_merged, check_processes
+from mergekit_vision.runs.checks import check_alike, check_merged, check_processes
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.splits import EVALUATED, TEST, VAL
@@ -129,7 +129,9 @@ class MergedCLIP(LightningModule):
         here = not any(task.expert.missing for task in data.suite.tasks.values())
         # the first process's answer, so that all of them go the same way
         self._has_experts = merging or bool(self.trainer.strategy.broadcast(here))
-        data.check(self._needs(split, self._has_experts))
+        needs = self._needs(split, self._has_experts)
+        data.check(needs)
+        check_alike(data, needs, runtime_of(self.trainer).team)
         if merging:
             self.recipe.chosen(data.suite)
         elif self.merged is not None:
@@ -241,6 +243,7 @@ class MergedCLIP(LightningModule):
             "schema": 1,
             **{key: self.record.get(key) for key in ("suite", "merger", "scale", "search")},
             "split": split,
+            "hub": self.data.hub_sources(split),
             "route": None if encoder.routing is None else route,
             **summary,
             "seconds": {**self.record.get("seconds", {}), "eval": round(time.perf_counter() - self._started, 3)},

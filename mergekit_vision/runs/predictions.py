@@ -3,15 +3,16 @@
 import csv
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from mergekit_vision.support.console import show
+from mergekit_vision.support.console import as_markup, show
 from mergekit_vision.support.files import replacing
 from mergekit_vision.support.team import Team
 
 _SHOWN = 20
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+"""What cells begin with that spreadsheets calculate, and the apostrophe that keeps them from it."""
 
 
 class Predictions:
@@ -41,17 +42,27 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """Write ``path`` (CSV) and show the beginning."""
-        table = Table(title=escape(f"{self.task} → {path}"), title_justify="left")
+        table = Table(title=as_markup(f"{self.task} → {path}"), title_justify="left")
         for name in ("image", "class", "probability %"):
             table.add_column(name)
-        with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
+        # the bytes of file names that are not UTF-8 are written as they are
+        with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             writer = csv.writer(stream)
             writer.writerow(["image", *(f"{what}_{n}" for n in range(1, self.top + 1) for what in ("class", "probability"))])
             for position, index in enumerate(sorted(self.rows)):
                 row = self.rows[index]
-                writer.writerow([self.paths[index], *(item for name, value in row for item in (name, f"{value:.6f}"))])
+                best = (item for name, value in row for item in (_cell(name), f"{value:.6f}"))
+                writer.writerow([_cell(str(self.paths[index])), *best])
                 if position < _SHOWN:
-                    table.add_row(escape(self.paths[index].name), escape(row[0][0]), f"{100 * row[0][1]:.1f}")
+                    table.add_row(as_markup(self.paths[index].name), as_markup(row[0][0]), f"{100 * row[0][1]:.1f}")
         if len(self.rows) > _SHOWN:
             table.add_row("…", f"{len(self.rows) - _SHOWN} more in the file", "")
         show(table)
+
+
+def _cell(text: str) -> str:
+    """Text as a spreadsheet shows it: what it would take for a formula gets an apostrophe in front.
+
+    So does what begins with an apostrophe itself: whoever removes the first one of each cell that has it has the text again.
+    """
+    return f"'{text}" if text.startswith(_FORMULA) else text

@@ -19,6 +19,7 @@ from mergekit_vision.registry import default_mergers
 from mergekit_vision.reports.html import write_comparison
 from mergekit_vision.runs.checks import check_place
 from mergekit_vision.runs.comparison import Comparison
+from mergekit_vision.runs.launcher import end_together
 from mergekit_vision.runs.memory import explained_memory
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
@@ -85,6 +86,7 @@ class Trainer(lightning.Trainer):
                 enable_model_summary=False,
                 use_distributed_sampler=False,  # the data module's own sampler repeats no image
             )
+        end_together(self.strategy)
 
     def merge(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Merge the experts of a suite into one encoder and write it as a directory.

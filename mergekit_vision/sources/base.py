@@ -1,14 +1,10 @@
-"""What the image sources share: a labeled data set, and decoding."""
+"""What the image sources share: a labeled data set."""
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 from torch.utils.data import Dataset
-
-from mergekit_vision.errors import InputError
 
 
 class ImageSource(Dataset[tuple[Image.Image, int]], ABC):
@@ -39,17 +35,3 @@ class ImageSource(Dataset[tuple[Image.Image, int]], ABC):
         """Smallest and largest class index, as cheaply as the format allows; ``None`` where there are no images."""
         labels = self.labels()
         return (int(min(labels)), int(max(labels))) if len(labels) else None
-
-
-def decode(image: bytes | Path, where: str) -> Image.Image:
-    """Decode an encoded image to RGB.
-
-    Raises:
-        InputError: naming ``where`` (file and row), when the image is damaged or of an unknown format.
-    """
-    try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
-            rgb: Image.Image = opened.convert("RGB")
-            return rgb
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: not a readable image ({error}); replace or remove it") from error

@@ -1,6 +1,8 @@
 """Checks of a source against the classes of its task."""
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
@@ -68,12 +70,26 @@ def _name_faults(names: Sequence[str] | None, classes: Sequence[str], exact: boo
     lacking = f"; {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} missing here" if missing else ""
     if len(names) != len(classes):
         return [f"the data has {len(names)} classes, but there are {len(classes)} {theirs}{lacking}"]
-    shared = [name for name in names if list(names).count(name) == list(classes).count(name) == 1]
-    moved = [i for i, name in enumerate(names) if name != classes[i] and (exact or name in shared or classes[i] in shared)]
-    if not moved:
+    differing = (i for i, name in enumerate(names) if name != classes[i])
+    moved = next(differing if exact else _moved(names, classes), None)
+    if moved is None:
         return []
     remedy = "name them alike in all splits" if exact else "list them in the order of the data"
-    return [f"class {moved[0]} is `{names[moved[0]]}` in the data, but `{classes[moved[0]]}` {theirs}{lacking}; {remedy}"]
+    return [f"class {moved} is `{names[moved]}` in the data, but `{classes[moved]}` {theirs}{lacking}; {remedy}"]
+
+
+def _moved(names: Sequence[str], classes: Sequence[str]) -> Iterator[int]:
+    """Classes with a name that is another class's on the other side, exactly or but for case, punctuation and spaces."""
+    for form in (str, _plain):
+        theirs, ours = list(map(form, names)), list(map(form, classes))
+        once = [{name for name, count in Counter(side).items() if count == 1} for side in (theirs, ours)]
+        shared = set.intersection(*once)
+        yield from (i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1] and shared & {*pair})
+
+
+def _plain(name: str) -> str:
+    """A class name without what people write differently."""
+    return "".join(re.split(r"[\W_]+", name.casefold())) or name
 
 
 def class_names(config: SourceConfig, allow_code: bool = False) -> tuple[str, ...] | None:

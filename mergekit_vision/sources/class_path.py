@@ -1,6 +1,7 @@
 """Image data sets by class path, as torchvision's are."""
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,8 @@ from PIL import Image
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
+from mergekit_vision.sources.decoding import rgb
+from mergekit_vision.support.faults import in_one_line
 from mergekit_vision.support.fingerprints import digest, stamps
 from mergekit_vision.support.imports import import_by_path, registered
 
@@ -39,9 +42,11 @@ class TorchvisionImages(ImageSource):
         """Image and class at ``index``."""
         try:
             image, label = self._data[index]
-            return image.convert("RGB"), int(label)
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{self._where}, item {index}: not a readable (PIL image, class index) pair ({error})") from error
+            return rgb(image), operator.index(label)
+        except Exception as error:  # whatever the code of the data set raises
+            raise InputError(
+                f"{self._where}, item {index}: not a readable (PIL image, class index) pair ({in_one_line(error)})"
+            ) from error
 
     def labels(self) -> Sequence[int]:
         """Class index of every image, decoded along with the images where the class keeps no list of them."""
@@ -60,11 +65,17 @@ class TorchvisionImages(ImageSource):
         for attribute in ("targets", "labels", "_labels"):
             known = getattr(self._data, attribute, None)
             if known is not None and len(known) == len(self):
-                return [int(label) for label in known]
+                return [self._index(label, attribute) for label in known]
         samples = getattr(self._data, "_samples", None)  # (file, label) pairs, as GTSRB and StanfordCars keep them
         if samples is not None and len(samples) == len(self) and all(isinstance(pair[-1], int) for pair in samples):
             return [pair[-1] for pair in samples]
         return [self[index][1] for index in range(len(self))]
+
+    def _index(self, label: Any, attribute: str) -> int:
+        try:
+            return operator.index(label)
+        except TypeError as error:
+            raise InputError(f"{self._where}: {attribute} holds {label!r}, which is no class index") from error
 
 
 def import_class(class_path: str, args: Mapping[str, Any], allow_code: bool = False) -> Callable[..., Any]:

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources.base import ImageSource, decode
-from mergekit_vision.support.faults import closest
+from mergekit_vision.sources.base import ImageSource
+from mergekit_vision.sources.decoding import decode, named_by_data
+from mergekit_vision.support.faults import closest, in_one_line
 
 _Result = TypeVar("_Result")
 
@@ -51,6 +52,7 @@ class HubImages(ImageSource):
         # undecoded, so that a damaged image can be named
         self._data = data.cast_column(image, datasets.Image(decode=False)).select_columns([image, label])
         self._image = image
+        self._places = [*([Path(dataset)] if Path(dataset).is_dir() else []), *_caches(datasets)]
 
     def __len__(self) -> int:
         return len(self._data)
@@ -58,12 +60,16 @@ class HubImages(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Image and class at ``index``."""
         row, where = self._data[int(index)], f"{self._where}, row {index}"
-        cell = row[self._image] or {}
-        if cell.get("bytes") is None and not cell.get("path"):
+        return decode(self._encoded(row[self._image] or {}, where), where), self._class(row[self._label], where)
+
+    def _encoded(self, cell: Mapping[str, Any], where: str) -> bytes | Path:
+        """The encoded image of one cell: its bytes, or the file it names in the data set's directory or the libraries' caches."""
+        data: bytes | None = cell.get("bytes")
+        if data is not None:
+            return data
+        if not cell.get("path"):
             raise InputError(f"{where}: has no image")
-        return decode(cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]), where), self._class(
-            row[self._label], where
-        )
+        return named_by_data(cell["path"], self._places, where)
 
     def labels(self) -> Sequence[int]:
         """Class index of every row; only the label column is read, once."""
@@ -79,7 +85,7 @@ class HubImages(ImageSource):
 
     @staticmethod
     def _class(label: Any, where: str) -> int:
-        if not isinstance(label, int):
+        if not isinstance(label, int) or isinstance(label, bool):
             raise InputError(f"{where}: label {label!r} is no class index")
         return label
 
@@ -133,6 +139,13 @@ def _commit(dataset: str, revision: str) -> str:
     return reference.read_text().strip() if reference.is_file() else revision
 
 
+def _caches(datasets: Any) -> list[Path]:
+    """Where the libraries keep what they download."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+
+
 def _fetch(datasets: Any, dataset: str, load: Callable[[], _Result]) -> _Result:
     try:
         return load()
@@ -146,7 +159,7 @@ def _fetch(datasets: Any, dataset: str, load: Callable[[], _Result]) -> _Result:
         hidden = isinstance(error, datasets.exceptions.DatasetNotFoundError) and "Revision" not in str(error)
         remedy = "; if it is private, log in by `hf auth login` or set HF_TOKEN" if hidden else ""
         raise InputError(
-            f"{dataset}: cannot be loaded by `datasets` ({type(cause).__name__}: {' '.join(str(cause).split())}){remedy}"
+            f"{dataset}: cannot be loaded by `datasets` ({type(cause).__name__}: {in_one_line(cause)}){remedy}"
         ) from error
 
 

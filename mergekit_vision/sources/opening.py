@@ -6,7 +6,7 @@ from pathlib import Path
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.sources.config import SourceConfig, config_faults, kind_of
-from mergekit_vision.sources.folder import FlatFolder, FolderImages
+from mergekit_vision.sources.folder import FlatFolder, FolderImages, listed
 
 
 def open_source(config: SourceConfig, labeled: bool = True, allow_code: bool = False) -> ImageSource:
@@ -45,6 +45,6 @@ def _opened(config: SourceConfig, labeled: bool, allow_code: bool) -> ImageSourc
 
         return TorchvisionImages(config["torchvision"], config.get("args", {}), allow_code)
     directory = Path(config["folder"])
-    if not labeled and directory.is_dir() and not any(entry.is_dir() for entry in directory.iterdir()):
+    if not labeled and directory.is_dir() and not any(entry.is_dir() for entry in listed(directory)):
         return FlatFolder(directory)
     return FolderImages(directory)

@@ -1,8 +1,6 @@
 """Parquet files in the Hugging Face image schema, one row group in memory at a time."""
 
 import bisect
-import glob
-import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -15,8 +13,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources.base import ImageSource, decode
+from mergekit_vision.sources.base import ImageSource
+from mergekit_vision.sources.decoding import decode, named_by_data
+from mergekit_vision.sources.footer import check_columns, check_row_groups, class_names, matching
+from mergekit_vision.support.faults import in_one_line
 from mergekit_vision.support.fingerprints import digest, fingerprint
+
+_AGAIN = "copy or download the file again"
 
 
 class _Group(NamedTuple):
@@ -45,11 +48,8 @@ class ParquetImages(ImageSource):
 
     def __init__(self, pattern: str | Path, image: str = "image", label: str = "label") -> None:
         self._image, self._label = image, label
-        found = [str(pattern)] if Path(pattern).is_file() else sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207
-        if not found:
-            raise InputError(f"{pattern}: no such file")
         self._groups: list[_Group] = []
-        for path in map(Path, found):
+        for path in matching(Path(pattern)):
             self._groups += self._footer(path)
         self._ends = list(accumulate(group.rows for group in self._groups))
 
@@ -57,19 +57,9 @@ class ParquetImages(ImageSource):
         """Check one file's schema; its row groups."""
         with _open(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
-        missing = [column for column in (self._image, self._label) if column not in schema.names]
-        if missing:
-            raise InputError(
-                f"{path}: no column {' or '.join(map(repr, missing))} among {', '.join(schema.names)}; "
-                "name the columns by `image:` and `label:`"
-            )
-        image, label = schema.field(self._image).type, schema.field(self._label).type
-        struct = pa.types.is_struct(image) and image.get_field_index("bytes") >= 0
-        if not (struct or pa.types.is_binary(image) or pa.types.is_large_binary(image)):
-            raise InputError(f"{path}: column {self._image!r} is {image}, not encoded images (struct<bytes, path> or binary)")
-        if not pa.types.is_integer(label):
-            raise InputError(f"{path}: column {self._label!r} is {label}, not integer class indices")
-        names = _class_names(schema.metadata, self._label)
+        check_columns(path, schema, self._image, self._label)
+        check_row_groups(path, metadata)
+        names = class_names(schema.metadata, self._label, path)
         if self._groups and names != self.names:
             raise InputError(f"{path}: names other classes than {self._groups[0].path}; give data sets of one kind")
         self.names = names
@@ -88,8 +78,7 @@ class ParquetImages(ImageSource):
         group = self._groups[position]
         row = index - (self._ends[position] - group.rows)
         where = f"{group.path}, row {group.start + row}"
-        value = _images(group, self._image)[row].as_py()
-        return decode(_encoded(value, group.path, where), where), int(self._label_column[index])
+        return decode(_encoded(_cell(group, self._image, row, where), group.path, where), where), int(self._label_column[index])
 
     def labels(self) -> Sequence[int]:
         """Class index of every row; only the label column is read, once."""
@@ -101,17 +90,10 @@ class ParquetImages(ImageSource):
         return digest(self._image, self._label, *map(fingerprint, files))
 
     def label_range(self) -> tuple[int, int] | None:
-        """Smallest and largest label, from the row groups' statistics where they are kept."""
-        ranges = []
-        for group in self._groups:
-            with _open(group.path) as file:
-                columns = file.metadata.row_group(group.number)
-                stored = {columns.column(i).path_in_schema: columns.column(i).statistics for i in range(columns.num_columns)}
-            known = stored.get(self._label)
-            if known is None or not known.has_min_max or known.null_count:
-                return super().label_range()
-            ranges.append((int(known.min), int(known.max)))
-        return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
+        """Smallest and largest label."""
+        # of the labels themselves: pyarrow ends the process where the statistics in a footer are damaged
+        labels = self._label_column
+        return (int(labels.min()), int(labels.max())) if len(labels) else None
 
     @cached_property
     def _label_column(self) -> Any:
@@ -132,20 +114,36 @@ def _images(group: _Group, column: str) -> Any:
     return _read(group, column)
 
 
+def _cell(group: _Group, column: str, row: int, where: str) -> Any:
+    """What one row of a row group holds in the image column, as plain values."""
+    try:
+        return _images(group, column)[row].as_py()
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: damaged ({in_one_line(error)}); {_AGAIN}") from error
+
+
 def _read(group: _Group, column: str) -> Any:
     # the file is opened for each read and no threads are used: nothing to break after a fork
     try:
         with _open(group.path) as file:
-            return file.read_row_group(group.number, columns=[column], use_threads=False).column(0)
+            found = file.read_row_group(group.number, columns=[column], use_threads=False).column(0)
+            found.validate(full=True)  # what offsets say is believed afterwards
+        if len(found) != group.rows:
+            raise pa.ArrowInvalid(f"{len(found)} rows instead of {group.rows}")
+        return found
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{group.path}, row group {group.number}: damaged ({error}); copy or download the file again") from error
+        raise InputError(
+            f"{group.path}, row group {group.number}: damaged ({in_one_line(error)}); copy or download the file again"
+        ) from error
 
 
 def _open(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+        raise InputError(f"{path}: not a readable Parquet file ({in_one_line(error)})") from error
 
 
 def _encoded(value: Any, file: Path, where: str) -> bytes | Path:
@@ -156,13 +154,4 @@ def _encoded(value: Any, file: Path, where: str) -> bytes | Path:
     path: str | None = value.get("path") if isinstance(value, dict) else None
     if not path:
         raise InputError(f"{where}: has no image; remove the row")
-    return file.parent / path
-
-
-def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """Class names of the label column by the ``huggingface`` entry of a schema's metadata."""
-    try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return tuple(map(str, names)) if names else None
+    return named_by_data(path, [file.parent], where)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -72,6 +73,11 @@ def console_output() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def as_markup(text: str) -> str:
+    """Text that comes from elsewhere, for the cell of a table: shown as it is, whatever it holds."""
+    return escape(harmless(text))
 
 
 def show(table: Table) -> None:

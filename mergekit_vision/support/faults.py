@@ -23,6 +23,16 @@ def closest_file(path: Path) -> str:
         return ""
 
 
+def in_one_line(error: BaseException) -> str:
+    r"""What a library's error says, or its class where it says nothing.
+
+    >>> from mergekit_vision.support.faults import in_one_line
+    >>> in_one_line(OSError("broken\n  data stream")), in_one_line(MemoryError())
+    ('broken data stream', 'MemoryError')
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def raise_faults(path: Path, faults: list[str], of: str | None = None) -> None:
     """Raise one :class:`~mergekit_vision.errors.InputError` that lists a file's faults, if any: twenty, and how many more."""
     if faults:

@@ -62,8 +62,15 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
-    """Path, size and modification time (ns) of a file, for :func:`digest`: they change when the file does."""
-    status = path.stat()
+    """Path, size and modification time (ns) of a file, for :func:`digest`: they change when the file does.
+
+    Raises:
+        InputError: when there is no such file, or its directory cannot be read.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     return str(path), status.st_size, status.st_mtime_ns
 
 

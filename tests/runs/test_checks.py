@@ -1,14 +1,17 @@
 """What is refused before any long work starts."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mergekit_vision import InputError, MergedCLIP, Trainer, VisionTasks
+from mergekit_vision.data.checks import Needs
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
-from mergekit_vision.runs.checks import check_merged, check_place, check_processes
+from mergekit_vision.runs.checks import check_alike, check_merged, check_place, check_processes
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.team import Team
 
 
 def test_a_directory_that_can_be_made_is_let_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +80,36 @@ def test_a_merged_model_belongs_to_its_suite(tiny_suite: Path, tmp_path: Path) -
     config.write_text(before)
     with pytest.raises(InputError, match=r"merged from another backbone than that of .*suite\.yaml \(local-dir:"):
         check_merged(tmp_path, Suite.load("demo"))
+
+
+def seen_by(root: Path, rank: int, others: list[dict[str, str]]) -> dict[str, str]:
+    """What a process finds, which hears of the other ones what is given."""
+    told: list[dict[str, str]] = []
+
+    def broadcast(value: dict[str, str] | None, source: int) -> dict[str, str]:
+        if source == rank:
+            assert value is not None
+            told.append(value)
+            return value
+        return {key.replace("ROOT", str(root)): text for key, text in others[source].items()} if others else told[0]
+
+    needs = Needs(frozenset({"test"}), frozenset({"val"}))
+    check_alike(VisionTasks(str(root / "suite.yaml")), needs, Team(rank, 2, broadcast))
+    return {key.replace(str(root), "ROOT"): text for key, text in told[0].items()}
+
+
+def test_processes_that_see_other_files_or_packages_are_refused(root: Path) -> None:
+    first = seen_by(root, 0, [])
+    assert seen_by(root, 1, [first]) == first
+    assert {"torch", "ROOT/suite.yaml", "ROOT/experts/colors.safetensors", "tasks.grays.data.val"} <= first.keys()
+    for what in ("torch", "mergekit_vision's code", "ROOT/experts/grays.pt", "tasks.grays.data.test"):
+        with pytest.raises(InputError, match=r"process 1 of 2 sees another version than process 0 of: ") as caught:
+            seen_by(root, 1, [{**first, what: "another"}])
+        assert f"of: {what.replace('ROOT', str(root))};" in str(caught.value)
+
+
+def test_another_expert_is_another_version(root: Path) -> None:
+    first = seen_by(root, 0, [])
+    shutil.copy(root / "experts" / "stripes.safetensors", root / "experts" / "colors.safetensors")
+    with pytest.raises(InputError, match=r"sees another version than process 0 of: .*/experts/colors\.safetensors; give all"):
+        seen_by(root, 1, [first])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from pictures import image, numbered, table
-from tiny import encoded
+from tiny import content_of, encoded, write_file
 
+from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import check_source, content_faults
 from mergekit_vision.sources.opening import open_source
@@ -73,3 +74,24 @@ def test_hub_without_its_library_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install mergekit-vision\[hub\]"):
         open_source({"hub": "org/name", "split": "test"})
+
+
+def test_a_file_that_a_row_names_lies_in_the_data_set(hub: Path) -> None:
+    secret = hub.parent / "secret.png"
+    image(9).save(secret)
+    image(5).save(hub / "data" / "own.png")
+    cells = [{"bytes": None, "path": str(path)} for path in (hub / "data" / "own.png", secret)]
+    pq.write_table(table(cells, [0, 1], ["x", "y"]), hub / "data" / "test-00000-of-00001.parquet")
+    source = open_source({"hub": str(hub), "split": "test"})
+    assert source[0][0].getpixel((0, 0)) == (5, 10, 100)
+    with pytest.raises(InputError, match=r"toy \[test\], row 1: names the file .*secret\.png', which is not below"):
+        source[1]
+
+
+def test_results_name_the_revision(hub: Path, root: Path) -> None:
+    content = content_of(root)
+    pinned = {"hub": str(hub), "split": "test", "revision": "abc"}
+    content["tasks"]["stripes"] |= {"classes": ["x", "y"], "data": {**content["tasks"]["stripes"]["data"], "test": pinned}}
+    data = VisionTasks(str(write_file(root, content)))
+    assert data.hub_sources("test") == {"stripes": pinned}
+    assert data.hub_sources("val") == {}

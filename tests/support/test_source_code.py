@@ -180,3 +180,17 @@ def test_a_class_without_a_file_has_none() -> None:
 def test_versions_are_those_installed() -> None:
     assert versions()["torch"] == version("torch")
     assert {"mergekit_vision", "torch", "torchvision", "lightning", "open_clip_torch"} == versions().keys()
+
+
+def test_what_another_environment_installs_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an environment made with --system-site-packages."""
+    below = tmp_path / "lib" / "site-packages"
+    below.mkdir(parents=True)
+    monkeypatch.syspath_prepend(below)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("import theirs_below\nclass Mine: pass\n")
+    (below / "theirs_below.py").write_text("a = 1\n")
+    mine = importlib.import_module("mine").Mine
+    before = code_fingerprint([mine])
+    (below / "theirs_below.py").write_text("a = 2\n")
+    assert code_fingerprint([mine]) == before
