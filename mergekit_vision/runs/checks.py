@@ -104,8 +104,7 @@ def _seen(data: VisionTasks, needs: Needs) -> dict[str, str]:
     found = {**versions(), "mergekit_vision's code": code_fingerprint([VisionTasks]) or ""}
     found[str(suite.path)] = fingerprint(suite.path)
     if needs.experts:
-        files = (task.expert.path for task in suite.tasks.values())
-        found |= {str(path): fingerprint(path) for path in files if path is not None and path.is_file()}
+        found |= {str(task.expert): suite.experts[name].fingerprint() for name, task in suite.tasks.items()}
     for name, task in suite.tasks.items():
         for split in sorted({*needs.everywhere, *(needs.evaluated if name in data.task_names else ())}):
             whole = kind_of(task.data[split]) == "parquet"

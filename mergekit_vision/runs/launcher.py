@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from mergekit_vision.errors import FailedElsewhereError, InputError
 
-_TICKETS = "mergekit_vision/failures"
+_FAILURES = "mergekit_vision/failures"
 _GRACE = 4.0  # seconds for what ends by itself
 _POLL = 0.2  # seconds
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "recvBytes", "sendBytes", "gloo", "NCCL")
@@ -100,7 +100,7 @@ class Launcher(_SubprocessScriptLauncher):
         if self.children or self._started:
             _wait(lambda: self._gone() is not None)
             return "" if self._started and self._gone() is None else self._gone()
-        return self._epitaph(f"process {1 - self._rank}" if self._size == 2 else "another process")
+        return self._how_lost(f"process {1 - self._rank}" if self._size == 2 else "another process")
 
     @property
     def _started(self) -> bool:
@@ -111,10 +111,10 @@ class Launcher(_SubprocessScriptLauncher):
         """What to say of a process that has gone: nothing where it ended by itself, which it has said why, ``None`` of none."""
         for rank, child in enumerate(self.children, start=1):
             if code := child.poll():
-                return self._epitaph(f"process {rank}", signal.Signals(-code).name) if code < 0 else ""
-        return self._epitaph("process 0") if self._rank and os.getppid() != self._parent else None
+                return self._how_lost(f"process {rank}", signal.Signals(-code).name) if code < 0 else ""
+        return self._how_lost("process 0") if self._rank and os.getppid() != self._parent else None
 
-    def _epitaph(self, who: str, name: str = "") -> str:
+    def _how_lost(self, who: str, name: str = "") -> str:
         how = f"was ended by {name}" if name else "ended without a message"
         return (
             f"{who} of {self._size} {how}, as processes do where memory runs out; run fewer of them (`devices`), take smaller "
@@ -127,11 +127,11 @@ class Launcher(_SubprocessScriptLauncher):
     def _end_with_others(self) -> None:
         """End this process when another one has gone and it does not notice, as it need not while it computes."""
         while not self._done.wait(_POLL):
-            epitaph = self._gone()
-            if epitaph is None or self._done.wait(_GRACE):
+            message = self._gone()
+            if message is None or self._done.wait(_GRACE):
                 continue
-            if epitaph:
-                print(f"mergekit-vision: error: {epitaph}", file=sys.stderr, flush=True)
+            if message:
+                print(f"mergekit-vision: error: {message}", file=sys.stderr, flush=True)
             self.kill(signal.SIGKILL)
             os._exit(1)  # the main thread may wait in a library, where nothing interrupts it
 
@@ -141,7 +141,7 @@ def _first_to_fail(rank: int) -> bool:
     if not torch.distributed.is_initialized():
         return True
     try:
-        return bool(_get_default_store().add(_TICKETS, 1) == 1)
+        return bool(_get_default_store().add(_FAILURES, 1) == 1)
     except RuntimeError:  # the first process is gone, and the store with it: the next one speaks
         return rank == 1
 
