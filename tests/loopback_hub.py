@@ -218,6 +218,8 @@ def point_at(
     """
     from huggingface_hub import constants, hf_api
 
+    if not hasattr(constants, "HF_HUB_DISABLE_XET"):
+        pytest.skip("huggingface_hub before 0.30 cannot be pointed at another hub once it is imported")
     for name, value in hub.environment(home, token, offline).items():
         if name.startswith(("HF_", "NO_PROXY")):
             monkeypatch.setenv(name, value)

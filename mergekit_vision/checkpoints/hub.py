@@ -53,7 +53,7 @@ def fetch_snapshot(file: HubFile) -> Path:
         InputError: when the repository, revision or file does not exist, may not be read, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     def download(patterns: list[str]) -> Path:
         return Path(snapshot_download(file.repository, revision=file.revision, allow_patterns=patterns))
@@ -83,7 +83,7 @@ def commit_of(place: Path) -> str:
 
 def _reason(error: Exception) -> str:
     """What went wrong, in a line: the hub's own explanation comes behind the address and an empty line."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
         return "its owner asks for an agreement first; accept it on the hub and log in by `hf auth login`"

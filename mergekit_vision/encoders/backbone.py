@@ -175,7 +175,7 @@ def open_clip_name(name: str) -> str:
 def _on_the_hub(name: str) -> Path | None:
     """The directory of a model on the hub; ``None`` where open_clip finds it itself."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError
 
     file = HubFile.parse(name)
     if file.revision is None:
