@@ -218,7 +218,7 @@ def test_experts_are_far_above_zero_shot(suite: Suite) -> None:
     for name, task in suite.tasks.items():
         encoder.assign(base)
         zero_shot = accuracy(name)
-        encoder.assign(open_weights(task.expert))
+        encoder.assign(open_weights(task.expert.path))
         gains.append(accuracy(name) - zero_shot)
         assert zero_shot > 1 / len(task.classes), name
     assert min(gains) > 0.05
@@ -249,7 +249,7 @@ def test_the_script_writes_a_whole_suite(built: Path) -> None:
     check_suite(suite, describe_backbone(suite.backbone).shapes, ["test"])
     base = open_weights(built / "model" / "open_clip_model.safetensors")
     for task in suite.tasks.values():
-        assert any(not torch.equal(open_weights(task.expert)[key], base[key]) for key in describe_backbone(suite.backbone).shapes)
+        assert any(not torch.equal(open_weights(task.expert.path)[key], base[key]) for key in describe_backbone(suite.backbone).shapes)
 
 
 def test_unseen_tokens_have_no_embedding(built: Path) -> None:
