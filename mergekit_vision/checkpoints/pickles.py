@@ -2,43 +2,36 @@
 
 A pickle is a small program that may import and call whatever it likes. This reader imports nothing: PyTorch's few functions that
 rebuild tensors are answered by functions of its own, plain containers by plain containers, and every other class or function by
-a :class:`Stub`, which only keeps the state it is given. So a whole pickled model can be read for its tensors.
+a :class:`Stub`, which only keeps the state it is given. So a whole pickled model can be read for its tensors, of which only
+descriptions are made.
+
+It is Python's own unpickler in Python: the faster one in C reserves as much memory as a number in the pickle says.
 """
 
+import io
+import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-    "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "UntypedStorage": torch.uint8,
-    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
-}  # fmt: skip
-"""Name of a storage class in a pickle -> dtype of its elements."""
+from mergekit_vision.checkpoints.stored import STORAGES, Storage, StoredTensor
 
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError, RuntimeError,
-    ImportError, MemoryError, OverflowError, AssertionError,
+    ImportError, MemoryError, OverflowError, AssertionError, NotImplementedError,
 )  # fmt: skip
 """What damaged or hostile pickles and archives make their readers raise."""
 
-_PLAIN = (str, int, float, bool, type(None))
-_DEPTH = 48
-
-
-class Storage(NamedTuple):
-    """The memory behind tensors: bytes, and the dtype that the pickle gives them."""
-
-    content: torch.UntypedStorage
-    dtype: torch.dtype
+LONGEST = 1 << 25
+"""Size up to which a pickle is read, in bytes: enough for 100,000 tensors; reading takes up to 60 times as much memory."""
 
 
 class Stub:
     """Stands for an instance of any class that a pickle names, or for what any function that it names would return."""
+
+    __slots__ = ("state",)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
         """Take any arguments."""
@@ -51,116 +44,117 @@ class Stub:
         """What stands for a function gives what stands for its result."""
         return Stub()
 
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__["state"] = state[0] if isinstance(state, tuple) and len(state) == 2 else state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Take an entry, as a subclass of a dictionary would."""
-
     def append(self, value: Any) -> None:
         """Take an item, as a subclass of a list would."""
 
     def extend(self, values: Any) -> None:
         """Take items, as a subclass of a list would."""
 
-    def add(self, *values: Any) -> None:
-        """Take items, as a set would."""
 
+class RestrictedUnpickler(pickle._Unpickler):
+    """Unpickles descriptions of tensors, plain containers and stubs.
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles tensors, plain containers and stubs."""
+    Of dictionaries only the entries under text are kept, as nothing else names tensors: numbers, and tuples in tuples, can be
+    made to take years to be looked up. The same holds for sets, which become dictionaries of their items to ``None``.
+
+    Args:
+        content: the pickle, and what follows it.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, content: bytes) -> None:
+        self.stream = io.BytesIO(content)
+        super().__init__(self.stream, encoding="utf-8")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage by what ``torch.save`` writes in its place, or a class that it writes beside its source."""
+        if pid[0] == "module":  # of PyTorch before 1.6: the class, its file and its source
+            return pid[1]
+        _, kind, key, _, _, *view = pid
+        first = view[0][1] if view and view[0] is not None else 0
+        return Storage(key, STORAGES.get(str(kind), torch.uint8), first)  # others are of quantized tensors, stubs in the end
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global of the pickle; nothing is imported."""
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return name
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
-        # made anew each time: a pickle may set attributes of what it gets
-        if (module, name) in _REBUILDERS:
-            return _calling(_REBUILDERS[module, name])
-        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict"), ("__builtin__", "dict")):
-            return type("OrderedDict", (dict,), {})
-        if name == "set" and module in ("builtins", "__builtin__"):
-            return set
-        return type(str(name), (Stub,), {"__module__": str(module)})
+        return _KNOWN.get((module, name), Stub)
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Stub):  # nothing else may be changed by a pickle
+            self.stack[-1].state = state[0] if isinstance(state, tuple) and len(state) == 2 else state
+
+    def _put(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], dict):
+            self.stack[-1].update(_entries(zip(items[::2], items[1::2], strict=True)))
+
+    def _set_items(self) -> None:
+        self._put(self.pop_mark())
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._put([key, value])
+
+    def _dictionary(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
+        self._put(items)
+
+    def _empty_set(self) -> None:
+        self.stack.append({})
+
+    def _add_items(self) -> None:
+        items = self.pop_mark()
+        if isinstance(self.stack[-1], dict):
+            self.stack[-1].update(_texts(items))
+
+    def _frozen_set(self) -> None:
+        self.stack.append(_texts(self.pop_mark()))
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it uses registered extensions or buffers, which torch.save does not")
+
+    dispatch |= {
+        pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.DICT[0]: _dictionary,
+        pickle.EMPTY_SET[0]: _empty_set, pickle.ADDITEMS[0]: _add_items, pickle.FROZENSET[0]: _frozen_set,
+        **dict.fromkeys((code[0] for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4)), _refuse),
+        **dict.fromkeys((code[0] for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)), _refuse),
+    }  # fmt: skip
 
 
-def leaves(content: Any) -> Iterator[tuple[str, Any]]:
-    """Tensors, stubs without state, and plain values of an unpickled object, by their dotted place in it.
-
-    Entries of dictionaries and attributes of objects are followed; of a module its parameters, its persistent buffers and its
-    modules. Lists are plain values where all their items are, and are passed over otherwise.
-
-    Raises:
-        ValueError: when it is nested too deeply.
-
-    >>> dict(leaves({"state_dict": {"proj": torch.zeros(2)}, "epoch": 3}))
-    {'state_dict.proj': tensor([0., 0.]), 'epoch': 3}
-    """
-    yield from _leaves(content, "", set(), 0)
+def _entries(pairs: Any = ()) -> dict[str, Any]:
+    """A dictionary's entries under text."""
+    return {key: value for key, value in (pairs.items() if isinstance(pairs, dict) else pairs) if isinstance(key, str)}
 
 
-def _leaves(content: Any, place: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    if depth > _DEPTH:
-        raise ValueError("nested too deeply")
-    if isinstance(content, Tensor) or _is_plain(content):
-        yield place, content
-        return
-    members = _members(content)
-    if members is None:
-        if isinstance(content, Stub):
-            yield place, content
-        return
-    if id(content) in seen:  # what refers to itself, or to one thing many times, would never end
-        return
-    seen.add(id(content))
-    for name, value in members.items():
-        if isinstance(name, str):
-            yield from _leaves(value, f"{place}.{name}" if place else name, seen, depth + 1)
+def _texts(items: Iterable[Any] = ()) -> dict[str, None]:
+    """A set's items that are text."""
+    return dict.fromkeys(item for item in items if isinstance(item, str))
 
 
-def _members(content: Any) -> Mapping[Any, Any] | None:
-    """Named parts of an object; ``None`` where it has none."""
-    if isinstance(content, dict):
-        return dict(dict.items(content))
-    state = content.__dict__.get("state") if isinstance(content, Stub) else None
-    if not isinstance(state, dict):
-        return None
-    if "_modules" not in state:
-        return state
-    transient = state.get("_non_persistent_buffers_set")
-    skipped = transient if isinstance(transient, set) else set()
-    parts = [state.get(part) for part in ("_parameters", "_buffers", "_modules")]
-    return {name: value for part in parts if isinstance(part, dict) for name, value in part.items() if name not in skipped}
+def _empty(*_: Any) -> dict[str, Any]:
+    """What is filled by entries that follow."""
+    return {}
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return len(value) <= 64 and all(isinstance(item, _PLAIN) for item in value)
-    return isinstance(value, _PLAIN)
-
-
-def _calling(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: function(*args)
-
-
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """What ``torch._utils._rebuild_tensor_v2`` returns; its storage is of this reader, or of ``torch.load``."""
-    return torch.empty(0, dtype=storage.dtype).set_(_bytes(storage), offset, tuple(size), tuple(stride))
+def _tensor(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> StoredTensor | Stub:
+    """What ``torch._utils._rebuild_tensor_v2`` returns."""
+    return _tensor_of_dtype(storage, offset, size, stride, None, None, storage.dtype)
 
 
 def _tensor_of_dtype(
-    storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any, dtype: torch.dtype, *_: Any
-) -> Tensor:
+    storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> StoredTensor | Stub:
     """The same for ``_rebuild_tensor_v3``, whose storage is of bytes."""
-    return torch.empty(0, dtype=dtype).set_(_bytes(storage), offset, tuple(size), tuple(stride))
-
-
-def _bytes(storage: Any) -> torch.UntypedStorage:
-    """The memory of a storage of this reader, or of ``torch.load``, whose own method for it warns."""
-    content: torch.UntypedStorage = storage.content if isinstance(storage, Storage) else storage._untyped_storage
-    return content
+    tensor = StoredTensor(storage.key, dtype, storage.first + offset, tuple(size), tuple(stride))
+    # one that holds elements many times could be of any size without being stored
+    return tensor if math.prod(tensor.shape) <= tensor.extent else Stub()
 
 
 def _first(data: Any, *_: Any) -> Any:
@@ -173,7 +167,7 @@ def _with_type(function: Callable[..., Any], _: Any, args: tuple[Any, ...], *__:
     return function(*args)
 
 
-_REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
+_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
@@ -181,4 +175,7 @@ _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch._tensor", "_rebuild_from_type_v2"): _with_type,
     ("torch", "Size"): tuple,
+    **dict.fromkeys([("collections", "OrderedDict"), ("builtins", "dict"), ("__builtin__", "dict")], _entries),
+    **dict.fromkeys([("builtins", "set"), ("__builtin__", "set")], _texts),
+    ("collections", "defaultdict"): _empty,
 }

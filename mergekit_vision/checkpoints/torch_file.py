@@ -1,139 +1,147 @@
 """Files saved by ``torch.save`` and ``torch.jit.save``, read without running any code from the file."""
 
-import io
-import pickle
-import tempfile
 import zipfile
+from abc import abstractmethod
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.checkpoints.container import Container, TensorInfo, damaged
-from mergekit_vision.checkpoints.pickles import STORAGES, UNREADABLE, RestrictedUnpickler, Storage, leaves
-from mergekit_vision.errors import InputError
-from mergekit_vision.support.allocator import release_freed_memory
-from mergekit_vision.support.files import cache_dir
+from mergekit_vision.checkpoints.leaves import leaves
+from mergekit_vision.checkpoints.pickles import LONGEST, UNREADABLE, RestrictedUnpickler
+from mergekit_vision.checkpoints.stored import Storage, StoredTensor
 
 _NAME = "file saved by torch.save"
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+Spans = dict[str, tuple[int, int]]
+"""Name of a storage -> its first byte in the file, and how many there are."""
 
 
-class TorchArchive(Container):
-    """A zip archive of ``torch.save`` (PyTorch 1.6 or newer) or ``torch.jit.save``; tensors are views of the mapped file."""
+class TorchFile(Container):
+    """A file of ``torch.save``; tensors are views of the mapped file, or copies where the file has them at odd places."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its name in the file."""
+        tensor = self._tensors[name]
+        if not tensor.extent:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        start, size = self._spans[tensor.key][0] + tensor.offset * tensor.dtype.itemsize, tensor.extent * tensor.dtype.itemsize
+        content = self._opened()[start : start + size]
+        content = content.clone() if start % tensor.dtype.itemsize else content
+        return torch.empty(0, dtype=tensor.dtype).set_(content, 0, tensor.shape, tensor.stride)
+
+    @abstractmethod
+    def _unpickled(self) -> tuple[Any, Spans]:
+        """The object in the file, and where its storages are."""
+
+    def _open(self) -> Any:
+        return torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
+
+    def _read_entries(self) -> dict[str, TensorInfo]:
+        try:
+            content, self._spans = self._unpickled()
+            found = dict(leaves(content))
+            self._tensors = {name: value for name, value in found.items() if isinstance(value, StoredTensor)}
+            _check(self._tensors.values(), self._spans, self.path.stat().st_size)
+        except (*UNREADABLE, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+            raise damaged(self.path, _NAME, error) from error
+        self.values = {name: value for name, value in found.items() if name not in self._tensors}
+        return {name: TensorInfo(part.shape, str(part.dtype).removeprefix("torch.")) for name, part in self._tensors.items()}
+
+
+class TorchArchive(TorchFile):
+    """A zip archive of ``torch.save`` (PyTorch 1.6 or newer) or ``torch.jit.save``."""
 
     kind = "torch.save archive"
 
-    def read(self, name: str) -> Tensor:
-        """One tensor by its name in the file."""
-        tensor: Tensor = self._opened()[name]
-        return tensor
-
-    def _open(self) -> dict[str, Tensor]:
-        try:
-            found = dict(leaves(_unpickled(self.path)))
-        except (*UNREADABLE, zipfile.BadZipFile) as error:
-            raise damaged(self.path, _NAME, error) from error
-        tensors = {name: value.detach() for name, value in found.items() if isinstance(value, Tensor)}
-        self.values = {name: value for name, value in found.items() if name not in tensors}
-        return tensors
-
-    def _read_entries(self) -> dict[str, TensorInfo]:
-        entries = {name: _info(tensor) for name, tensor in self._opened().items()}
+    def _unpickled(self) -> tuple[Any, Spans]:
         with zipfile.ZipFile(self.path) as archive:
-            if any("/code/" in name for name in archive.namelist()):
+            names = archive.namelist()
+            root = next((name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")), None)
+            if root is None:
+                raise ValueError("a zip archive without data.pkl")
+            if len(set(names)) < len(names):
+                raise ValueError("a zip archive with several records of one name")
+            if any("/code/" in name for name in names):
                 self.kind = "TorchScript archive"
-        return entries
+            if f"{root}byteorder" in names and _record(archive, f"{root}byteorder") != b"little":
+                raise ValueError("written on a big-endian machine")
+            content = RestrictedUnpickler(_record(archive, f"{root}data.pkl")).load()
+            return content, _spans(self.path, archive, f"{root}data/")
 
 
-class LegacyTorchFile(Container):
-    """A file of ``torch.save`` from before PyTorch 1.6, which cannot be mapped.
-
-    It is loaded whole to see what is in it, and at the first access to a tensor once more, to be mapped as a temporary copy in
-    the cache directory: none stays in memory.
-    """
+class LegacyTorchFile(TorchFile):
+    """A file of ``torch.save`` from before PyTorch 1.6: several pickles, and behind them one storage after the other."""
 
     kind = "torch.save file from before PyTorch 1.6"
 
-    def read(self, name: str) -> Tensor:
-        """One tensor by its name in the file."""
-        tensor: Tensor = self._opened()[name]
-        return tensor
-
-    def _open(self) -> dict[str, Tensor]:
-        try:
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            # the mapping outlives the file's name
-            with tempfile.TemporaryDirectory(dir=cache_dir(), ignore_cleanup_errors=True) as place:
-                copy = Path(place) / "weights.pt"
-                torch.save(self._load(), copy)
-                release_freed_memory()
-                return dict(leaves(_unpickled(copy)))
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"{self.path}: is in the format from before PyTorch 1.6, and cannot be copied to {cache_dir()} to be mapped "
-                f"({error}); load it and save it again by torch.save"
-            ) from error
-
-    def _read_entries(self) -> dict[str, TensorInfo]:
-        entries = {name: _info(tensor) for name, tensor in self._load().items()}
-        release_freed_memory()
-        return entries
-
-    def _load(self) -> dict[str, Tensor]:
-        restricted = SimpleNamespace(
-            Unpickler=RestrictedUnpickler,
-            load=lambda stream, **options: RestrictedUnpickler(stream, **options).load(),
-            UnpicklingError=pickle.UnpicklingError,
-            __name__="restricted",
-        )
-        try:
-            content = torch.load(self.path, map_location="cpu", pickle_module=restricted, weights_only=False)
-            found = dict(leaves(content))
-        except UNREADABLE as error:
-            raise damaged(self.path, _NAME, error) from error
-        self.values = {name: value for name, value in found.items() if not isinstance(value, Tensor)}
-        return {name: value.detach() for name, value in found.items() if isinstance(value, Tensor)}
+    def _unpickled(self) -> tuple[Any, Spans]:
+        with self.path.open("rb") as file:
+            pickles = _Pickles(file.read(LONGEST))
+            if (magic := pickles.load()) != _LEGACY_MAGIC:
+                raise ValueError(f"a pickle, but not of torch.save, which begins with a number of its own and not {magic!r:.20}")
+            pickles.load()  # of the version
+            machine = pickles.load()
+            if isinstance(machine, dict) and not machine.get("little_endian", True):
+                raise ValueError("written on a big-endian machine")
+            content, keys = pickles.load(), pickles.load()
+            spans, start = {}, pickles.stream.tell()
+            for key in map(str, keys):
+                file.seek(start)
+                size = int.from_bytes(file.read(8), "little") * pickles.dtypes[key].itemsize
+                spans[key] = (start + 8, size)
+                start += 8 + size
+        return content, spans
 
 
-class _ArchiveUnpickler(RestrictedUnpickler):
-    """The restricted reader of a zip archive, whose storages are slices of the mapped file."""
+class _Pickles(RestrictedUnpickler):
+    """Pickles behind each other; it keeps the dtype of each storage, of which the file has the number of elements."""
 
-    def __init__(self, content: bytes, path: Path, records: dict[str, zipfile.ZipInfo], file: BinaryIO) -> None:
-        super().__init__(io.BytesIO(content), encoding="utf-8")
-        self._records, self._file = records, file
-        self._whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.dtypes: dict[str, torch.dtype] = {}
 
-    def persistent_load(self, pid: Any) -> Storage:
-        """The storage of tensors that is a record of the archive."""
-        _, kind, key, _, _ = pid
-        record = self._records[f"data/{key}"]
-        if record.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its tensors are compressed")
-        start = _data_offset(self._file, record)
-        dtype = STORAGES.get(kind, torch.uint8)  # of quantized ones, which are stubs in the end
-        return Storage(self._whole[start : start + record.file_size], dtype)
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage, or a class."""
+        found = super().persistent_load(pid)
+        if isinstance(found, Storage):
+            self.dtypes[found.key] = found.dtype
+        return found
 
 
-def _unpickled(path: Path) -> Any:
-    """The object in a zip archive of PyTorch, made of tensors, plain containers and stubs."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        root = next((name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")), None)
-        if root is None:
-            raise ValueError("a zip archive without data.pkl")
-        records = {info.filename.removeprefix(root): info for info in archive.infolist()}
-        if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-            raise ValueError("written on a big-endian machine")
-        return _ArchiveUnpickler(archive.read(records["data.pkl"]), path, records, file).load()
+def _record(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A record's content, if it is not compressed, as those of ``torch.save`` are, nor very long."""
+    record = archive.getinfo(name)
+    if record.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("its records are compressed, which those of torch.save are not")
+    if record.file_size > LONGEST:
+        raise ValueError(f"its objects take {record.file_size / 1e6:,.0f} MB without the tensors, too much to be read safely")
+    return archive.read(record)
 
 
-def _data_offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:
-    """Where a record's content begins in a zip archive: behind its local header, with a name and a field of any lengths."""
-    file.seek(record.header_offset)
-    header = file.read(30)
-    return record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+def _spans(path: Path, archive: zipfile.ZipFile, folder: str) -> Spans:
+    """Where the storages of an archive are: behind their local headers, each with a name and a field of any lengths."""
+    spans = {}
+    with path.open("rb") as file:
+        for record in archive.infolist():
+            if not record.filename.startswith(folder):
+                continue
+            if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
+                raise ValueError("its tensors are compressed or encrypted")
+            file.seek(record.header_offset)
+            header = file.read(30)
+            lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+            spans[record.filename.removeprefix(folder)] = (record.header_offset + 30 + sum(lengths), record.file_size)
+    return spans
 
 
-def _info(tensor: Tensor) -> TensorInfo:
-    return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+def _check(tensors: Any, spans: Spans, size: int) -> None:
+    """Check that tensors lie within their storages, and those within the file."""
+    for tensor in tensors:
+        start, length = spans[tensor.key]
+        end = (tensor.offset + tensor.extent) * tensor.dtype.itemsize if tensor.extent else 0
+        if end > length or start + length > size:
+            raise ValueError("a tensor reaches beyond what is stored")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_vision.checkpoints import CheckpointWeights, open_weights, save_safetensors
+from mergekit_vision.checkpoints.opening import open_container
 from mergekit_vision.errors import InputError
 
 WEIGHTS = {"conv1.weight": torch.arange(24.0).reshape(2, 3, 2, 2), "proj": torch.linspace(-1, 1, 8).view(4, 2).half()}
@@ -86,22 +87,22 @@ def test_reading_large_files_takes_no_memory_of_its_own(tmp_path: Path, cache: P
     assert list(cache.iterdir()) == []
 
 
-def test_a_legacy_file_is_loaded_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = [open_weights(write(tmp_path / f"{number}.pt", WEIGHTS, legacy=True)) for number in range(2)]
-    loads, load = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda path, **options: loads.append(path.name) or load(path, **options))
-    for _ in range(3):
-        for weights in opened:
-            assert torch.equal(weights["visual.proj"], WEIGHTS["proj"])
-    assert loads == ["0.pt", "1.pt"]
-
-
-def test_a_legacy_file_that_cannot_be_copied_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = open_weights(write(tmp_path / "x.pt", WEIGHTS, legacy=True))
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(InputError, match=r"x\.pt: .*cannot be copied.*save it again by torch\.save"):
-        weights["visual.proj"]
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tensors_that_are_views_are_read_as_they_are(tmp_path: Path, legacy: bool) -> None:
+    """Of one storage behind which another one begins at an odd address, whatever the dtype."""
+    whole = torch.arange(60.0, dtype=torch.float64).reshape(3, 4, 5)
+    tensors = {
+        "bytes": torch.ones(3, dtype=torch.uint8),
+        "a": whole[1].T,
+        "b": whole[:, 1:3, ::2],
+        "c": whole[2, 3, 4],
+        "d": whole[3:],
+    }
+    container = open_container(write(tmp_path / "x.pt", tensors, legacy))
+    for name, value in tensors.items():
+        read = container.read(name)
+        assert torch.equal(read, value), name
+        assert (read.dtype, read.data_ptr() % value.element_size()) == (value.dtype, 0)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "legacy.pt"])

@@ -14,7 +14,7 @@ from clip_models import open_clip_tower
 from torch import Tensor, nn
 
 from mergekit_vision.checkpoints import open_weights
-from mergekit_vision.checkpoints.pickles import leaves
+from mergekit_vision.checkpoints.leaves import leaves
 from mergekit_vision.errors import InputError
 
 
@@ -186,7 +186,7 @@ def test_damaged_pickles_are_named(tmp_path: Path, data: bytes) -> None:
 
 
 def test_objects_that_contain_each_other_end(tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"proj": torch.zeros(2)}
+    shared: dict[str, Any] = {"proj": "a tensor"}
     for _ in range(40):  # as text it would be of 2 ** 40 entries
         shared = {"a": shared, "b": shared}
     assert len(list(leaves(shared))) == 1
@@ -202,7 +202,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt") as source, zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as target:
         for info in source.infolist():
             target.writestr(info.filename, source.read(info))
-    with pytest.raises(InputError, match="its tensors are compressed"):
+    with pytest.raises(InputError, match="its records are compressed"):
         open_weights(tmp_path / "y.pt")
 
 

@@ -1,0 +1,66 @@
+"""What lies in an unpickled object, by its dotted place in it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergekit_vision.checkpoints.pickles import Stub
+from mergekit_vision.checkpoints.stored import StoredTensor
+
+_PLAIN = (str, int, float, bool, type(None))
+_DEPTH = 48
+_LONGEST = 1000  # characters of a place; long names of nested things would multiply
+
+
+def leaves(content: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors, stubs without state, and plain values of an unpickled object, by their dotted place in it.
+
+    Entries of dictionaries and attributes of objects are followed; of a module its parameters, its persistent buffers and its
+    modules. Lists are plain values where all their items are, and are passed over otherwise.
+
+    Raises:
+        ValueError: when it is nested too deeply, or names are too long.
+
+    >>> dict(leaves({"state_dict": {"proj": "a tensor"}, "epoch": 3}))
+    {'state_dict.proj': 'a tensor', 'epoch': 3}
+    """
+    yield from _leaves(content, "", set(), 0)
+
+
+def _leaves(content: Any, place: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
+    if depth > _DEPTH or len(place) > _LONGEST:
+        raise ValueError("nested too deeply, or names are too long")
+    if isinstance(content, StoredTensor) or _is_plain(content):
+        yield place, content
+        return
+    members = _members(content)
+    if members is None:
+        if isinstance(content, Stub):
+            yield place, content
+        return
+    if id(content) in seen:  # what refers to itself, or to one thing many times, would never end
+        return
+    seen.add(id(content))
+    for name, value in members.items():
+        if isinstance(name, str):
+            yield from _leaves(value, f"{place}.{name}" if place else name, seen, depth + 1)
+
+
+def _members(content: Any) -> Mapping[Any, Any] | None:
+    """Named parts of an object; ``None`` where it has none."""
+    if isinstance(content, dict):
+        return content
+    state = content.state if isinstance(content, Stub) else None
+    if not isinstance(state, dict):
+        return None
+    if "_modules" not in state:
+        return state
+    transient = state.get("_non_persistent_buffers_set")
+    skipped = transient if isinstance(transient, dict) else {}  # sets are read as dictionaries
+    parts = [state.get(part) for part in ("_parameters", "_buffers", "_modules")]
+    return {name: value for part in parts if isinstance(part, dict) for name, value in part.items() if name not in skipped}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= 64 and all(isinstance(item, _PLAIN) for item in value)
+    return isinstance(value, _PLAIN)
