@@ -10,7 +10,7 @@ from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.hub import HubFile, commit_of, fetch_snapshot
 from mergekit_vision.checkpoints.opening import ADAPTER_CONFIG, open_container, read_json, weights_file
 from mergekit_vision.checkpoints.peft_lora import peft_adapter
-from mergekit_vision.checkpoints.towers import Tower, find_tower, places, refusal, unused_names
+from mergekit_vision.checkpoints.towers import Tower, find_part, find_tower, places, refusal, unused_names
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Differences, Expert
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.paths import expanded
@@ -81,6 +81,8 @@ def open_expert(source: ExpertSource) -> Expert:
     place = source.fetch()
     container = open_container(weights_file(place))
     tower = find_tower(container, source.key, source.ema)
+    if tower is None and source.kind == "delta":  # what is missing in it was not changed, be it the patch embedding
+        tower = find_part(container, source.key)
     expert = _adapter(container, source, tower) or _tuned(container, source, tower, _config(place))
     expert.origin["container"] = container.kind
     if source.hub is not None:
@@ -115,11 +117,7 @@ def _tuned(
     """The tower in a checkpoint, or the differences of one."""
     if tower is None:
         raise InputError(f"{container.path}: {refusal(container.entries)}")
-    if tower.family == "huggingface" and any(name.startswith("classifier.") for name in container.entries):
-        raise InputError(
-            f"{container.path}: is a CLIPForImageClassification, which pools patches without CLIP's projection; "
-            "its tower cannot be used with zero-shot heads"
-        )
+    _check_architecture(container, tower)
     delta = source.kind == "delta" or tower.prefix.startswith("vector.")  # as the class TaskVector keeps it
     weights = _weights(container, tower, "delta" if delta else "weights")
     if config is not None:
@@ -129,6 +127,17 @@ def _tuned(
     if source.scale is not None:
         raise InputError(f"{container.path}: `scale` goes with `kind: delta` or an adapter; these are whole weights")
     return weights
+
+
+def _check_architecture(container: Container, tower: Tower) -> None:
+    """Refuse towers that no backbone can have."""
+    if tower.family == "huggingface" and any(name.startswith(f"{tower.parent}classifier.") for name in container.entries):
+        raise InputError(
+            f"{container.path}: is a CLIPForImageClassification, which pools patches without CLIP's projection; "
+            "its tower cannot be used with zero-shot heads"
+        )
+    if any(name.startswith("layer1.") for name in tower.names):
+        raise InputError(f"{container.path}: holds a ResNet, and only open_clip's own ViTs are merged")
 
 
 def _weights(container: Container, tower: Tower, kind: Kind) -> CheckpointWeights:
@@ -163,7 +172,8 @@ def _config(place: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _activation(file: Path, config: Mapping[str, Any]) -> str:
     """The activation function that a configuration names; transformers leaves out what is the default."""
-    vision = config.get("vision_config", {}) if config["model_type"] == "clip" else config
+    older = config.get("vision_config_dict")  # comes first, as transformers has it
+    vision = (older or config.get("vision_config") or {}) if config["model_type"] == "clip" else config
     if not isinstance(vision, Mapping):
         raise InputError(f"{file}: vision_config must be an object, not {vision!r}")
     return str(vision.get("hidden_act", "quick_gelu"))

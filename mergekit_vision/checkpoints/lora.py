@@ -1,5 +1,6 @@
 """Low-rank changes to a backbone."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,13 @@ from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.places import Place, bias_of
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Expert, MadeOn, Parts, Weights
 from mergekit_vision.errors import InputError
+
+
+def finite(value: object) -> float | None:
+    """A number from a file, as far as it is one and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return None
+    return float(value)
 
 
 class Update(NamedTuple):
@@ -67,6 +75,8 @@ class Adapter(Expert):
         super().__init__(container, origin)
         downs = [update.down for updates in self.updates.values() for update in updates]
         self.origin["rank"] = max(container.entries[name].shape[0] for name in downs)
+        scales = sorted({update.scale for updates in self.updates.values() for update in updates})
+        self.origin["scale"] = scales[0] if len(scales) == 1 else scales
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -97,7 +107,8 @@ class Adapter(Expert):
             return
         change = self._float(update.up, weight) @ self._float(update.down, weight)
         rows = _rows(weight, update.place)
-        rows.add_(change.T if update.transposed != update.place.transposed else change, alpha=update.scale)
+        rows = rows.T if update.place.transposed else rows  # as the library of the adapter has them, a view
+        rows.add_(change.T if update.transposed else change, alpha=update.scale)
         if update.magnitude is not None:  # DoRA (arXiv:2402.09353, equation 5): the norms of the rows are learned apart
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             rows.mul_(self._float(update.magnitude, weight).reshape(-1, 1) / norms)
@@ -120,7 +131,12 @@ class Adapter(Expert):
         down, up = self._shape(update.down), self._shape(update.up)
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             raise InputError(f"{self.path}: {update.down} {down} and {update.up} {up} are not two factors of one matrix")
-        out, into = (down[1], up[0]) if update.transposed != update.place.transposed else (up[0], down[1])
+        out, into = (down[1], up[0]) if update.transposed else (up[0], down[1])
+        for name in (update.magnitude, update.shift):
+            if name is not None and torch.Size(self._shape(name)).numel() != out:
+                raise InputError(f"{self.path}: {name} {self._shape(name)} does not have a number for each of {out} rows")
+        if update.place.transposed:
+            return (into, out)
         return (out if update.place.third is None else 3 * out, into)
 
     def _replaced_shape(self, parts: Iterable[tuple[Place, str]]) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+_INDEX = ".index.json"  # end of the name of a file that says which other file holds which tensors
+
 _WEIGHTS = (  # of a directory, the first that is there
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -46,9 +48,11 @@ class ShardedFiles(Container):
         index = read_json(path).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
             raise InputError(f"{path}: has no `weight_map` of names to files; copy or download it again")
-        outside = next((part for part in index.values() if Path(part).name != part), None)
+        outside = next((part for part in index.values() if Path(part).name != part or part.endswith(_INDEX)), None)
         if outside is not None:
-            raise InputError(f"{path}: names the file {outside!r}, which is not one beside it; copy or download it again")
+            raise InputError(
+                f"{path}: names the file {outside!r}, which is not one of weights beside it; copy or download it again"
+            )
         self._index: dict[str, str] = index
         self._parts = {part: open_container(path.parent / part) for part in dict.fromkeys(index.values())}
         super().__init__(path)
@@ -102,16 +106,19 @@ def open_container(path: Path) -> Container:
         InputError: when the file is missing, is of another kind, or is damaged.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            raise InputError(f"{path}: not a file")
-        with path.open("rb") as stream:
-            start = stream.read(32)
+        if stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            with path.open("rb") as stream:
+                start = stream.read(32)
+        else:
+            start = None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"{path}: cannot be read ({reason}){closest_file(path)}") from error
+    if start is None:
+        raise InputError(f"{path}: not a file of weights, nor a directory with one")
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: is a Git LFS pointer, not the weights themselves; run `git lfs pull` where it came from")
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(_INDEX):
         return ShardedFiles(path)
     if start[8:9] == b"{":  # behind the length of a JSON header
         return SafetensorsFile(path)
@@ -119,7 +126,10 @@ def open_container(path: Path) -> Container:
         return TorchArchive(path)
     if start.startswith(b"\x80"):  # a pickle's first opcode
         return LegacyTorchFile(path)
-    raise InputError(f"{path}: neither safetensors nor saved by torch.save; truncated, damaged, or of another kind")
+    remedy = next(
+        (remedy for pattern, remedy in _ELSEWHERE.items() if path.match(pattern)), "truncated, damaged, or of another kind"
+    )
+    raise InputError(f"{path}: neither safetensors nor saved by torch.save; {remedy}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

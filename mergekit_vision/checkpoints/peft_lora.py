@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_vision.checkpoints.container import Container
-from mergekit_vision.checkpoints.lora import Adapter, Update
+from mergekit_vision.checkpoints.lora import Adapter, Update, finite
 from mergekit_vision.checkpoints.places import Place, huggingface_place, linear_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Parts
 from mergekit_vision.errors import InputError
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?\.(?P<part>weight|bias)")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
-_WRAPPERS = ("base_model.", "model.", "module.", "image_encoder.")
+_WRAPPERS = ("model.", "module.", "image_encoder.", "clip.")
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+\$?")
 
 _SOUND_STARTS = (True, False, None, "gaussian", "eva", "true", "false")
@@ -24,6 +24,9 @@ _REFUSED = (  # options of PEFT under which A and B alone are not the change
     "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
     "arrow_config", "megatron_config", "use_bdlora", "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
+
+
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 
 
 def peft_adapter(
@@ -46,6 +49,10 @@ def peft_adapter(
         remedy = "keep it beside the weights, or give the factor of B A (alpha / r) as `scale:`"
         raise InputError(f"{container.path}: a LoRA adapter without adapter_config.json, which has its scale; {remedy}")
     factors, magnitudes, rest = _factors(container)
+    if options.get("use_dora") and (lost := factors.keys() - magnitudes.keys()):
+        raise InputError(
+            f"{path}: uses DoRA, but {min(lost)} lacks its lora_magnitude_vector; copy or download the weights again"
+        )
     scaling = _scaling(path, options, scale)
     updates = [
         Update(
@@ -59,7 +66,9 @@ def peft_adapter(
         )
         for module, found in factors.items()
     ]
-    origin = {"kind": "lora", "family": "peft", "scale": scale}
+    origin: dict[str, Any] = {"kind": "lora", "family": "peft"}
+    if base is not None and "unused" in base.origin:
+        origin["unused"] = base.origin["unused"]
     if model := options.get("base_model_name_or_path"):
         origin["base_model"] = str(model)
     return Adapter(container, updates, _replaced(container, rest, base), origin, base, () if config is None else (path,))
@@ -83,8 +92,9 @@ def _check_options(path: Path, options: Mapping[str, Any]) -> None:
     refused = [name for name in _REFUSED if options.get(name)]
     if refused:
         raise InputError(f"{path}: uses {', '.join(refused)}, so A and B alone are not its change; save the merged model")
-    if options.get("lora_bias") not in (None, True, False) or not isinstance(options.get("fan_in_fan_out", False), bool):
-        raise InputError(f"{path}: lora_bias and fan_in_fan_out must be true or false")
+    odd = [name for name in _SWITCHES if not isinstance(options.get(name) or False, bool)]
+    if odd:
+        raise InputError(f"{path}: {' and '.join(odd)} must be true or false")
 
 
 def _factors(container: Container) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
@@ -117,10 +127,10 @@ def _factors(container: Container) -> tuple[dict[str, dict[str, str]], dict[str,
 def _module(name: str) -> str:
     """A layer's name without what wraps the model.
 
-    >>> _module("base_model.model.vision_model.encoder.layers.0.mlp.fc1")
+    >>> _module("encoder.base_model.model.vision_model.encoder.layers.0.mlp.fc1")
     'vision_model.encoder.layers.0.mlp.fc1'
     """
-    name = name.replace(".base_layer", "")
+    name = name.replace(".base_layer", "").rpartition("base_model.model.")[2]
     while (wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None)) is not None:
         name = name.removeprefix(wrapper)
     return name
@@ -147,10 +157,13 @@ def _scaling(path: Path, options: Mapping[str, Any], scale: float | None) -> Cal
             return scale
         told, alpha = _matching(ranks, module, options.get("r")), _matching(alphas, module, options.get("lora_alpha"))
         if told != rank:
-            raise InputError(f"{path}: gives {module} the rank {told}, but its matrices have {rank}; they do not belong together")
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            raise InputError(f"{path}: lora_alpha must be a number, not {alpha!r}")
-        return alpha / math.sqrt(rank) if options.get("use_rslora") else alpha / rank
+            raise InputError(
+                f"{path}: gives {module} the rank {told!r}, but its matrices have {rank}; they do not belong together"
+            )
+        number = finite(alpha)
+        if number is None:
+            raise InputError(f"{path}: lora_alpha must be a number, not {alpha!r:.40}")
+        return number / math.sqrt(rank) if options.get("use_rslora") else number / rank
 
     return factor
 
@@ -187,6 +200,8 @@ def _replaced(container: Container, names: Iterable[str], base: CheckpointWeight
         plain = _module(re.sub(r"modules_to_save\.(?:default\.)?", "", name))
         place = huggingface_place(plain.removeprefix("vision_model."))
         place = Place(plain) if place is None and plain.startswith("visual.") else place
+        if place is None and base is not None:  # a head, or the text tower
+            continue
         if place is None:
             raise InputError(f"{container.path}: holds {name}, which is no parameter of CLIP's vision tower; remove it")
         found.setdefault(place.key, []).append((place, name))

@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable, Iterable
+from mmap import mmap
 from typing import Any, ClassVar
 
 import torch
@@ -58,16 +59,15 @@ class RestrictedUnpickler(pickle._Unpickler):
     made to take years to be looked up. The same holds for sets, which become dictionaries of their items to ``None``.
 
     Args:
-        content: the pickle, and what follows it.
+        stream: bytes in memory, or mapped: no more than there are is reserved to be read.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, content: bytes) -> None:
-        self.stream = io.BytesIO(content)
-        super().__init__(self.stream, encoding="utf-8")
+    def __init__(self, stream: io.BytesIO | mmap) -> None:
+        super().__init__(stream, encoding="utf-8")
 
     def persistent_load(self, pid: Any) -> Any:
         """A storage by what ``torch.save`` writes in its place, or a class that it writes beside its source."""

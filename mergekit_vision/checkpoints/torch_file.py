@@ -1,5 +1,7 @@
 """Files saved by ``torch.save`` and ``torch.jit.save``, read without running any code from the file."""
 
+import io
+import mmap
 import zipfile
 from abc import abstractmethod
 from pathlib import Path
@@ -69,7 +71,7 @@ class TorchArchive(TorchFile):
                 self.kind = "TorchScript archive"
             if f"{root}byteorder" in names and _record(archive, f"{root}byteorder") != b"little":
                 raise ValueError("written on a big-endian machine")
-            content = RestrictedUnpickler(_record(archive, f"{root}data.pkl")).load()
+            content = RestrictedUnpickler(io.BytesIO(_record(archive, f"{root}data.pkl"))).load()
             return content, _spans(self.path, archive, f"{root}data/")
 
 
@@ -79,29 +81,30 @@ class LegacyTorchFile(TorchFile):
     kind = "torch.save file from before PyTorch 1.6"
 
     def _unpickled(self) -> tuple[Any, Spans]:
-        with self.path.open("rb") as file:
-            pickles = _Pickles(file.read(LONGEST))
-            if (magic := pickles.load()) != _LEGACY_MAGIC:
-                raise ValueError(f"a pickle, but not of torch.save, which begins with a number of its own and not {magic!r:.20}")
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), min(size, LONGEST), access=mmap.ACCESS_READ) as stream:
+            pickles = _Pickles(stream)
+            if pickles.load() != _LEGACY_MAGIC:
+                raise ValueError("a pickle that torch.save did not write")
             pickles.load()  # of the version
             machine = pickles.load()
             if isinstance(machine, dict) and not machine.get("little_endian", True):
                 raise ValueError("written on a big-endian machine")
             content, keys = pickles.load(), pickles.load()
-            spans, start = {}, pickles.stream.tell()
+            spans, start = {}, stream.tell()
             for key in map(str, keys):
                 file.seek(start)
-                size = int.from_bytes(file.read(8), "little") * pickles.dtypes[key].itemsize
-                spans[key] = (start + 8, size)
-                start += 8 + size
+                length = int.from_bytes(file.read(8), "little") * pickles.dtypes[key].itemsize
+                spans[key] = (start + 8, length)
+                start += 8 + length
         return content, spans
 
 
 class _Pickles(RestrictedUnpickler):
     """Pickles behind each other; it keeps the dtype of each storage, of which the file has the number of elements."""
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(content)
+    def __init__(self, stream: mmap.mmap) -> None:
+        super().__init__(stream)
         self.dtypes: dict[str, torch.dtype] = {}
 
     def persistent_load(self, pid: Any) -> Any:

@@ -1,7 +1,7 @@
 """Finding the vision tower among the tensors of a checkpoint, whatever wraps it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from mergekit_vision.checkpoints.container import Container, TensorInfo
@@ -13,8 +13,15 @@ Family = Literal["open_clip", "huggingface"]
 _FIRST: dict[str, Family] = {"conv1.weight": "open_clip", "embeddings.patch_embedding.weight": "huggingface"}
 """End of the name of a tower's patch embedding -> the library that names it so."""
 
-_INSERTED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+_INSERTED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module)\.")
 """What torch.compile, FSDP, activation checkpointing and PEFT put anywhere into names."""
+
+_ADAPTED = re.compile(r"\.(?:lora_|modules_to_save\.)")
+"""What PEFT adds to the names of a model's own tensors."""
+
+_TOWERS: dict[str, Family] = {"visual": "open_clip", "vision_model": "huggingface"}
+_TOWER = re.compile(r"(?:.*?\.)??(visual|vision_model)\.")
+"""Beginning of the names of a part of a tower."""
 
 _TEXT = re.compile(
     r"(?:text\.|text_model\.|text_projection|token_embedding\.|ln_final\.|logit_scale|logit_bias|positional_embedding$"
@@ -25,7 +32,7 @@ _TEXT = re.compile(
 _TRANSIENT = ("embeddings.position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
 """What a tower may bring along that is no parameter."""
 
-_RESUMING = re.compile(r"(?:optimizer|lr_scheduler|scheduler|scaler|loops|callbacks|ema|model_ema|state_dict_ema)")
+_RESUMING = re.compile(r"(?:optimizer|lr_scheduler|scheduler|scaler|loops|callbacks|ema|model_ema|state_dict_ema|n_averaged$)")
 """Beginnings of the names of what a training run keeps to be resumed."""
 
 
@@ -75,14 +82,31 @@ def find_tower(container: Container, key: str | None = None, ema: bool | None = 
     kinds = {tower.averaged for tower in found}
     if ema is not None or kinds == {True, False}:
         found = [tower for tower in found if tower.averaged == bool(ema)]
-    if len(found) > 1:
-        prefixes = ", ".join(_shown(tower.prefix) for tower in found)
-        raise InputError(f"{container.path}: holds {len(found)} vision towers, named {prefixes}; choose one by `key:`")
+    _check_one(container, found)
     if every and not found:
         wanted = f"with names in {key!r}" if key is not None else "of averaged weights" if ema else "but of averaged weights"
         prefixes = ", ".join(_shown(tower.prefix) for tower in every)
         raise InputError(f"{container.path}: has no vision tower {wanted}; those in it are named {prefixes}")
     return found[0] if found else None
+
+
+def find_part(container: Container, key: str | None = None) -> Tower | None:
+    """What a checkpoint holds of a vision tower, by the usual names alone; ``None`` where it holds nothing of one.
+
+    Raises:
+        InputError: when it holds parts of several.
+    """
+    names = plain_names(container.entries)
+    begun = {match[0]: _TOWERS[match[1]] for name in names if (match := _TOWER.match(name)) and name.startswith(key or "")}
+    found = [_tower(family, prefix, names) for prefix, family in begun.items()]
+    _check_one(container, found)
+    return found[0] if found else None
+
+
+def _check_one(container: Container, towers: Sequence[Tower]) -> None:
+    if len(towers) > 1:
+        prefixes = ", ".join(_shown(tower.prefix) for tower in towers)
+        raise InputError(f"{container.path}: holds {len(towers)} vision towers, named {prefixes}; choose one by `key:`")
 
 
 def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]:
@@ -112,6 +136,7 @@ def unused_names(tower: Tower, entries: Mapping[str, TensorInfo]) -> list[str]:
     for plain, name in plain_names(entries).items():
         inside = plain.removeprefix(tower.parent) if plain.startswith(tower.parent) else plain
         known = _TEXT.match(inside) or inside.endswith(("position_ids", "attn_mask")) or _RESUMING.match(plain)
+        known = known or _ADAPTED.search(plain)
         if name not in used and not known and not any(plain.startswith(prefix) for prefix in others):
             unused.append(name)
     return unused
@@ -131,7 +156,9 @@ def refusal(names: Iterable[str]) -> str:
         return "holds LoRA matrices of layers that no vision tower of CLIP has"
     if any(name.startswith("visual.trunk.") or ".trunk." in name for name in names):
         return "holds a tower of timm, and only open_clip's own ViTs are merged"
-    if len(names) <= 4 and all(re.search(r"(?:weight|bias|classifier|head)", name) for name in names):
+    if names == [""]:
+        return "holds a single tensor without a name, where a fine-tuned vision tower is needed"
+    if len(names) <= 4 and all(re.search(r"(?:weight|bias|classifier|head)", name) and not _TEXT.match(name) for name in names):
         return f"holds a classification head ({', '.join(sorted(names))}), where a fine-tuned vision tower is needed"
     return f"holds no vision tower of CLIP: among its tensors ({', '.join(sorted(names)[:4])} …) is no patch embedding"
 
@@ -148,15 +175,25 @@ def _towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:
 
 
 def _tower(family: Family, prefix: str, names: Mapping[str, str]) -> Tower:
-    inside = {plain: name for plain, name in names.items() if plain.startswith(prefix) and ".lora_" not in plain}
+    inside = {plain: name for plain, name in names.items() if plain.startswith(prefix) and not _ADAPTED.search(plain)}
     own = {plain.removeprefix(prefix): name for plain, name in inside.items()}
     parent = prefix.removesuffix("visual." if family == "open_clip" else "vision_model.")
     if family == "huggingface":
-        projection = f"{parent}visual_projection.weight"
+        projection = _projection(parent, names)
         own = {plain: name for plain, name in own.items() if not plain.startswith(("visual_projection.", "text_", "logit_"))}
-        if projection in names:
+        if projection is not None:
             own["visual_projection.weight"] = names[projection]
     return Tower(family, prefix, own, parent)
+
+
+def _projection(parent: str, names: Mapping[str, str]) -> str | None:
+    """Name of the projection that goes with a tower of transformers: beside it, or beside a model that it is part of."""
+    while f"{parent}visual_projection.weight" not in names:
+        if not parent:
+            return None
+        parent = parent.rstrip(".").rpartition(".")[0]
+        parent += "." if parent else ""
+    return f"{parent}visual_projection.weight"
 
 
 def _shown(prefix: str) -> str:

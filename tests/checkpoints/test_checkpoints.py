@@ -135,7 +135,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     [
         ([torch.zeros(2)], "holds no tensors"),
         ({}, "holds no tensors"),
-        (torch.zeros(2), "holds no vision tower"),
+        (torch.zeros(2), "holds a single tensor without a name"),
         ({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, r"classification head \(bias, weight\)"),
         ({"model.params.0": torch.zeros(2), "model.params0.0": torch.zeros(2)}, "linearized"),
         ({"visual.trunk.blocks.0.attn.qkv.weight": torch.zeros(2, 2)}, "timm"),

@@ -77,7 +77,7 @@ def test_shards_and_pickles(theirs: "transformers.CLIPModel", tmp_path: Path) ->
         assert torch.allclose(embeddings(open_weights(tmp_path / name)), their_embeddings(theirs), atol=TOLERANCE)
     index = tmp_path / "sharded" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    for spoiled, hint in (("../x.safetensors", "not one beside it"), ("gone.safetensors", "cannot be read")):
+    for spoiled, hint in (("../x.safetensors", "not one of weights beside it"), ("gone.safetensors", "cannot be read")):
         name = next(iter(content["weight_map"]))
         index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: spoiled}}))
         with pytest.raises(InputError, match=hint):
