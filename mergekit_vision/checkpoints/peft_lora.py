@@ -115,7 +115,9 @@ def _factors(container: Container) -> tuple[dict[str, dict[str, str]], dict[str,
         else:
             rest.append(name)
     if len(adapters) > 1:
-        raise InputError(f"{container.path}: holds {len(adapters)} adapters ({', '.join(map(str, adapters))}); save each alone")
+        raise InputError(
+            f"{container.path}: holds {len(adapters)} adapters ({', '.join(sorted(map(str, adapters)))}); save each alone"
+        )
     halves = [module for module, found in factors.items() if not {"A.weight", "B.weight"} <= found.keys()]
     halves += [module for module in magnitudes if module not in factors]
     if halves or not factors:

@@ -8,6 +8,7 @@ descriptions are made.
 It is Python's own unpickler in Python: the faster one in C reserves as much memory as a number in the pickle says.
 """
 
+import gc
 import io
 import math
 import pickle
@@ -25,8 +26,11 @@ UNREADABLE = (
 )  # fmt: skip
 """What damaged or hostile pickles and archives make their readers raise."""
 
-LONGEST = 1 << 25
+LONGEST = 1 << 24
 """Size up to which a pickle is read, in bytes: enough for 100,000 tensors; reading takes up to 60 times as much memory."""
+
+
+_DEEPEST = 10_000  # open lists, tuples and dictionaries
 
 
 class Stub:
@@ -64,10 +68,22 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
+    metastack: list[list[Any]]
+    load_mark: Callable[[], None]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, stream: io.BytesIO | mmap) -> None:
         super().__init__(stream, encoding="utf-8")
+
+    def load(self) -> Any:
+        """The next object, without the garbage collection that many objects would set off again and again."""
+        collected = gc.isenabled()
+        gc.disable()
+        try:
+            return super().load()
+        finally:
+            if collected:
+                gc.enable()
 
     def persistent_load(self, pid: Any) -> Any:
         """A storage by what ``torch.save`` writes in its place, or a class that it writes beside its source."""
@@ -84,6 +100,11 @@ class RestrictedUnpickler(pickle._Unpickler):
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         return _KNOWN.get((module, name), Stub)
+
+    def _mark(self) -> None:
+        if len(self.metastack) > _DEEPEST:
+            raise pickle.UnpicklingError("nested too deeply")
+        self.load_mark()
 
     def _build(self) -> None:
         state = self.stack.pop()
@@ -115,13 +136,14 @@ class RestrictedUnpickler(pickle._Unpickler):
             self.stack[-1].update(_texts(items))
 
     def _frozen_set(self) -> None:
-        self.stack.append(_texts(self.pop_mark()))
+        items = self.pop_mark()
+        self.stack.append(_texts(items))
 
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it uses registered extensions or buffers, which torch.save does not")
 
     dispatch |= {
-        pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.DICT[0]: _dictionary,
+        pickle.MARK[0]: _mark, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.DICT[0]: _dictionary,
         pickle.EMPTY_SET[0]: _empty_set, pickle.ADDITEMS[0]: _add_items, pickle.FROZENSET[0]: _frozen_set,
         **dict.fromkeys((code[0] for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4)), _refuse),
         **dict.fromkeys((code[0] for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)), _refuse),
