@@ -23,11 +23,17 @@ TOWER = {key: value.clone() for key, value in open_clip_tower().state_dict().ite
 BASE = {f"visual.{key}": value for key, value in TOWER.items()}
 WIDTH = SIZES["width"]
 TEXT = {
-    "positional_embedding": torch.zeros(12, WIDTH), "text_projection": torch.zeros(WIDTH, 24), "logit_scale": torch.tensor(1.0),
-    "token_embedding.weight": torch.zeros(50, WIDTH), "ln_final.weight": torch.ones(WIDTH), "ln_final.bias": torch.zeros(WIDTH),
+    "positional_embedding": torch.zeros(12, WIDTH),
+    "text_projection": torch.zeros(WIDTH, 24),
+    "logit_scale": torch.tensor(1.0),
+    "token_embedding.weight": torch.zeros(50, WIDTH),
+    "ln_final.weight": torch.ones(WIDTH),
+    "ln_final.bias": torch.zeros(WIDTH),
     **{key: value for key, value in TOWER.items() if key.startswith("transformer.")},
-}  # fmt: skip
+}
 """A text tower as wide as the vision tower, at the top level."""
+
+FULL = {**{f"visual.{key}": value for key, value in TOWER.items()}, **TEXT}
 
 _PATCH = struct.pack("<12f", *range(12))
 _REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -81,10 +87,9 @@ def tensor(
     stride: str = "(K\x0cK\x04K\x02K\x01t",
     offset: bytes = b"K\x00",
     key: bytes = short("0"),
-    count: bytes = b"K\x0c",
 ) -> bytes:
-    """Instructions that rebuild a tensor of the one storage, given as those of its sizes, strides, offset, storage and count."""
-    storage = b"(" + short("storage") + b"ctorch\nFloatStorage\n" + key + short("cpu") + count + b"tQ"
+    """Instructions that rebuild a tensor of the one storage, given as those of its sizes, strides, offset, and storage."""
+    storage = b"(" + short("storage") + b"ctorch\nFloatStorage\n" + key + short("cpu") + b"K\x0ctQ"
     return _REBUILD + b"(" + storage + offset + size.encode() + stride.encode() + b"\x89}tR"
 
 
@@ -122,11 +127,18 @@ def directory(files: Mapping[str, object], **options: Any) -> Make:
 
 
 _HUGGINGFACE = {
-    "class_embedding": "embeddings.class_embedding", "conv1": "embeddings.patch_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm",
-    "transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
+    "class_embedding": "embeddings.class_embedding",
+    "conv1": "embeddings.patch_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "transformer.resblocks": "encoder.layers",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
 def huggingface(prefix: str = "vision_model.", projection: str | None = "visual_projection.weight") -> dict[str, Tensor]:

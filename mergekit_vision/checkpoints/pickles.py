@@ -143,10 +143,10 @@ class RestrictedUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("it uses registered extensions or buffers, which torch.save does not")
 
     dispatch |= {
-        pickle.MARK[0]: _mark, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.DICT[0]: _dictionary,
-        pickle.EMPTY_SET[0]: _empty_set, pickle.ADDITEMS[0]: _add_items, pickle.FROZENSET[0]: _frozen_set,
-        **dict.fromkeys((code[0] for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4)), _refuse),
-        **dict.fromkeys((code[0] for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)), _refuse),
+        pickle.MARK[0]: _mark, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items,
+        pickle.DICT[0]: _dictionary, pickle.EMPTY_SET[0]: _empty_set, pickle.ADDITEMS[0]: _add_items,
+        pickle.FROZENSET[0]: _frozen_set, pickle.EXT1[0]: _refuse, pickle.EXT2[0]: _refuse, pickle.EXT4[0]: _refuse,
+        pickle.BYTEARRAY8[0]: _refuse, pickle.NEXT_BUFFER[0]: _refuse, pickle.READONLY_BUFFER[0]: _refuse,
     }  # fmt: skip
 
 
