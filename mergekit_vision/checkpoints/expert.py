@@ -10,7 +10,8 @@ from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.hub import HubFile, commit_of, fetch_snapshot
 from mergekit_vision.checkpoints.opening import ADAPTER_CONFIG, open_container, read_json, weights_file
 from mergekit_vision.checkpoints.peft_lora import peft_adapter
-from mergekit_vision.checkpoints.towers import Tower, find_part, find_tower, places, refusal, unused_names
+from mergekit_vision.checkpoints.remainder import refusal, unused_names
+from mergekit_vision.checkpoints.towers import Tower, find_part, find_tower, places
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Differences, Expert
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.paths import expanded

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergekit_vision.checkpoints.pickles import Stub
+from mergekit_vision.checkpoints.rebuilding import Stub
 from mergekit_vision.checkpoints.stored import StoredTensor
 
 _PLAIN = (str, int, float, bool, type(None))

@@ -1,5 +1,6 @@
 """Low-rank changes to a backbone."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -133,7 +134,7 @@ class Adapter(Expert):
             raise InputError(f"{self.path}: {update.down} {down} and {update.up} {up} are not two factors of one matrix")
         out, into = (down[1], up[0]) if update.transposed else (up[0], down[1])
         for name in (update.magnitude, update.shift):
-            if name is not None and torch.Size(self._shape(name)).numel() != out:
+            if name is not None and math.prod(self._shape(name)) != out:
                 raise InputError(f"{self.path}: {name} {self._shape(name)} does not have a number for each of {out} rows")
         if update.place.transposed:
             return (into, out)

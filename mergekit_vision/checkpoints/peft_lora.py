@@ -1,13 +1,13 @@
 """LoRA adapters of the library ``peft``, with its variants."""
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mergekit_vision.checkpoints.container import Container
-from mergekit_vision.checkpoints.lora import Adapter, Update, finite
+from mergekit_vision.checkpoints.lora import Adapter, Update
+from mergekit_vision.checkpoints.peft_config import check_options, scaling
 from mergekit_vision.checkpoints.places import Place, huggingface_place, linear_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Parts
 from mergekit_vision.errors import InputError
@@ -15,18 +15,6 @@ from mergekit_vision.errors import InputError
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?\.(?P<part>weight|bias)")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 _WRAPPERS = ("model.", "module.", "image_encoder.", "clip.")
-_PLAIN_PATTERN = re.compile(r"\^?[\w.]+\$?")
-
-_SOUND_STARTS = (True, False, None, "gaussian", "eva", "true", "false")
-"""Ways to initialize the matrices that leave the backbone as it is; others change the weights that they are added to."""
-
-_REFUSED = (  # options of PEFT under which A and B alone are not the change
-    "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
-    "arrow_config", "megatron_config", "use_bdlora", "velora_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-
-
-_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 
 
 def peft_adapter(
@@ -44,7 +32,7 @@ def peft_adapter(
         InputError: when the configuration asks for what is not LoRA or changes its base, or tensors are of unknown layers.
     """
     path, options = config if config is not None else (container.path, {})
-    _check_options(path, options)
+    check_options(path, options)
     if not options and scale is None:
         remedy = "keep it beside the weights, or give the factor of B A (alpha / r) as `scale:`"
         raise InputError(f"{container.path}: a LoRA adapter without adapter_config.json, which has its scale; {remedy}")
@@ -53,13 +41,13 @@ def peft_adapter(
         raise InputError(
             f"{path}: uses DoRA, but {min(lost)} lacks its lora_magnitude_vector; copy or download the weights again"
         )
-    scaling = _scaling(path, options, scale)
+    factor = scaling(path, options, scale)
     updates = [
         Update(
             _linear(container, module),
             found["A.weight"],
             found["B.weight"],
-            scaling(module, container.entries[found["A.weight"]].shape[0]) * _times(found["A.weight"]),
+            factor(module, container.entries[found["A.weight"]].shape[0]) * _times(found["A.weight"]),
             bool(options.get("fan_in_fan_out")),
             magnitudes.get(module),
             found.get("B.bias"),
@@ -77,24 +65,6 @@ def peft_adapter(
 def _times(name: str) -> int:
     """How often peft adds a change: that of the output projection inside of a MultiheadAttention twice, in training too."""
     return 2 if ".attn.base_layer.out_proj." in name else 1
-
-
-def _check_options(path: Path, options: Mapping[str, Any]) -> None:
-    kind = options.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise InputError(f"{path}: an adapter of the kind {kind}; only LORA can be added to a backbone's weights exactly")
-    start = options.get("init_lora_weights", True)
-    if start not in _SOUND_STARTS:
-        raise InputError(
-            f"{path}: init_lora_weights is {start!r}, which changes the weights that the adapter is added to; "
-            "convert it with peft's path_initial_model_for_weight_conversion, or save the merged model"
-        )
-    refused = [name for name in _REFUSED if options.get(name)]
-    if refused:
-        raise InputError(f"{path}: uses {', '.join(refused)}, so A and B alone are not its change; save the merged model")
-    odd = [name for name in _SWITCHES if not isinstance(options.get(name) or False, bool)]
-    if odd:
-        raise InputError(f"{path}: {' and '.join(odd)} must be true or false")
 
 
 def _factors(container: Container) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
@@ -148,48 +118,6 @@ def _linear(container: Container, module: str) -> Place:
     if module.startswith(("text_model.", "text_projection", "transformer.resblocks")) or ".text_model." in module:
         raise InputError(f"{container.path}: adapts the text tower ({module}), whose zero-shot heads are the backbone's")
     raise InputError(f"{container.path}: adapts {module}, which is not a Linear layer of CLIP's vision tower")
-
-
-def _scaling(path: Path, options: Mapping[str, Any], scale: float | None) -> Callable[[str, int], float]:
-    """The factor of ``B A`` of a layer with a rank, by PEFT's rules."""
-    ranks, alphas = (_pattern(path, options, name) for name in ("rank_pattern", "alpha_pattern"))
-
-    def factor(module: str, rank: int) -> float:
-        if scale is not None:
-            return scale
-        told, alpha = _matching(ranks, module, options.get("r")), _matching(alphas, module, options.get("lora_alpha"))
-        if told != rank:
-            raise InputError(
-                f"{path}: gives {module} the rank {told!r}, but its matrices have {rank}; they do not belong together"
-            )
-        number = finite(alpha)
-        if number is None:
-            raise InputError(f"{path}: lora_alpha must be a number, not {alpha!r:.40}")
-        return number / math.sqrt(rank) if options.get("use_rslora") else number / rank
-
-    return factor
-
-
-def _pattern(path: Path, options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """``rank_pattern`` or ``alpha_pattern``: ends of layers' names -> number."""
-    found = options.get(name) or {}
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: {name} must be an object, not {found!r}")
-    odd = next((key for key in found if not _PLAIN_PATTERN.fullmatch(key)), None)
-    if odd is not None:  # a regular expression from a file could run for ever
-        raise InputError(f"{path}: {name} has the key {odd!r}; only names of layers or of their last parts are read")
-    return found
-
-
-def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The number for a layer: that of the first key that ends its name, as PEFT has it."""
-    for key, value in patterns.items():
-        if key.startswith("^"):
-            if key.strip("^$") == module:
-                return value
-        elif f".{module}".endswith(f".{key.rstrip('$')}"):
-            return value
-    return default
 
 
 def _replaced(container: Container, names: Iterable[str], base: CheckpointWeights | None) -> Parts:

@@ -2,23 +2,23 @@
 
 A pickle is a small program that may import and call whatever it likes. This reader imports nothing: PyTorch's few functions that
 rebuild tensors are answered by functions of its own, plain containers by plain containers, and every other class or function by
-a :class:`Stub`, which only keeps the state it is given. So a whole pickled model can be read for its tensors, of which only
-descriptions are made.
+a :class:`~mergekit_vision.checkpoints.rebuilding.Stub`, which only keeps the state it is given. So a whole pickled model can be
+read for its tensors, of which only descriptions are made.
 
 It is Python's own unpickler in Python: the faster one in C reserves as much memory as a number in the pickle says.
 """
 
 import gc
 import io
-import math
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from mmap import mmap
 from typing import Any, ClassVar
 
 import torch
 
-from mergekit_vision.checkpoints.stored import STORAGES, Storage, StoredTensor
+from mergekit_vision.checkpoints.rebuilding import KNOWN, Stub, entries, texts
+from mergekit_vision.checkpoints.stored import STORAGES, Storage
 
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError, RuntimeError,
@@ -31,29 +31,6 @@ LONGEST = 1 << 24
 
 
 _DEEPEST = 10_000  # open lists, tuples and dictionaries
-
-
-class Stub:
-    """Stands for an instance of any class that a pickle names, or for what any function that it names would return."""
-
-    __slots__ = ("state",)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
-        """Take any arguments."""
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.state: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "Stub":
-        """What stands for a function gives what stands for its result."""
-        return Stub()
-
-    def append(self, value: Any) -> None:
-        """Take an item, as a subclass of a list would."""
-
-    def extend(self, values: Any) -> None:
-        """Take items, as a subclass of a list would."""
 
 
 class RestrictedUnpickler(pickle._Unpickler):
@@ -99,7 +76,7 @@ class RestrictedUnpickler(pickle._Unpickler):
             return name
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
-        return _KNOWN.get((module, name), Stub)
+        return KNOWN.get((module, name), Stub)
 
     def _mark(self) -> None:
         if len(self.metastack) > _DEEPEST:
@@ -113,7 +90,7 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     def _put(self, items: list[Any]) -> None:
         if isinstance(self.stack[-1], dict):
-            self.stack[-1].update(_entries(zip(items[::2], items[1::2], strict=True)))
+            self.stack[-1].update(entries(zip(items[::2], items[1::2], strict=True)))
 
     def _set_items(self) -> None:
         self._put(self.pop_mark())
@@ -133,11 +110,11 @@ class RestrictedUnpickler(pickle._Unpickler):
     def _add_items(self) -> None:
         items = self.pop_mark()
         if isinstance(self.stack[-1], dict):
-            self.stack[-1].update(_texts(items))
+            self.stack[-1].update(texts(items))
 
     def _frozen_set(self) -> None:
         items = self.pop_mark()
-        self.stack.append(_texts(items))
+        self.stack.append(texts(items))
 
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it uses registered extensions or buffers, which torch.save does not")
@@ -148,56 +125,3 @@ class RestrictedUnpickler(pickle._Unpickler):
         pickle.FROZENSET[0]: _frozen_set, pickle.EXT1[0]: _refuse, pickle.EXT2[0]: _refuse, pickle.EXT4[0]: _refuse,
         pickle.BYTEARRAY8[0]: _refuse, pickle.NEXT_BUFFER[0]: _refuse, pickle.READONLY_BUFFER[0]: _refuse,
     }  # fmt: skip
-
-
-def _entries(pairs: Any = ()) -> dict[str, Any]:
-    """A dictionary's entries under text."""
-    return {key: value for key, value in (pairs.items() if isinstance(pairs, dict) else pairs) if isinstance(key, str)}
-
-
-def _texts(items: Iterable[Any] = ()) -> dict[str, None]:
-    """A set's items that are text."""
-    return dict.fromkeys(item for item in items if isinstance(item, str))
-
-
-def _empty(*_: Any) -> dict[str, Any]:
-    """What is filled by entries that follow."""
-    return {}
-
-
-def _tensor(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> StoredTensor | Stub:
-    """What ``torch._utils._rebuild_tensor_v2`` returns."""
-    return _tensor_of_dtype(storage, offset, size, stride, None, None, storage.dtype)
-
-
-def _tensor_of_dtype(
-    storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any, dtype: Any, *_: Any
-) -> StoredTensor | Stub:
-    """The same for ``_rebuild_tensor_v3``, whose storage is of bytes."""
-    tensor = StoredTensor(storage.key, dtype, storage.first + offset, tuple(size), tuple(stride))
-    # one that holds elements many times could be of any size without being stored
-    return tensor if math.prod(tensor.shape) <= tensor.extent else Stub()
-
-
-def _first(data: Any, *_: Any) -> Any:
-    """A parameter is its data here."""
-    return data
-
-
-def _with_type(function: Callable[..., Any], _: Any, args: tuple[Any, ...], *__: Any) -> Any:
-    """A tensor that carries attributes of its own, without them."""
-    return function(*args)
-
-
-_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("torch._tensor", "_rebuild_from_type_v2"): _with_type,
-    ("torch", "Size"): tuple,
-    **dict.fromkeys([("collections", "OrderedDict"), ("builtins", "dict"), ("__builtin__", "dict")], _entries),
-    **dict.fromkeys([("builtins", "set"), ("__builtin__", "set")], _texts),
-    ("collections", "defaultdict"): _empty,
-}

@@ -16,24 +16,15 @@ _FIRST: dict[str, Family] = {"conv1.weight": "open_clip", "embeddings.patch_embe
 _INSERTED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module)\.")
 """What torch.compile, FSDP, activation checkpointing and PEFT put anywhere into names."""
 
-_ADAPTED = re.compile(r"\.(?:lora_|modules_to_save\.)")
+ADAPTED = re.compile(r"\.(?:lora_|modules_to_save\.)")
 """What PEFT adds to the names of a model's own tensors."""
 
 _TOWERS: dict[str, Family] = {"visual": "open_clip", "vision_model": "huggingface"}
 _TOWER = re.compile(r"(?:.*?\.)??(visual|vision_model)\.")
 """Beginning of the names of a part of a tower."""
 
-_TEXT = re.compile(
-    r"(?:text\.|text_model\.|text_projection|token_embedding\.|ln_final\.|logit_scale|logit_bias|positional_embedding$"
-    r"|transformer\.resblocks\.|attn_mask$|input_resolution$|context_length$|vocab_size$)"
-)
-"""Beginnings of the names of what a CLIP model holds besides its vision tower."""
-
 _TRANSIENT = ("embeddings.position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
 """What a tower may bring along that is no parameter."""
-
-_RESUMING = re.compile(r"(?:optimizer|lr_scheduler|scheduler|scaler|loops|callbacks|ema|model_ema|state_dict_ema|n_averaged$)")
-"""Beginnings of the names of what a training run keeps to be resumed."""
 
 
 class Tower(NamedTuple):
@@ -77,7 +68,7 @@ def find_tower(container: Container, key: str | None = None, ema: bool | None = 
     Raises:
         InputError: when several are there, or not the one that is wanted.
     """
-    every = _towers(container.entries)
+    every = towers(container.entries)
     found = [tower for tower in every if key is None or tower.prefix.startswith(key)]
     kinds = {tower.averaged for tower in found}
     if ema is not None or kinds == {True, False}:
@@ -128,42 +119,8 @@ def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]
     return {key: sorted(parts, key=lambda part: part[0].third or 0) for key, parts in found.items()}, unknown
 
 
-def unused_names(tower: Tower, entries: Mapping[str, TensorInfo]) -> list[str]:
-    """Tensors that are neither of the tower nor of anything that a CLIP model or a training run is known to keep."""
-    used = set(tower.names.values())
-    others = [other.prefix for other in _towers(entries) if other.prefix != tower.prefix]
-    unused = []
-    for plain, name in plain_names(entries).items():
-        inside = plain.removeprefix(tower.parent) if plain.startswith(tower.parent) else plain
-        known = _TEXT.match(inside) or inside.endswith(("position_ids", "attn_mask")) or _RESUMING.match(plain)
-        known = known or _ADAPTED.search(plain)
-        if name not in used and not known and not any(plain.startswith(prefix) for prefix in others):
-            unused.append(name)
-    return unused
-
-
-def refusal(names: Iterable[str]) -> str:
-    """Why a checkpoint without a vision tower cannot be an expert, as far as its names tell."""
-    names = list(names)
-    if not names:
-        return "holds no tensors"
-    if any(re.search(r"(?:^|\.)params0?\.\d+$", name) for name in names):
-        return (
-            "is a linearized model, which is the backbone plus a derivative and not a model with other weights; "
-            "fine-tune the model itself"
-        )
-    if any(".lora_" in name or "w_lora_" in name for name in names):
-        return "holds LoRA matrices of layers that no vision tower of CLIP has"
-    if any(name.startswith("visual.trunk.") or ".trunk." in name for name in names):
-        return "holds a tower of timm, and only open_clip's own ViTs are merged"
-    if names == [""]:
-        return "holds a single tensor without a name, where a fine-tuned vision tower is needed"
-    if len(names) <= 4 and all(re.search(r"(?:weight|bias|classifier|head)", name) and not _TEXT.match(name) for name in names):
-        return f"holds a classification head ({', '.join(sorted(names))}), where a fine-tuned vision tower is needed"
-    return f"holds no vision tower of CLIP: among its tensors ({', '.join(sorted(names)[:4])} …) is no patch embedding"
-
-
-def _towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:
+def towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:
+    """All vision towers of a checkpoint, by their patch embeddings."""
     names = plain_names(entries)
     found = []
     for plain, name in names.items():
@@ -175,7 +132,7 @@ def _towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:
 
 
 def _tower(family: Family, prefix: str, names: Mapping[str, str]) -> Tower:
-    inside = {plain: name for plain, name in names.items() if plain.startswith(prefix) and not _ADAPTED.search(plain)}
+    inside = {plain: name for plain, name in names.items() if plain.startswith(prefix) and not ADAPTED.search(plain)}
     own = {plain.removeprefix(prefix): name for plain, name in inside.items()}
     parent = prefix.removesuffix("visual." if family == "open_clip" else "vision_model.")
     if family == "huggingface":

@@ -1,6 +1,7 @@
 """``mergekit-vision inspect``: what a checkpoint is, and whether it can be an expert."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -91,10 +92,14 @@ def _held(found: "Inspection") -> str:
 def _picture(found: "Inspection") -> Iterator[str]:
     """How much each Linear layer was changed: a row a block, a column a kind of layer, bars up to the largest change."""
     kinds = list(dict.fromkeys(linear.kind for linear in found.changes))
-    largest = max(found.changes.values()) or 1.0
+    largest = max((value for value in found.changes.values() if math.isfinite(value)), default=0.0) or 1.0
     yield f"change of each layer relative to its weight ({_BARS[-1]} is {largest:.3g})"
     yield f"{'block':>13} " + " ".join(f"{kind:>11}" for kind in kinds)
     for block in sorted({linear.block for linear in found.changes}):
         row = {linear.kind: value for linear, value in found.changes.items() if linear.block == block}
-        cells = [f"{row[kind]:>9.3g} {_BARS[round(row[kind] / largest * (len(_BARS) - 1))]}" for kind in kinds]
+        cells = [f"{row[kind]:>9.3g} {_bar(row[kind] / largest)}" for kind in kinds]
         yield f"{block:>13} " + " ".join(cells)
+
+
+def _bar(share: float) -> str:
+    return _BARS[round(share * (len(_BARS) - 1))] if math.isfinite(share) else "!"

@@ -1,12 +1,12 @@
 """What a checkpoint is, and whether it can be an expert."""
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mergekit_vision.checkpoints import Expert, ExpertSource, open_expert
 from mergekit_vision.checkpoints.container import Container
@@ -18,6 +18,8 @@ from mergekit_vision.merger import LinearInfo, Weights
 from mergekit_vision.merging.lineage import Distance, check_lineage, distance
 from mergekit_vision.suites.checks import expert_faults
 from mergekit_vision.suites.suite import Suite
+
+_BLOCK = re.compile(r"visual\.transformer\.resblocks\.(\d{1,4})\.")
 
 
 @dataclass
@@ -83,7 +85,7 @@ def _outside(container: Container) -> Inspection:
         files={str(file): file.stat().st_size for file in container.files},
         container=container.kind,
         tensors=len(entries),
-        numbers=sum(torch.Size(info.shape).numel() for info in entries),
+        numbers=sum(math.prod(info.shape) for info in entries),
         dtypes=dict(Counter(info.dtype for info in entries)),
     )
 
@@ -99,10 +101,10 @@ def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     if patch := shapes.get("visual.conv1.weight"):
         found |= {"width": patch[0], "patch size": patch[2]}
     if patch and (positions := shapes.get("visual.positional_embedding")):
-        found["image size"] = round((positions[0] - 1) ** 0.5) * patch[2]
-    if projection := shapes.get("visual.proj"):
+        found["image size"] = math.isqrt(max(positions[0] - 1, 0)) * patch[2]
+    if len(projection := shapes.get("visual.proj", ())) == 2:
         found["embedding"] = projection[1]
-    blocks = {int(key.split(".")[3]) for key in shapes if key.startswith("visual.transformer.resblocks.")}
+    blocks = {int(block[1]) for key in shapes if (block := _BLOCK.match(key))}
     return {**found, **({"layers": max(blocks) + 1} if blocks else {})}
 
 

@@ -68,6 +68,14 @@ def test_all_classes_and_both_generations_of_names(theirs: "transformers.CLIPMod
             assert torch.allclose(embeddings(expert.on(backbone)), expected, atol=TOLERANCE)
 
 
+def test_the_projection_of_a_model_with_two_encoders_is_found(theirs: "transformers.CLIPModel", tmp_path: Path) -> None:
+    state = {f"vision_model.{name}" if name.startswith("vision") else name: value for name, value in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "x.pt")
+    expert = open_weights(tmp_path / "x.pt")
+    assert "projection" not in expert.origin
+    assert torch.allclose(embeddings(expert), their_embeddings(theirs), atol=TOLERANCE)
+
+
 def test_shards_and_pickles(theirs: "transformers.CLIPModel", tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1

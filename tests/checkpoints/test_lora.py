@@ -54,12 +54,13 @@ def base(tmp_path: Path) -> dict[str, Tensor]:
         {"r": 4, "lora_alpha": 8, "target_modules": EVERYWHERE, "use_rslora": True},
         {"r": 3, "lora_alpha": 5, "target_modules": EVERYWHERE, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"fc1": 11}},
         {"r": 4, "lora_alpha": 8, "target_modules": EVERYWHERE, "use_dora": True},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["visual_projection"], "use_dora": True},
         {"r": 4, "lora_alpha": 8, "target_modules": EVERYWHERE, "bias": "all"},
         {"r": 4, "lora_alpha": 8, "target_modules": EVERYWHERE, "lora_bias": True},
         {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "visual_projection"]},
         {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "modules_to_save": ["visual_projection"]},
     ],
-    ids=["qv", "rslora", "patterns", "dora", "bias", "lora_bias", "projection", "saved"],
+    ids=["qv", "rslora", "patterns", "dora", "dora of the projection", "bias", "lora_bias", "projection", "saved"],
 )
 def test_adapters_are_what_peft_merges(tmp_path: Path, base: dict[str, Tensor], options: dict[str, Any]) -> None:
     model = adapted(tmp_path / "adapter", **options)
@@ -88,6 +89,18 @@ def test_a_model_saved_with_its_adapter_not_merged(tmp_path: Path, base: dict[st
     expert = open_expert(ExpertSource(tmp_path / "x.safetensors", scale=2.0))
     other = {key: torch.zeros_like(value) for key, value in base.items()}  # the file brings its own
     assert torch.allclose(embeddings(expert.on(other)), their_embeddings(model.merge_and_unload()), atol=TOLERANCE)
+
+
+def test_a_model_with_a_head_around_an_adapter_not_merged(tmp_path: Path, base: dict[str, Tensor]) -> None:
+    """As published for KnOTS: the whole encoder of peft as a member, with its tower, and a linear head."""
+    options = {"r": 4, "lora_alpha": 4, "target_modules": ATTENTION, "modules_to_save": ["post_layernorm"]}
+    model = adapted(tmp_path / "adapter", **options)
+    whole = torch.nn.ModuleDict({"vision_model": model, "vision_head": torch.nn.Linear(24, 3)})
+    torch.save(whole.state_dict(), tmp_path / "x.pt")
+    expert = open_expert(ExpertSource(tmp_path / "x.pt", scale=1.0))
+    assert expert.origin["unused"] == ["vision_head.weight", "vision_head.bias"]
+    weights = expert.on({key: torch.zeros_like(value) for key, value in base.items()})
+    assert torch.allclose(embeddings(weights), their_embeddings(model.merge_and_unload()), atol=TOLERANCE)
 
 
 def test_an_adapter_of_open_clips_own_tower(tmp_path: Path) -> None:

@@ -43,6 +43,36 @@ def test_what_it_prints_can_be_read_by_programs(root: Path, capsys: pytest.Captu
     assert found["numbers"] == sum(value.numel() for value in base.values())
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_shown_and_refused(root: Path, capsys: pytest.CaptureFixture[str], odd: float) -> None:
+    base = {key: value for key, value in load_file(root / "base" / "open_clip_model.safetensors").items() if "visual" in key}
+    base["visual.transformer.resblocks.1.attn.out_proj.weight"][0, 0] = odd
+    save_file(base, root / "x.safetensors")
+    status, out, err = shown(capsys, root / "x.safetensors", "-s", root / "suite.yaml")
+    assert (status, out.count("!")) == (2, 1)
+    assert "holds NaN or infinity" in err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"proj": torch.tensor(1.0)},
+        {"positional_embedding": torch.zeros(0, 8)},
+        {"positional_embedding": torch.tensor(0.0)},
+        {"transformer.resblocks.last.ln_1.bias": torch.zeros(8)},
+        {"transformer.resblocks." + "9" * 500 + ".ln_1.bias": torch.zeros(8)},
+    ],
+)
+def test_towers_of_odd_shapes_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, torch.Tensor]
+) -> None:
+    tensors = {"conv1.weight": torch.zeros(8, 3, 2, 2), "class_embedding": torch.zeros(8), **change}
+    save_file({f"visual.{name}": value for name, value in tensors.items()}, tmp_path / "x.safetensors")
+    status, out, err = shown(capsys, tmp_path / "x.safetensors")
+    assert (status, err) == (0, "")
+    assert "architecture  width 8, patch size 2" in out
+
+
 def test_a_model_that_open_clip_knows_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = {"conv1.weight": (768, 3, 32, 32), "positional_embedding": (50, 768), "proj": (768, 512), "class_embedding": (768,)}
     tensors = {f"visual.{name}": torch.zeros(shape) for name, shape in shapes.items()}
