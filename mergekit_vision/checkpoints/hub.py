@@ -61,7 +61,8 @@ def fetch_snapshot(file: HubFile) -> Path:
     try:
         if file.inside is not None:
             inside = file.inside.rstrip("/")
-            place = download([inside, f"{inside}/*", f"{Path(inside).parent}/config.json"]) / inside
+            beside = [str(Path(inside).parent / name) for name in ("config.json", "adapter_config.json")]
+            place = download([inside, f"{inside}/*", *beside]) / inside
         else:
             place = download(_FILES)
             if not any(place.rglob("*.safetensors")):

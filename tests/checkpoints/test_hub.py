@@ -53,6 +53,19 @@ def test_only_what_is_needed_is_downloaded(hub: LoopbackHub, tmp_path: Path) -> 
     assert not [file for file in (tmp_path / "home").rglob("b") if file.is_dir()]
 
 
+def test_what_tells_of_a_file_is_downloaded_with_it(hub: LoopbackHub) -> None:
+    layer = "base_model.model.vision_model.encoder.layers.0.mlp.fc1.lora_"
+    adapter = save({f"{layer}A.weight": torch.ones(2, 32), f"{layer}B.weight": torch.ones(128, 2)})
+    files = {"adapter_model.safetensors": adapter, "adapter_config.json": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 6}'}
+    hub.commit("org/adapter", {**files, **{f"inside/{name}": content for name, content in files.items()}})
+    for place in ("", "inside/"):
+        assert open_expert(source(f"hf-hub:org/adapter:{place}adapter_model.safetensors")).origin["scale"] == 3
+    hub.commit(
+        "org/tower", {"x.safetensors": save(TOWER), "config.json": b'{"model_type": "clip_vision_model", "hidden_act": "gelu"}'}
+    )
+    assert open_expert(source("hf-hub:org/tower:x.safetensors")).origin["activation"] == "gelu"
+
+
 def test_what_cannot_be_had_is_one_line(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.commit("org/expert", {"x.safetensors": save(TOWER)})
     hub.commit("org/secret", {"x.safetensors": save(TOWER)}, private=True)
