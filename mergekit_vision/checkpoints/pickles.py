@@ -29,7 +29,6 @@ UNREADABLE = (
 LONGEST = 1 << 24
 """Size up to which a pickle is read, in bytes: enough for 100,000 tensors; reading takes up to 60 times as much memory."""
 
-
 _DEEPEST = 10_000  # open lists, tuples and dictionaries
 
 

@@ -23,6 +23,8 @@ _TOWERS: dict[str, Family] = {"visual": "open_clip", "vision_model": "huggingfac
 _TOWER = re.compile(r"(?:.*?\.)??(visual|vision_model)\.")
 """Beginning of the names of a part of a tower."""
 
+_MOST = 64  # towers that are looked at, each among all names
+
 _TRANSIENT = ("embeddings.position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
 """What a tower may bring along that is no parameter."""
 
@@ -54,7 +56,11 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     >>> plain_names(["visual._orig_mod.proj"])
     {'visual.proj': 'visual._orig_mod.proj'}
     """
-    return {_INSERTED.sub("", name): name for name in names}
+    found: dict[str, str] = {}
+    for name in names:
+        plain = _INSERTED.sub("", name)
+        found[name if plain in found else plain] = name  # none hides another
+    return found
 
 
 def find_tower(container: Container, key: str | None = None, ema: bool | None = None) -> Tower | None:
@@ -73,10 +79,10 @@ def find_tower(container: Container, key: str | None = None, ema: bool | None = 
     kinds = {tower.averaged for tower in found}
     if ema is not None or kinds == {True, False}:
         found = [tower for tower in found if tower.averaged == bool(ema)]
-    _check_one(container, found)
+    _check_one(container, [tower.prefix for tower in found])
     if every and not found:
         wanted = f"with names in {key!r}" if key is not None else "of averaged weights" if ema else "but of averaged weights"
-        prefixes = ", ".join(_shown(tower.prefix) for tower in every)
+        prefixes = ", ".join(_shown(tower.prefix) for tower in every[:4])
         raise InputError(f"{container.path}: has no vision tower {wanted}; those in it are named {prefixes}")
     return found[0] if found else None
 
@@ -89,15 +95,14 @@ def find_part(container: Container, key: str | None = None) -> Tower | None:
     """
     names = plain_names(container.entries)
     begun = {match[0]: _TOWERS[match[1]] for name in names if (match := _TOWER.match(name)) and name.startswith(key or "")}
-    found = [_tower(family, prefix, names) for prefix, family in begun.items()]
-    _check_one(container, found)
-    return found[0] if found else None
+    _check_one(container, list(begun))
+    return next((_tower(family, prefix, names) for prefix, family in begun.items()), None)
 
 
-def _check_one(container: Container, towers: Sequence[Tower]) -> None:
-    if len(towers) > 1:
-        prefixes = ", ".join(_shown(tower.prefix) for tower in towers)
-        raise InputError(f"{container.path}: holds {len(towers)} vision towers, named {prefixes}; choose one by `key:`")
+def _check_one(container: Container, prefixes: Sequence[str]) -> None:
+    if len(prefixes) > 1:
+        named = f"{', '.join(map(_shown, prefixes[:4]))}{' and more' if len(prefixes) > 4 else ''}"
+        raise InputError(f"{container.path}: holds {len(prefixes)} vision towers, named {named}; choose one by `key:`")
 
 
 def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]:
@@ -120,13 +125,15 @@ def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]
 
 
 def towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:
-    """All vision towers of a checkpoint, by their patch embeddings."""
+    """The vision towers of a checkpoint, by their patch embeddings: the first of them, if they are very many."""
     names = plain_names(entries)
     found = []
     for plain, name in names.items():
         shape = entries[name].shape
         ending = next((end for end in _FIRST if plain == end or plain.endswith(f".{end}")), None)
         if ending is not None and len(shape) == 4 and shape[1] == 3:
+            if len(found) == _MOST:
+                break
             found.append(_tower(_FIRST[ending], plain.removesuffix(ending), names))
     return found
 

@@ -38,6 +38,15 @@ LAYOUTS: dict[str, tuple[Make, str]] = {
     ),
     "Lightning with two models": (saved({"state_dict": named("student.") | named("teacher.")}), "holds 2 vision towers"),
     "one of two models": (saved({"state_dict": named("student.") | named("teacher.")}, key="state_dict.student"), SOUND),
+    "two thousand models": (
+        saved({f"m{index}.conv1.weight": torch.zeros(1, 3, 1, 1) for index in range(2000)}),
+        "m3.…` and more",
+    ),
+    "two thousand models in a delta": (
+        saved({f"m{index}.visual.proj": torch.zeros(1) for index in range(2000)}, kind="delta"),
+        "holds 2000 vision towers",
+    ),
+    "one model by its own names and a wrapper's": (saved(FULL | named("visual._orig_mod.")), "holds 2 vision towers"),
     "FSDP and compile in the middle": (
         saved(
             {key.replace(".1.", ".1._fsdp_wrapped_module._orig_mod."): value for key, value in named("module.visual.").items()}
