@@ -119,6 +119,10 @@ ARCHIVES: dict[str, tuple[Make, str]] = {
 
 SAFETENSORS: dict[str, tuple[Make, str]] = {
     "a sound header": (header(patch_header(), b"\0" * 48), OPENS),
+    "a name of a megabyte": (
+        header({"a." * 500_000: patch_header()["visual.conv1.weight"]}, b"\0" * 48),
+        "more than 1000 characters",
+    ),
     "no tensors": (header({}), "holds no tensors"),
     "a giant header": (header(b"{", length=1 << 62), "header too large"),
     "brackets without end": (header(b'{"a":' * 50_000), "recursion limit"),

@@ -11,6 +11,10 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 
 
+LONGEST_NAME = 1000
+"""Characters that the name of a tensor may have."""
+
+
 class TensorInfo(NamedTuple):
     """What is known of a stored tensor before it is read.
 
@@ -44,6 +48,8 @@ class Container(ABC):
         self._owner = -1
         self.values: Mapping[str, Any] = {}
         self.entries: Mapping[str, TensorInfo] = self._read_entries()
+        if any(len(name) > LONGEST_NAME for name in self.entries):
+            raise InputError(f"{path}: has names of more than {LONGEST_NAME} characters, which no model has")
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mergekit_vision.checkpoints.container import LONGEST_NAME
 from mergekit_vision.checkpoints.rebuilding import Stub
 from mergekit_vision.checkpoints.stored import StoredTensor
 
 _PLAIN = (str, int, float, bool, type(None))
 _DEPTH = 48
-_LONGEST = 1000  # characters of a place; long names of nested things would multiply
 
 
 def leaves(content: Any) -> Iterator[tuple[str, Any]]:
@@ -27,7 +27,7 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(content: Any, place: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    if depth > _DEPTH or len(place) > _LONGEST:
+    if depth > _DEPTH or len(place) > LONGEST_NAME:  # long names of nested things multiply
         raise ValueError("nested too deeply, or names are too long")
     if isinstance(content, StoredTensor) or _is_plain(content):
         yield place, content

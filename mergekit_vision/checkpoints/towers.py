@@ -127,7 +127,7 @@ def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]
 def towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:
     """The vision towers of a checkpoint, by their patch embeddings: the first of them, if they are very many."""
     names = plain_names(entries)
-    found = []
+    found: list[Tower] = []
     for plain, name in names.items():
         shape = entries[name].shape
         ending = next((end for end in _FIRST if plain == end or plain.endswith(f".{end}")), None)
