@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 
-
 LONGEST_NAME = 1000
 """Characters that the name of a tensor may have."""
 
