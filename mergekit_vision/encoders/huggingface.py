@@ -13,12 +13,14 @@ from mergekit_vision.checkpoints.weights import CheckpointWeights
 from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import raise_faults
-from mergekit_vision.support.files import cache_dir, replacing_directory
+from mergekit_vision.support.files import cache_dir
 from mergekit_vision.support.fingerprints import digest, stamp
 from mergekit_vision.support.json_files import read_json, write_json
 from mergekit_vision.support.schema import Schema, faults
+from mergekit_vision.support.switching import replacing_set
 
 _FORMAT = 1  # of what is kept in the cache
+_MODEL = "open_clip_model.safetensors"
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 _OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -84,7 +86,7 @@ def as_open_clip(directory: Path) -> Path:
     weights = weights_file(directory)
     files = [file for file in (directory / "config.json", directory / "preprocessor_config.json", weights) if file.is_file()]
     place = cache_dir() / "backbones" / digest(_FORMAT, [stamp(file.resolve()) for file in files])
-    if not place.is_dir():
+    if not (place / CONFIG).is_file():
         _write(place, _model_config(config, directory), _preprocess_config(processor), _weights(weights))
     return place
 
@@ -157,8 +159,8 @@ def _weights(file: Path) -> CheckpointWeights:
 def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:
     """Write the whole directory, or nothing of it."""
     try:
-        with replacing_directory(place) as draft:
-            save_safetensors(draft / "open_clip_model.safetensors", weights)
+        with replacing_set(place, lambda: [CONFIG, _MODEL], deciding=CONFIG) as draft:
+            save_safetensors(draft / _MODEL, weights)
             write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"
