@@ -1,7 +1,7 @@
 """Command lines with a wrong value in each place: one message, status 1, and nothing that was not there before.
 
-A row is the beginning of a command line, the option that comes last, its values, and what the message says of each. The first value of
-a row is tried in every run of the tests.
+A row is the beginning of a command line, the option that comes last, its values, and what the message says of each. The first
+value of a row is tried in every run of the tests.
 """
 
 import os
