@@ -78,9 +78,14 @@ def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:
         InputError: for an unknown or incomplete model, a configuration that describes none, a tower that is no open_clip ViT, or
             an activation function that is not the one the pre-trained weights need.
     """
-    name = open_clip_name(name)
-    directory = _directory(name)
-    return _described(name, pretrained, None if directory is None else to_json(read_config(directory)))
+    ours = open_clip_name(name)
+    directory = _directory(ours)
+    try:
+        return _described(ours, pretrained, None if directory is None else to_json(read_config(directory)))
+    except InputError as error:
+        if ours == name:
+            raise
+        raise InputError(f"backbone {name}: in the layout of open_clip, it cannot be used: {error}") from error
 
 
 @lru_cache(maxsize=8)

@@ -174,7 +174,11 @@ def test_files_in_folders_are_replaced_likewise(tmp_path: Path, step: int) -> No
 
 
 def test_a_directory_that_was_not_there_is_not_there_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), replacing_set(tmp_path / "new", lambda: NAMES, deciding="b") as draft:
-        (draft / "b").touch()
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with replacing_set(tmp_path / "new", lambda: NAMES, deciding="b") as draft:
+            (draft / "b").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
