@@ -117,7 +117,8 @@ def _settle(directory: Path) -> None:
     if current.is_symlink():
         chosen, other = (new, old) if current.readlink() == Path("new") else (old, new)
         for name in _names(chosen):
-            (chosen / name).replace(_placed(directory / name))
+            if _stays_inside(directory, name):
+                (chosen / name).replace(_placed(directory / name))
         for name in _names(other):
             _remove_link(directory, name)
         current.unlink()
@@ -136,8 +137,15 @@ def _remove_link(directory: Path, name: str) -> None:
                 (directory / folder).rmdir()
 
 
+def _stays_inside(directory: Path, name: str) -> bool:
+    """Whether a path stays in the directory, in which anybody may have put links."""
+    return not any((directory / folder).is_symlink() for folder in list(Path(name).parents)[:-1])
+
+
 def _names(folder: Path) -> list[str]:
-    """Paths of all files below a folder, from there."""
+    """Paths of all files below a folder, from there; none below a link."""
+    if folder.is_symlink():
+        return []
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
 
 

@@ -182,3 +182,23 @@ def test_a_directory_that_was_not_there_is_not_there_after_an_error(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_left_there_is_not_put_elsewhere(tmp_path: Path) -> None:
+    """A directory from anyone may look as if a process had been killed in it."""
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    (place / ".mergekit-vision/set/new/out").mkdir(parents=True)
+    elsewhere.mkdir()
+    (place / ".mergekit-vision/set/new/out/x").touch()
+    (place / ".mergekit-vision/set/new/y").touch()
+    (place / ".mergekit-vision/set/current").symlink_to("new")
+    (place / "out").symlink_to(elsewhere)
+    settle(place)
+    assert list(elsewhere.iterdir()) == []
+    assert {path.name for path in place.iterdir()} == {"out", "y"}
+    (elsewhere / "mine").touch()
+    (place / ".mergekit-vision/set").mkdir(parents=True)
+    (place / ".mergekit-vision/set/new").symlink_to(elsewhere)
+    (place / ".mergekit-vision/set/current").symlink_to("new")
+    settle(place)
+    assert [path.name for path in elsewhere.iterdir()] == ["mine"]
