@@ -36,6 +36,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/python -m pip check
 
 # fixes what lint finds, where that is automatic
 style: .venv/ready

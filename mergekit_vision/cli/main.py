@@ -18,6 +18,7 @@ _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "com
 _LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
 _MACHINE = {  # what the machine, not the program, fails at: full disks, limits, missing rights, names that no file can have
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOENT, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT),  # what others removed meanwhile, and disks elsewhere
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
 }
 

@@ -39,7 +39,11 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's directory; ``config-test.yaml`` where that belongs to a merge."""
         directory = Path(trainer.default_root_dir)
-        name = f"config-{stage}.yaml" if (directory / RECORD).exists() and not _is_merging(trainer) else "config.yaml"
+        name = (
+            f"config-{getattr(stage, 'value', stage)}.yaml"
+            if (directory / RECORD).exists() and not _is_merging(trainer)
+            else "config.yaml"
+        )
         try:
             with replacing(directory / name) as draft:
                 self.parser.save(self.config, draft, skip_none=False, overwrite=True, multifile=False)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from mergekit_vision.checkpoints.hub import HubFile, fetch_snapshot
 from mergekit_vision.encoders.config import CONFIG, check_size, read_config
 from mergekit_vision.encoders.huggingface import as_open_clip, is_huggingface
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.hub import without_retries
 from mergekit_vision.support.json_files import to_json
 from mergekit_vision.support.memory import is_spent
 from mergekit_vision.support.tensors import unusable
@@ -77,9 +78,14 @@ def describe_backbone(name: str, pretrained: str | None = None) -> Backbone:
         InputError: for an unknown or incomplete model, a configuration that describes none, a tower that is no open_clip ViT, or
             an activation function that is not the one the pre-trained weights need.
     """
-    name = open_clip_name(name)
-    directory = _directory(name)
-    return _described(name, pretrained, None if directory is None else to_json(read_config(directory)))
+    ours = open_clip_name(name)
+    directory = _directory(ours)
+    try:
+        return _described(ours, pretrained, None if directory is None else to_json(read_config(directory)))
+    except InputError as error:
+        if ours == name:
+            raise
+        raise InputError(f"backbone {name}: in the layout of open_clip, it cannot be used: {error}") from error
 
 
 @lru_cache(maxsize=8)
@@ -115,7 +121,7 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     builtin = not name.startswith(("local-dir:", "hf-hub:"))
     if builtin and pretrained is None:
         raise InputError(f"backbone {name}: add `pretrained:` to the suite (a tag such as `openai`, or a checkpoint file)")
-    with _loading(name):
+    with _loading(name), nullcontext() if name.startswith("local-dir:") else without_retries():
         model: nn.Module = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
     if faults := unusable(dict(model.named_parameters())):
         more = f" (and {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
@@ -172,6 +178,7 @@ def open_clip_name(name: str) -> str:
 
 
 @lru_cache(maxsize=8)
+@without_retries()
 def _on_the_hub(name: str) -> Path | None:
     """The directory of a model on the hub; ``None`` where open_clip finds it itself."""
     from huggingface_hub import hf_hub_download

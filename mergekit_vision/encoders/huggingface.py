@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.checkpoints.opening import open_container, weights_file
@@ -13,14 +13,19 @@ from mergekit_vision.checkpoints.weights import CheckpointWeights
 from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import raise_faults
-from mergekit_vision.support.files import cache_dir, replacing_directory
+from mergekit_vision.support.files import cache_dir
 from mergekit_vision.support.fingerprints import digest, stamp
 from mergekit_vision.support.json_files import read_json, write_json
 from mergekit_vision.support.schema import Schema, faults
+from mergekit_vision.support.switching import replacing_set
 
 _FORMAT = 1  # of what is kept in the cache
+_MODEL = "open_clip_model.safetensors"
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 _OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+_Size = Annotated[int, Field(ge=1, le=1 << 16)]
+_Three = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class _Open(Schema):
@@ -30,24 +35,24 @@ class _Open(Schema):
 
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    num_hidden_layers: int = 12
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 12
 
 
 class _Vision(_Open):
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 32
+    hidden_size: _Size = 768
+    intermediate_size: _Size = 3072
+    num_attention_heads: _Size = 12
+    image_size: _Size = 224
+    patch_size: _Size = 32
     num_channels: Literal[3] = 3
 
 
 class _Text(_Open):
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_attention_heads: int = 8
+    hidden_size: _Size = 512
+    intermediate_size: _Size = 2048
+    num_attention_heads: _Size = 8
     vocab_size: Literal[49408] = 49408  # of CLIP's tokenizer, the only one that goes with these models
-    max_position_embeddings: int = 77
+    max_position_embeddings: _Size = 77
     eos_token_id: Literal[2, 49407] = 49407  # 2 is an old mistake, under which the largest index is looked for
 
 
@@ -55,7 +60,7 @@ class _Clip(Schema):
     model_config = ConfigDict(extra="ignore")
 
     model_type: Literal["clip"]
-    projection_dim: int = 512
+    projection_dim: _Size = 512
     vision_config: _Vision = _Vision()
     text_config: _Text = _Text()
 
@@ -63,8 +68,8 @@ class _Clip(Schema):
 class _Processor(Schema):
     model_config = ConfigDict(extra="ignore")
 
-    image_mean: list[float] = _OPENAI_MEAN
-    image_std: list[float] = _OPENAI_STD
+    image_mean: _Three = _OPENAI_MEAN
+    image_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = _OPENAI_STD
     resample: Literal[2, 3] = 3
 
 
@@ -79,24 +84,26 @@ def as_open_clip(directory: Path) -> Path:
     Raises:
         InputError: when it is not a whole CLIP model, open_clip cannot express it, or the cache cannot be written.
     """
-    config = _checked(_Clip, directory / "config.json", _merged_config)
-    processor = _checked(_Processor, directory / "preprocessor_config.json", dict)
+    config = _checked(_Clip, directory / "config.json")
+    processor = _checked(_Processor, directory / "preprocessor_config.json")
     weights = weights_file(directory)
     files = [file for file in (directory / "config.json", directory / "preprocessor_config.json", weights) if file.is_file()]
     place = cache_dir() / "backbones" / digest(_FORMAT, [stamp(file.resolve()) for file in files])
-    if not place.is_dir():
+    if not (place / CONFIG).is_file():
         _write(place, _model_config(config, directory), _preprocess_config(processor), _weights(weights))
     return place
 
 
-def _merged_config(content: dict[str, Any]) -> dict[str, Any]:
+def _merged_config(content: Any) -> Any:
     """A configuration as transformers reads it: parts under older names come first."""
+    if not isinstance(content, dict):
+        return content
     older = {part: content.get(f"{part}_dict") for part in ("vision_config", "text_config")}
     return {**content, **{part: value for part, value in older.items() if value is not None}}
 
 
-def _checked(schema: type[Schema], path: Path, prepare: Any) -> Any:
-    content = prepare(read_json(path)) if path.is_file() else {}
+def _checked(schema: type[Schema], path: Path) -> Any:
+    content = _merged_config(read_json(path)) if path.is_file() else {}
     raise_faults(path, faults(schema, content, "the file"))
     return schema.model_validate(content)
 
@@ -108,6 +115,10 @@ def _model_config(config: _Clip, directory: Path) -> dict[str, Any]:
             f"{directory / 'config.json'}: open_clip has one activation function for both towers, and layer_norm_eps 1e-5; "
             f"here are {vision.hidden_act} and {text.hidden_act}, {vision.layer_norm_eps:g} and {text.layer_norm_eps:g}"
         )
+    for part in (vision, text):
+        if part.hidden_size % part.num_attention_heads:
+            sizes = f"hidden_size {part.hidden_size} is no multiple of num_attention_heads {part.num_attention_heads}"
+            raise InputError(f"{directory / 'config.json'}: {sizes}")
     return {
         "embed_dim": config.projection_dim,
         "quick_gelu": vision.hidden_act == "quick_gelu",
@@ -157,8 +168,8 @@ def _weights(file: Path) -> CheckpointWeights:
 def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:
     """Write the whole directory, or nothing of it."""
     try:
-        with replacing_directory(place) as draft:
-            save_safetensors(draft / "open_clip_model.safetensors", weights)
+        with replacing_set(place, lambda: [CONFIG, _MODEL], deciding=CONFIG) as draft:
+            save_safetensors(draft / _MODEL, weights)
             write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"

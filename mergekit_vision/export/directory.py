@@ -28,9 +28,9 @@ from mergekit_vision.export.manifest import (
 )
 from mergekit_vision.merger import Weights
 from mergekit_vision.routers import LowRankExperts
-from mergekit_vision.support.files import WORK
 from mergekit_vision.support.json_files import write_json
 from mergekit_vision.support.switching import replacing_set, unsettled
+from mergekit_vision.support.writable import obstacles
 
 
 def check_output(directory: Path) -> None:
@@ -45,13 +45,8 @@ def check_output(directory: Path) -> None:
     if (directory / MODEL).exists() and not ((directory / RECORD).exists() or unsettled(directory)):
         problem = f"holds a model that was not merged here ({MODEL} without {RECORD}); name another"
         raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
-    for name in FILES:
-        if (directory / name).is_dir():
-            problem = f"{name} is a directory, and a file of the model must go there; remove it or name another"
-            raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
-    if (directory / WORK).is_symlink() or (directory / WORK).is_file():
-        problem = f"{WORK} must be a directory, for temporary files; remove it or name another"
-        raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
+    for fault in obstacles(directory, FILES):
+        raise InputError(f"`default_root_dir` {directory}: {fault}", of="trainer")
 
 
 def save_model(

@@ -11,12 +11,12 @@ from mergekit_vision.export.directory import load_experts
 from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.export.manifest import ROUTERS, read_record
 from mergekit_vision.export.merged import open_merged
-from mergekit_vision.export.output import output_faults, write_contents
+from mergekit_vision.export.output import CONTENTS, output_faults, own_files, write_contents
 from mergekit_vision.export.writer import Writer
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, raise_faults
-from mergekit_vision.support.files import replacing_directory
 from mergekit_vision.support.imports import import_by_path
+from mergekit_vision.support.switching import replacing_set
 
 
 def export_model(
@@ -52,7 +52,7 @@ def export_model(
     model.encoder.to(device)
     writer = cast(Writer, import_by_path(FORMATS[to].writer)())
     raise_faults(merged, writer.faults(model))
-    with replacing_directory(output) as draft:
+    with replacing_set(output, lambda: own_files(output), deciding=CONTENTS) as draft:
         logger.info("writing %s", FORMATS[to].text)
         writer.write(model, draft)
         logger.info("loading it again and comparing")
@@ -100,7 +100,7 @@ def _checked_record(merged: Path, verify: bool) -> dict[str, Any]:
 def _device_faults(to: str, device: str) -> list[str]:
     try:
         torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         return [f"`device` {device}: cannot be used ({str(error).splitlines()[0]})"]
     if torch.device(device).type != "cpu" and to != "torch":
         return [f"`device` {device}: of use to the format torch only; what {to} writes runs on any device"]

@@ -1,7 +1,6 @@
 """Checks of a run before any long work starts."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from mergekit_vision.data.checks import Needs
@@ -15,41 +14,22 @@ from mergekit_vision.support.fingerprints import fingerprint
 from mergekit_vision.support.json_files import same
 from mergekit_vision.support.source_code import code_fingerprint, versions
 from mergekit_vision.support.team import Team
+from mergekit_vision.support.writable import place_fault
+
+_WRITTEN = ("results.json", "predictions.csv", "report.html", "config.yaml", "routing.png")
 
 
-def check_place(directory: Path) -> None:
+def check_place(directory: str | os.PathLike[str]) -> None:
     """Refuse a directory that cannot be written into.
 
     Raises:
-        InputError: when it, or what is above it, is a file, a link that leads nowhere, or read-only, or cannot be looked at.
+        InputError: when it, or what is above it, is a file, a link that leads nowhere, or read-only, or cannot be looked at; or
+            when it has a directory where a file must go.
     """
-    try:
-        _check_links(directory)
-        _check_nearest(directory)
-        with suppress(FileNotFoundError):
-            directory.lstat()  # says what is wrong with the name itself
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"`default_root_dir` {str(directory)!r}: cannot be used ({reason}); name another directory", of="trainer"
-        ) from error
-
-
-def _check_links(directory: Path) -> None:
-    for place in (directory.absolute(), *directory.absolute().parents):
-        if place.is_symlink() and not place.exists():
-            problem = "is a link that leads nowhere; remove it or name another directory"
-            raise InputError(f"`default_root_dir` {directory}: {place} {problem}", of="trainer")
-
-
-def _check_nearest(directory: Path) -> None:
-    nearest = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise InputError(f"`default_root_dir` {directory}: {nearest} is a file; name a directory", of="trainer")
-    if not os.access(nearest, os.W_OK):
-        raise InputError(f"`default_root_dir` {directory}: {nearest} cannot be written to; name another directory", of="trainer")
+    if not os.fspath(directory):
+        raise InputError("`default_root_dir` is empty; name a directory", of="trainer")
+    if fault := place_fault(Path(directory), _WRITTEN):
+        raise InputError(f"`default_root_dir` {os.fspath(directory)}: {fault}", of="trainer")
 
 
 def check_merged(directory: Path, suite: Suite, verify: bool = True) -> None:

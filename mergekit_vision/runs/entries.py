@@ -71,6 +71,8 @@ def _measured(schema: type[_Accuracies], tasks: Collection[str], content: Any) -
 
 def _analyzed(experts: Collection[str], content: Any) -> Entry:
     found = _Analysis.model_validate(content)
-    if found.similarity.tasks != list(experts) or {len(row) for row in found.similarity.cosine} != {len(experts)}:
+    if found.similarity.tasks != list(experts) or [len(row) for row in found.similarity.cosine] != [len(experts)] * len(experts):
         raise ValueError("an analysis of other experts")
+    if any(not len(curve.directions) == len(curve.esd) == len(curve.svd) for curve in found.energy.values()):
+        raise ValueError("curves of other directions")
     return dict(content)

@@ -1,6 +1,8 @@
 """How many processes a run has, checked before Lightning starts them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +23,21 @@ def check_devices(devices: list[int] | str | int) -> None:
         numbers = []
     if not numbers or any(not -1 <= number <= _MOST for number in numbers):
         raise InputError(f"`devices` must be a number from 1 to {_MOST}, a list of devices or auto, not {devices}", of="trainer")
+
+
+@contextmanager
+def cpu_devices(devices: list[int] | str | int) -> Iterator[None]:
+    """Say in our words what Lightning says when it finds that the devices are the CPU.
+
+    Raises:
+        InputError: for a list of devices, and for all of them.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "CPUAccelerator" not in str(error):
+            raise
+        raise InputError(f"`devices` {devices}: the CPU takes a number of processes, from 1", of="trainer") from error
 
 
 def _numbers(devices: list[int] | str | int) -> list[int]:

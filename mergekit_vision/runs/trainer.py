@@ -1,6 +1,7 @@
 """Lightning's Trainer with the subcommands of the command line."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, cast
 
@@ -23,7 +24,7 @@ from mergekit_vision.runs.launcher import end_together
 from mergekit_vision.runs.memory import explained_memory
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
-from mergekit_vision.runs.processes import check_devices, check_slurm
+from mergekit_vision.runs.processes import check_devices, check_slurm, cpu_devices
 from mergekit_vision.runs.runtime import runtime_of
 from mergekit_vision.sources.folder import FlatFolder
 from mergekit_vision.support.console import console, logger, quiet_lightning
@@ -65,12 +66,12 @@ class Trainer(lightning.Trainer):
         default_root_dir: str = "runs/latest",
         enable_progress_bar: bool = True,
     ) -> None:
-        check_place(Path(default_root_dir))
+        check_place(default_root_dir)
         check_devices(devices)
         check_slurm()
         bar = enable_progress_bar and console.is_terminal
         chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
-        with quiet_lightning():
+        with quiet_lightning(), cpu_devices(devices):
             super().__init__(
                 accelerator=accelerator,
                 strategy=strategy,
@@ -99,7 +100,7 @@ class Trainer(lightning.Trainer):
         output = Path(self.default_root_dir)
         check_output(output)
         self.merging = True
-        with explained_memory("merging", self.strategy.root_device):
+        with self._explained("merging"):
             self._set_up_only(model, datamodule)
             if self.is_global_zero:
                 model.save(output)
@@ -112,12 +113,12 @@ class Trainer(lightning.Trainer):
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's val split."""
-        with quiet_lightning():
+        with quiet_lightning(), self._explained("evaluating"):
             return super().validate(model, datamodule=datamodule, verbose=False)
 
     def test(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's test split."""
-        with quiet_lightning():
+        with quiet_lightning(), self._explained("evaluating"):
             return super().test(model, datamodule=datamodule, verbose=False)
 
     def predict(  # type: ignore[override]  # noqa: D417 (the CLI hides the others)
@@ -141,7 +142,7 @@ class Trainer(lightning.Trainer):
         model.predict_for(predictions)
         datamodule.predict_on(folder)
         try:
-            with quiet_lightning():
+            with quiet_lightning(), self._explained("predicting"):
                 super().predict(model, datamodule=datamodule, return_predictions=False)
         finally:
             model.predict_for(None)
@@ -166,9 +167,13 @@ class Trainer(lightning.Trainer):
         if model.merger is not None or model.merged is not None:
             raise InputError("compare merges by methods of its own: give it neither `merger` nor `merged`", of="model")
         comparison = Comparison(model.recipe, default_mergers(mergers), lenient=mergers in ("all", ["all"]))
-        self._set_up_only(comparison, datamodule)
+        with self._explained("comparing"):
+            self._set_up_only(comparison, datamodule)
         if self.is_global_zero:
             write_comparison(comparison.results, Path(self.default_root_dir))
+
+    def _explained(self, work: str) -> AbstractContextManager[None]:
+        return explained_memory(work, self.strategy.root_device)
 
     def _set_up_only(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Set a module up on every process, where it does its work, and run nothing else: there are no images to predict."""

@@ -1,6 +1,7 @@
 """Image data sets through the ``datasets`` library: on the Hugging Face hub, in its cache, or in a local directory."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.sources.decoding import decode, named_by_data
 from mergekit_vision.support.faults import closest, in_one_line
+from mergekit_vision.support.hub import without_retries
 
 _Result = TypeVar("_Result")
 
@@ -148,7 +150,8 @@ def _caches(datasets: Any) -> list[Path]:
 
 def _fetch(datasets: Any, dataset: str, load: Callable[[], _Result]) -> _Result:
     try:
-        return load()
+        with nullcontext() if Path(dataset).is_dir() else without_retries():
+            return load()
     except ConnectionError as error:
         offline = "HF_HUB_OFFLINE is set" if _offline(datasets) else "the hub cannot be reached"
         problem = f"not on this machine, and {offline}; load it once with access to the hub"

@@ -76,31 +76,6 @@ def remove_abandoned(work: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a directory beside its final place and rename it there when it is complete.
-
-    Args:
-        path: the directory to write; missing parents are created. All that it held is gone when the block ends.
-
-    Yields:
-        An empty directory of that name on the same file system. When the block raises anything, it is removed and ``path`` stays
-        as it was.
-    """
-    target = Path(path).resolve()
-    with _draft_folder(target.parent / WORK) as folder:
-        draft, old = folder / target.name, folder / f"{target.name}.old"
-        draft.mkdir()
-        yield draft
-        try:
-            if target.exists():
-                target.rename(old)
-            draft.rename(target)
-        finally:
-            if old.exists() and not target.exists():
-                old.rename(target)
-
-
 def cache_dir() -> Path:
     """Directory of everything that can be computed again: ``$MERGEKIT_VISION_CACHE``, else the user's cache directory.
 

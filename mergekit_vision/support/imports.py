@@ -15,7 +15,7 @@ def import_by_path(path: str) -> Any:
     """
     module, _, name = path.rpartition(".")
     if not module:
-        raise InputError(f"{path!r} is no dotted path such as package.module.Class")
+        raise InputError(f"{path!r:.80} is no dotted path such as package.module.Class")
     try:
         return getattr(import_module(module), name)
     except (Exception, SystemExit) as error:  # whatever the module raises

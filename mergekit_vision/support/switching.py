@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit_vision.support.files import WORK, remove_abandoned, remove_work
@@ -26,8 +26,8 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
     Other files of the directory stay as they are. One process at a time does this; another waits.
 
     Args:
-        directory: made when missing.
-        former: names of the files to replace; those that are not written anew are gone after the same step.
+        directory: made when missing, and then removed again when the block raises anything.
+        former: paths, from the directory, of the files to replace; those that are not written anew are gone after the same step.
         deciding: one of the files. Where the file system has no symbolic links, files are renamed one by one: this one is
             removed first and comes last, so that a directory without it is not complete.
 
@@ -46,17 +46,42 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
     >>> sorted(path.name for path in place.iterdir())
     ['b', 'c']
     """
-    work = directory / _WORK
-    with locked(work, seconds=60):
-        remove_abandoned(work.parent)
-        _settle(directory)
-        (work / "new").mkdir()
-        try:
+    new, work = not directory.exists(), directory / _WORK
+    try:
+        with _settling(directory):
+            (work / "new").mkdir()
             yield work / "new"
             _switch(directory, former(), deciding)
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                directory.rmdir()
+        raise
+
+
+@contextmanager
+def _settling(directory: Path) -> Iterator[None]:
+    """Hold a directory; what a killed process left there is put in order before, and all that is temporary removed after."""
+    work = directory / _WORK
+    with locked(work, seconds=60):
+        try:
+            remove_abandoned(work.parent)
+            _settle(directory)
+            yield
         finally:
             _settle(directory)
             remove_work(work)
+
+
+def settle(directory: Path) -> None:
+    """Put in order what a killed process left in a directory: the old files are there or the new ones, and nothing else.
+
+    Raises:
+        InputError: when another process is writing there and does not end.
+    """
+    if unsettled(directory):
+        with _settling(directory):
+            pass
 
 
 def unsettled(directory: Path) -> bool:
@@ -77,10 +102,10 @@ def _switch(directory: Path, former: Collection[str], deciding: str) -> None:
     names = [name for name in former if (directory / name).is_file()]
     (work / "old").mkdir()
     for name in names:
-        _keep(directory / name, work / "old" / name)
+        _keep(directory / name, _placed(work / "old" / name))
     for name in sorted({*names, *_names(work / "new")}):
-        (work / "link").symlink_to(_WORK / "current" / name)
-        (work / "link").replace(directory / name)
+        (work / "link").symlink_to(_way(name))
+        (work / "link").replace(_placed(directory / name))
     (work / "link").symlink_to("new")
     (work / "link").replace(work / "current")
 
@@ -88,22 +113,52 @@ def _switch(directory: Path, former: Collection[str], deciding: str) -> None:
 def _settle(directory: Path) -> None:
     """Put the files that ``current`` leads to in the place of the links to them, and remove all others."""
     work = directory / _WORK
-    current = work / "current"
+    current, old, new = work / "current", work / "old", work / "new"
     if current.is_symlink():
-        chosen = work / ("new" if current.readlink() == Path("new") else "old")
-        for name in _names(chosen) if chosen.is_dir() else ():
-            (chosen / name).replace(directory / name)
-        for entry in directory.iterdir():
-            if entry.is_symlink() and entry.readlink().parent == _WORK / "current":  # leads nowhere anymore
-                entry.unlink()
+        chosen, other = (new, old) if current.readlink() == Path("new") else (old, new)
+        for name in _names(chosen):
+            if _stays_inside(directory, name):
+                (chosen / name).replace(_placed(directory / name))
+        for name in _names(other):
+            _remove_link(directory, name)
         current.unlink()
     (work / "link").unlink(missing_ok=True)
-    for folder in (work / "old", work / "new"):
+    for folder in (old, new):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _remove_link(directory: Path, name: str) -> None:
+    """Remove a link that leads nowhere anymore, and the folders in which it was alone."""
+    path = directory / name
+    if path.is_symlink() and path.readlink() == _way(name):
+        path.unlink()
+        with suppress(OSError):
+            for folder in list(Path(name).parents)[:-1]:
+                (directory / folder).rmdir()
+
+
+def _stays_inside(directory: Path, name: str) -> bool:
+    """Whether a path stays in the directory, in which anybody may have put links."""
+    return not any((directory / folder).is_symlink() for folder in list(Path(name).parents)[:-1])
+
+
 def _names(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir()]
+    """Paths of all files below a folder, from there; none below a link."""
+    if folder.is_symlink():
+        return []
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+
+
+def _way(name: str) -> Path:
+    """Where the link under a name leads."""
+    return Path(*[".."] * (len(Path(name).parts) - 1), _WORK, "current", name)
+
+
+def _placed(path: Path) -> Path:
+    """The same path, whose folder is there."""
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
+    return path
 
 
 def _keep(file: Path, place: Path) -> None:
@@ -120,4 +175,4 @@ def _rename_singly(directory: Path, former: Collection[str], deciding: str) -> N
     for name in (deciding, *(name for name in former if name not in written)):
         (directory / name).unlink(missing_ok=True)
     for name in written:
-        (new / name).replace(directory / name)
+        (new / name).replace(_placed(directory / name))

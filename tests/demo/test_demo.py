@@ -249,7 +249,9 @@ def test_the_script_writes_a_whole_suite(built: Path) -> None:
     check_suite(suite, describe_backbone(suite.backbone).shapes, ["test"])
     base = open_weights(built / "model" / "open_clip_model.safetensors")
     for task in suite.tasks.values():
-        assert any(not torch.equal(open_weights(task.expert.path)[key], base[key]) for key in describe_backbone(suite.backbone).shapes)
+        assert any(
+            not torch.equal(open_weights(task.expert.path)[key], base[key]) for key in describe_backbone(suite.backbone).shapes
+        )
 
 
 def test_unseen_tokens_have_no_embedding(built: Path) -> None:

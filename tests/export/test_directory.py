@@ -103,7 +103,7 @@ def test_a_model_that_was_not_merged_here_is_not_written_over(tmp_path: Path) ->
     with pytest.raises(InputError, match="is a file; name a directory"):
         check_output(tmp_path / "merge.json")
     (tmp_path / "experts.json").mkdir()
-    with pytest.raises(InputError, match=r"experts\.json is a directory, and a file of the model must go there"):
+    with pytest.raises(InputError, match=r"experts\.json is a directory, and a file must go there"):
         check_output(tmp_path)
     (tmp_path / "experts.json").rmdir()
     (tmp_path / ".mergekit-vision").symlink_to(tmp_path)

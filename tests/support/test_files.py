@@ -7,7 +7,7 @@ import pytest
 from killing import killed_at
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.support.files import cache_dir, replacing, replacing_directory
+from mergekit_vision.support.files import cache_dir, replacing
 from mergekit_vision.support.locks import abandoned, locked
 
 
@@ -98,44 +98,3 @@ def test_a_new_file_has_the_mode_that_other_new_files_have(tmp_path: Path) -> No
         draft.unlink()
         draft.touch(mode=0o600)  # as some writers do
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_a_directory_replaces_the_old_one_whole(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "model"
-    for content in ("old", "newer"):
-        with replacing_directory(target) as draft:
-            (draft / content).write_text(content)
-            assert draft.is_relative_to(target.parent), "the same file system"
-    assert [path.name for path in target.iterdir()] == ["newer"]
-    assert [path.name for path in target.parent.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_directory_that_fails_leaves_the_old_one(error: type[BaseException], tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").touch()
-
-    def interrupted() -> None:
-        with replacing_directory(tmp_path / "model") as draft:
-            (draft / "half").touch()
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old"]
-
-
-def test_a_directory_that_cannot_be_put_in_place_gives_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").touch()
-    rename, calls = Path.rename, iter([True, False, True])
-
-    def failing(self: Path, target: Path) -> Path:
-        if not next(calls):
-            raise OSError("no space left")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no space"), replacing_directory(tmp_path / "model") as draft:
-        (draft / "new").touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old"]

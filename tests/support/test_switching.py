@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from killing import at_once, files_in, killed_at
 
-from mergekit_vision.support.switching import replacing_set, unsettled
+from mergekit_vision.support.switching import replacing_set, settle, unsettled
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed in a fork")
 
@@ -137,3 +137,68 @@ def test_a_file_system_without_hard_links_gets_copies(directory: Path, monkeypat
     monkeypatch.setattr(os, "link", refuses)
     write(directory, NEW)
     assert settled(directory) == NEW | USERS
+
+
+def below(directory: Path) -> dict[str, bytes]:
+    """What a reader finds in a directory and its folders."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(".mergekit-vision")}
+
+
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_files_in_folders_are_replaced_likewise(tmp_path: Path, step: int) -> None:
+    old = {"a": b"old a", "left/deep/b": b"old b", "both/c": b"old c"}
+    new = {"a": b"new a", "both/c": b"new c", "right/deep/d": b"new d"}
+
+    def write_below(directory: Path, files: dict[str, bytes]) -> None:
+        with replacing_set(directory, lambda: {*old, *new}, deciding="a") as draft:
+            for name, content in files.items():
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                (draft / name).write_bytes(content)
+
+    found = set()
+    for number in itertools.count(0, step):
+        directory = tmp_path / str(number)
+        write_below(directory, old)
+        if not killed_at(number, lambda place=directory: write_below(place, new)):
+            break
+        assert below(directory) in (old, new)
+        found.add(below(directory) == new)
+        settle(directory)
+        assert below(directory) in (old, new)
+        assert not any(path.is_symlink() for path in directory.rglob("*"))
+        assert not (directory / ".mergekit-vision").exists()
+    assert found == {False, True}
+    assert below(directory) == new
+    assert sorted(path.name for path in directory.iterdir()) == ["a", "both", "right"]
+
+
+def test_a_directory_that_was_not_there_is_not_there_after_an_error(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with replacing_set(tmp_path / "new", lambda: NAMES, deciding="b") as draft:
+            (draft / "b").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_left_there_is_not_put_elsewhere(tmp_path: Path) -> None:
+    """A directory from anyone may look as if a process had been killed in it."""
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    (place / ".mergekit-vision/set/new/out").mkdir(parents=True)
+    elsewhere.mkdir()
+    (place / ".mergekit-vision/set/new/out/x").touch()
+    (place / ".mergekit-vision/set/new/y").touch()
+    (place / ".mergekit-vision/set/current").symlink_to("new")
+    (place / "out").symlink_to(elsewhere)
+    settle(place)
+    assert list(elsewhere.iterdir()) == []
+    assert {path.name for path in place.iterdir()} == {"out", "y"}
+    (elsewhere / "mine").touch()
+    (place / ".mergekit-vision/set").mkdir(parents=True)
+    (place / ".mergekit-vision/set/new").symlink_to(elsewhere)
+    (place / ".mergekit-vision/set/current").symlink_to("new")
+    settle(place)
+    assert [path.name for path in elsewhere.iterdir()] == ["mine"]

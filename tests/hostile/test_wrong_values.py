@@ -1,0 +1,185 @@
+"""Wrong values in each place of the JSON files that a merged model, a backbone and the cache consist of.
+
+Each is refused in a message that names the file, or is a right value that other code can use. Long runs of it are slow ones.
+"""
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clip_models import huggingface_model
+from safetensors.torch import load_file
+from small_models import DYNAMIC, small_models
+
+from mergekit_vision.encoders.backbone import describe_backbone
+from mergekit_vision.errors import InputError
+from mergekit_vision.export.card import model_card
+from mergekit_vision.export.directory import load_experts
+from mergekit_vision.export.manifest import read_record
+from mergekit_vision.export.output import output_faults
+from mergekit_vision.runs import entries
+from mergekit_vision.support.cache import Form
+
+Place = tuple[str | int, ...]
+
+VALUES: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    0.5,
+    2**70,
+    float("nan"),
+    float("inf"),
+    "",
+    "x" * 5000,
+    "\x1b[2J",
+    [],
+    [None],
+    {},
+    {"": None},
+]
+FEW = VALUES[::4]
+
+
+@pytest.fixture(scope="module")
+def pristine(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dynamic merged model, a model of transformers, and the record of an export, in one directory each."""
+    root = tmp_path_factory.mktemp("pristine")
+    small_models(tiny_suite)(root / "merged", DYNAMIC)
+    huggingface_model().save_pretrained(root / "theirs")
+    (root / "theirs" / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3})
+    )
+    (root / "export").mkdir()
+    (root / "export" / "export.json").write_text(json.dumps({"format": "onnx", "files": {"model.onnx": "0" * 40}}))
+    return root
+
+
+def read_merged(directory: Path) -> None:
+    model_card(read_record(directory, verify=False), dynamic=True)
+
+
+READ: dict[str, Callable[[Path], object]] = {
+    "merged/merge.json": read_merged,
+    "merged/experts.json": load_experts,
+    "merged/open_clip_config.json": lambda directory: describe_backbone(f"local-dir:{directory}"),
+    "theirs/config.json": lambda directory: describe_backbone(f"local-dir:{directory}"),
+    "theirs/preprocessor_config.json": lambda directory: describe_backbone(f"local-dir:{directory}"),
+    "export/export.json": output_faults,
+}
+
+
+def places(content: Any, above: Place = ()) -> Iterator[Place]:
+    """Of every part of some content."""
+    yield above
+    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in inside:
+        yield from places(value, (*above, key))
+
+
+def put(content: Any, place: Place, value: Any) -> Any:
+    """Content with one part replaced."""
+    if not place:
+        return value
+    content = copy.deepcopy(content)
+    part = content
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("values", [FEW, pytest.param(VALUES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_wrong_value_anywhere_is_refused_by_name_or_harmless(
+    pristine: Path, tmp_path: Path, name: str, values: list[Any]
+) -> None:
+    place = Path(shutil.copytree(pristine / Path(name).parent, tmp_path / "copy"))
+    path, refused = place / Path(name).name, 0
+    content = json.loads(path.read_text())
+    for where in places(content):
+        for value in values:
+            path.write_text(json.dumps(put(content, where, value)))
+            refused += is_refused(lambda: READ[name](place), place)
+    assert refused > 1 or name.startswith("export")
+
+
+def is_refused(read: Callable[[], object], place: Path) -> bool:
+    try:
+        read()
+    except InputError as error:
+        lines = str(error).splitlines()
+        assert str(place) in lines[0]
+        assert len(lines) <= 22
+        assert all(len(line) < 500 + len(str(place)) for line in lines)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("times", [60, pytest.param(1500, marks=pytest.mark.slow)])
+def test_experts_with_bytes_changed_are_refused_or_whole(pristine: Path, tmp_path: Path, times: int) -> None:
+    """Bytes of the header mostly: that is where a reader can be led astray."""
+    place, moments = Path(shutil.copytree(pristine / "merged", tmp_path / "copy")), random.Random(0)
+    path = place / "experts.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    shapes = {name: tensor.shape for name, tensor in load_file(path).items()}
+    for _ in range(times):
+        start = moments.randrange(header)
+        end = moments.choice([start, start + 1, start + 9])
+        path.write_bytes(whole[:start] + moments.randbytes(moments.randrange(1, 4)) + whole[end:])
+        if not is_refused(lambda: load_experts(place), place):
+            assert {name: tensor.shape for name, tensor in load_file(path).items()} == shapes
+        with pytest.raises(InputError, match=r"experts\.safetensors "):
+            read_record(place)
+
+
+ENTRIES: dict[str, tuple[Form[entries.Entry], Any]] = {
+    "accuracies": (entries.accuracies(["a", "b"]), {"accuracy": {"a": 0.5, "b": 1.0}}),
+    "method": (
+        entries.method(["a"]),
+        {
+            "merger": {"name": "TIES", "init_args": {}},
+            "scale": 0.5,
+            "search": [{"scale": 0.5, "accuracy": 0.5}],
+            "accuracy": {"a": 0.5},
+            "seconds": {"merge": 1.0},
+            "dynamic": True,
+            "extra_parameters": 3,
+            "routing": {"layer": {"a": 0.5}},
+        },
+    ),
+    "analysis": (
+        entries.analysis(["a", "b"]),
+        {
+            "similarity": {"tasks": ["a", "b"], "cosine": [[1.0, 0.5], [0.5, 1.0]]},
+            "energy": {"layer": {"directions": [1, 2], "esd": [0.5, 1.0], "svd": [0.5, 1.0], "per_task": 1}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_remembered_value_is_of_the_same_kind_or_none(name: str) -> None:
+    form, sound = ENTRIES[name]
+    assert form.decode(form.encode(sound)) == sound
+    for where in places(sound):
+        for value in VALUES:
+            try:
+                found = form.decode(json.dumps(put(sound, where, value)).encode())
+            except (ValueError, KeyError, TypeError):
+                continue
+            assert kind_at(found, where) == kind_at(sound, where) or (where[0] in ("scale", "routing", "merger", "search"))
+
+
+def kind_at(content: Any, place: Place) -> type:
+    """The type of a part; whole numbers are numbers too."""
+    for key in place:
+        content = content[key]
+    return float if type(content) is int else type(content)
