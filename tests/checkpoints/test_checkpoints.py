@@ -80,10 +80,10 @@ def test_reading_large_files_takes_no_memory_of_its_own(tmp_path: Path, cache: P
     del tensors
     before = anonymous()
     opened = [open_weights(path) for path in paths]
-    assert anonymous() - before < 40
+    assert anonymous() - before < 64  # MiB, of 256; a tensor has 16
     for weights in opened:
         assert sum(float(weights[key].sum()) for key in weights) == sum(range(8)) * (4 << 20)
-    assert anonymous() - before < 40
+    assert anonymous() - before < 64  # MiB, of 256; a tensor has 16
     assert list(cache.iterdir()) == []
 
 
