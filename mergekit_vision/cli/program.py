@@ -32,8 +32,8 @@ class SaveConfig(SaveConfigCallback):
         """Nothing yet: a run that fails leaves no configuration behind."""
 
     def teardown(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save; Lightning comes here only after a run that did not fail. A merged model is not written yet."""
-        if trainer.is_global_zero and not _is_merging(trainer):
+        """Save; Lightning comes here only after a run that did not fail. Models, predictions and reports are not written yet."""
+        if trainer.is_global_zero and stage != "predict":
             self.save_config(trainer, pl_module, stage)
 
     def save_config(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -95,9 +95,20 @@ class MergeCLI(LightningCLI):
 
     def after_merge(self) -> None:
         """Save the configuration of a merge, now that the model is there."""
+        self._save_config("merge")
+
+    def after_predict(self) -> None:
+        """Save that of predictions, likewise."""
+        self._save_config("predict")
+
+    def after_compare(self) -> None:
+        """Save that of a comparison, likewise."""
+        self._save_config("compare")
+
+    def _save_config(self, command: str) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfig) and self.trainer.is_global_zero:
-                callback.save_config(self.trainer, self.model, "merge")
+                callback.save_config(self.trainer, self.model, command)
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; what a constructor refuses is the user's mistake."""

@@ -142,12 +142,12 @@ def _router_class(path: str, allow_code: bool) -> Callable[..., Router]:
         found = getattr(routers, path.rpartition(".")[2], None) if own else registered(GROUP, path)
         if found is None and not (own or allow_code):
             raise InputError(
-                f"{path} is registered by no installed package, so it is not imported; install the package that defines it, or, "
-                "if you trust the model and the class, allow_code (command line: --allow-code)"
+                f"{path:.80} is registered by no installed package, so it is not imported; install the package that defines it, "
+                "or, if you trust the model and the class, allow_code (command line: --allow-code)"
             )
         found = import_by_path(path) if found is None else found
     except InputError as error:
         raise InputError(f"router {error}") from error
     if not (isinstance(found, type) and issubclass(found, Router)):
-        raise InputError(f"{path!r} is not a Router")
+        raise InputError(f"{path!r:.80} is not a Router")
     return found

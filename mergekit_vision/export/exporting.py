@@ -1,9 +1,12 @@
 """Exporting a merged model: everything is checked first, and the result is checked before it is there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.agreement import TOLERANCE
@@ -52,7 +55,7 @@ def export_model(
     model.encoder.to(device)
     writer = cast(Writer, import_by_path(FORMATS[to].writer)())
     raise_faults(merged, writer.faults(model))
-    with replacing_set(output, lambda: own_files(output), deciding=CONTENTS) as draft:
+    with _written(output), replacing_set(output, lambda: own_files(output), deciding=CONTENTS) as draft:
         logger.info("writing %s", FORMATS[to].text)
         writer.write(model, draft)
         logger.info("loading it again and comparing")
@@ -65,6 +68,19 @@ def export_model(
         merge = {"suite": record["suite"], "method": record["merger"]["name"], "scale": record["scale"]}
         write_contents(draft, {"format": to, "base_only": base_only, "difference": difference, "merge": merge})
     return difference
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[None]:
+    """Name the directory when a file of it cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # a library's own
+            raise
+        reason = getattr(error, "strerror", None) or error
+        problem = f"cannot be written ({reason}); what was there before is unchanged"
+        raise InputError(f"`output` {output}: {problem}", of="command") from error
 
 
 def check_request(merged: Path, to: str, output: Path, device: str, base_only: bool) -> None:

@@ -1,5 +1,6 @@
 """``torch``: the image encoder as a program of ``torch.export``, which runs without this package."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ class TorchProgram(Writer):
 
     def write(self, model: MergedModel, directory: Path) -> None:
         """Write the program and the preprocessing."""
-        torch.export.save(traced(model), directory / PROGRAM)
+        buffer = io.BytesIO()  # on a full disk, torch ends the whole process
+        torch.export.save(traced(model), buffer)
+        (directory / PROGRAM).write_bytes(buffer.getbuffer())
         write_preprocessing(model, directory)
 
     def load(self, directory: Path) -> Embed:

@@ -40,13 +40,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     ('{}', 1)
     """
     target = Path(path)
-    with _draft_folder(target.parent / WORK) as folder:
+    with _draft_folder(target.parent / WORK) as folder, _named(target, folder):
         draft = folder / target.name
         draft.touch()
         mode = draft.stat().st_mode
         yield draft
         draft.chmod(mode)  # some writers make files that only their owner can read
         draft.replace(target)
+
+
+@contextmanager
+def _named(target: Path, folder: Path) -> Iterator[None]:
+    """Have errors name the file that cannot be written, and not its draft or, as of a full disk, none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or os.fspath(folder) in str(error.filename)):
+            error.filename = os.fspath(target)
+        raise
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from exports import READERS, by_open_clip, without_this_package
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -149,6 +150,19 @@ def test_an_export_that_computes_something_else_is_an_error_and_not_there(
             export_model(merged("ESM"), "open_clip", tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_a_disk_that_is_full_is_one_line_and_leaves_what_was_there(
+    merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(OpenClip, "write", full)
+    with pytest.raises(InputError, match=r"^`output` .*/out: cannot be written \((No space left|I/O error).*unchanged$"):
+        export_model(merged("ESM"), "open_clip", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_record_says_what_was_exported(exported: Exported) -> None:

@@ -44,7 +44,7 @@ VALUES: list[Any] = [
     {},
     {"": None},
 ]
-FEW = VALUES[::4]
+FEW: list[Any] = [None, -1, [None]]
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,9 @@ def without_times(content: object) -> object:
 
 
 @TIMES
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["compare", "export", *(pytest.param(name, marks=pytest.mark.slow) for name in ("predict", "test"))]
+)
 def test_killed_at_any_moment(place: Path, command: str, times: int) -> None:
     def run() -> None:
         assert main([command, *COMMANDS[command]]) == 0

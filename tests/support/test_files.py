@@ -98,3 +98,14 @@ def test_a_new_file_has_the_mode_that_other_new_files_have(tmp_path: Path) -> No
         draft.unlink()
         draft.touch(mode=0o600)  # as some writers do
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("name", [None, "draft"])
+def test_an_error_names_the_file_and_not_its_draft(tmp_path: Path, name: str | None) -> None:
+    def fails() -> None:
+        with replacing(tmp_path / "x.json") as draft:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name and str(draft))
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fails()
+    assert caught.value.filename == str(tmp_path / "x.json")
