@@ -74,6 +74,8 @@ def _lines(found: "Inspection") -> Iterator[str]:
         yield f"not used      {', '.join(unused[:6])}{' …' if len(unused) > 6 else ''}"
     if "projection" in found.origin:
         yield "projection    none; it gets the backbone's"
+    for remark in found.remarks:
+        yield f"remark        it {remark}"
     if found.whole is not None:
         cosine, difference, _ = found.whole
         yield f"backbone      cosine {cosine:.4f}, norm of the difference {difference:.3g} of the backbone's"

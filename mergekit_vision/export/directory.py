@@ -32,18 +32,22 @@ from mergekit_vision.support.json_files import write_json
 from mergekit_vision.support.switching import replacing_set, unsettled
 from mergekit_vision.support.writable import obstacles
 
+_OTHERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "open_clip_pytorch_model.bin", "config.json")
+"""Files of models that others wrote; a merged model beside them would be read in their place."""
+
 
 def check_output(directory: Path) -> None:
     """Refuse to write a merged model over another model, or where its files cannot be.
 
     Raises:
-        InputError: when ``directory`` is a file, holds a model that was not merged by this package, or has directories under the
-            names of a model's files.
+        InputError: when ``directory`` is a file, holds files of a model that was not merged by this package, or has directories
+            under the names of a model's files.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"`default_root_dir` {directory}: is a file; name a directory", of="trainer")
-    if (directory / MODEL).exists() and not ((directory / RECORD).exists() or unsettled(directory)):
-        problem = f"holds a model that was not merged here ({MODEL} without {RECORD}); name another"
+    foreign = next((name for name in (*FILES, *_OTHERS) if (directory / name).exists()), None)
+    if foreign is not None and not ((directory / RECORD).exists() or unsettled(directory)):
+        problem = f"holds {foreign} that was not written here ({RECORD} is missing); name another"
         raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer")
     for fault in obstacles(directory, FILES):
         raise InputError(f"`default_root_dir` {directory}: {fault}", of="trainer")

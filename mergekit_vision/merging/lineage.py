@@ -1,7 +1,7 @@
 """Whether experts descend from the backbone: their weights beside its own, before anything is merged."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -43,8 +43,8 @@ def check_lineage(experts: Mapping[str, Expert], base: Weights, linears: Iterabl
     for task, expert in experts.items():
         weights = expert.on(base)
         found = distance(weights, base, keys)
-        faults += [f"the expert of task {task} ({expert.path}) {fault}" for fault in _faults(expert, found)]
-        for remark in _remarks(expert, weights, base, keys):
+        faults += [f"the expert of task {task} ({expert.path}) {fault}" for fault in lineage_faults(expert, found)]
+        for remark in lineage_remarks(expert, weights, base):
             logger.warning("the expert of task %s %s", task, remark)
     if faults:
         raise InputError("\n  ".join(faults))
@@ -62,7 +62,8 @@ def distance(weights: Weights, base: Weights, keys: Iterable[str]) -> Distance:
     return Distance(dot / ((own**0.5 or 1.0) * scale), apart**0.5 / scale, own**0.5 / scale)
 
 
-def _faults(expert: Expert, found: Distance) -> list[str]:
+def lineage_faults(expert: Expert, found: Distance) -> list[str]:
+    """Why an expert at a distance from the backbone was not fine-tuned from it."""
     if not math.isfinite(found.norm):
         return ["holds NaN or infinity in the attention's output projections; fine-tune it again or leave it out"]
     how = f"cosine to the backbone {found.cosine:.2f}, norm of the difference {found.difference:.2g} of the backbone's"
@@ -75,11 +76,11 @@ def _faults(expert: Expert, found: Distance) -> list[str]:
     return [f"was not fine-tuned from this backbone ({how}); name the backbone that it was fine-tuned from"]
 
 
-def _remarks(expert: Expert, weights: Weights, base: Weights, first: Iterable[str]) -> Iterable[str]:
+def lineage_remarks(expert: Expert, weights: Weights, base: Weights) -> Iterator[str]:
     """What is worth a warning."""
     if unused := expert.origin.get("unused"):
         yield f"has tensors that are not used: {', '.join(unused[:4])}{' …' if len(unused) > 4 else ''}"
     if "projection" in expert.origin:
         yield "has no projection of its own; it gets the backbone's"
-    if all(torch.equal(weights[key].to(base[key].device, torch.float32), base[key].float()) for key in [*first, *base]):
+    if all(torch.equal(weights[key].to(base[key].device, torch.float32), base[key].float()) for key in base):
         yield "equals the backbone"

@@ -140,8 +140,12 @@ def expert_sources(experts: Mapping[str, Expert], team: Team) -> dict[str, dict[
 
 
 def expert_paths(suite: Suite, experts: Mapping[str, Expert]) -> dict[str, str]:
-    """Task -> file of its expert, relative to the suite's directory."""
-    return {task: os.path.relpath(weights.path, suite.path.parent) for task, weights in experts.items()}
+    """Task -> its expert as the suite names it: a file or directory, relative to the suite's, or an id of the hub."""
+    sources = {task: suite.tasks[task].expert for task in experts}
+    return {
+        task: str(source) if source.path is None else os.path.relpath(source.path, suite.path.parent)
+        for task, source in sources.items()
+    }
 
 
 def hub_datasets(suite: Suite, tasks: Iterable[str]) -> dict[str, str]:

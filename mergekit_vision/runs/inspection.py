@@ -1,7 +1,6 @@
 """What a checkpoint is, and whether it can be an expert."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,15 +10,14 @@ from typing import Any
 from mergekit_vision.checkpoints import Expert, ExpertSource, open_expert
 from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.opening import open_container, weights_file
+from mergekit_vision.checkpoints.sizes import tower_sizes
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import LinearInfo, Weights
-from mergekit_vision.merging.lineage import Distance, check_lineage, distance
+from mergekit_vision.merger import LinearInfo, Weights, linears_of_kind
+from mergekit_vision.merging.lineage import Distance, distance, lineage_faults, lineage_remarks
 from mergekit_vision.suites.checks import expert_faults
 from mergekit_vision.suites.suite import Suite
-
-_BLOCK = re.compile(r"visual\.transformer\.resblocks\.(\d{1,4})\.")
 
 
 @dataclass
@@ -36,6 +34,7 @@ class Inspection:
         architecture: of the tower, as far as shapes tell.
         models: names of open_clip's models of this architecture.
         refused: why it cannot be an expert, or not one of the suite; empty where it can.
+        remarks: what is odd about it beside the backbone, though it is an expert.
         whole: the tower beside the backbone; ``None`` without a suite.
         changes: Linear layer -> norm of its change, relative to the backbone's weight.
     """
@@ -49,6 +48,7 @@ class Inspection:
     architecture: dict[str, int] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     refused: str = ""
+    remarks: list[str] = field(default_factory=list)
     whole: Distance | None = None
     changes: dict[LinearInfo, float] = field(default_factory=dict)
 
@@ -58,13 +58,16 @@ def inspect_checkpoint(checkpoint: str, suite: Path | None = None, **options: An
 
     Args:
         checkpoint: a path, or ``hf-hub:org/name[@revision][:path/in/repo]``.
-        suite: file of a suite, whose backbone it is compared with.
+        suite: file of a suite, whose backbone it is compared with. What the suite says of how this expert is read holds here too.
         options: ``kind``, ``key``, ``ema`` and ``scale`` of an :class:`~mergekit_vision.checkpoints.ExpertSource`.
 
     Raises:
         InputError: when the file cannot be read at all, or the suite or its backbone is at fault.
     """
     source = ExpertSource.parse(checkpoint, Path.cwd(), **options)
+    described = None if suite is None else Suite.load(suite)
+    if described is not None and source == ExpertSource(source.path, source.hub):  # nothing was said of how it is read
+        source = next((task.expert for task in described.tasks.values() if same_place(task.expert, source)), source)
     found = _outside(open_container(weights_file(source.fetch())))
     try:
         expert = open_expert(source)
@@ -72,10 +75,10 @@ def inspect_checkpoint(checkpoint: str, suite: Path | None = None, **options: An
         found.refused = str(error)
         return found
     found.origin = dict(expert.origin)
-    found.architecture = _architecture(expert.shapes)
+    found.architecture = tower_sizes(expert.shapes)
     found.models = _models(found.architecture)
-    if suite is not None:
-        _compare(found, expert, Suite.load(suite))
+    if described is not None:
+        _compare(found, expert, described)
     return found
 
 
@@ -88,24 +91,6 @@ def _outside(container: Container) -> Inspection:
         numbers=sum(math.prod(info.shape) for info in entries),
         dtypes=dict(Counter(info.dtype for info in entries)),
     )
-
-
-def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of a tower by the shapes of its parameters; of an adapter's, nothing but the width can be told.
-
-    >>> shapes = {"visual.conv1.weight": (768, 3, 32, 32), "visual.positional_embedding": (50, 768), "visual.proj": (768, 512)}
-    >>> _architecture(shapes)
-    {'width': 768, 'patch size': 32, 'image size': 224, 'embedding': 512}
-    """
-    found: dict[str, int] = {}
-    if patch := shapes.get("visual.conv1.weight"):
-        found |= {"width": patch[0], "patch size": patch[2]}
-    if patch and (positions := shapes.get("visual.positional_embedding")):
-        found["image size"] = math.isqrt(max(positions[0] - 1, 0)) * patch[2]
-    if len(projection := shapes.get("visual.proj", ())) == 2:
-        found["embedding"] = projection[1]
-    blocks = {int(block[1]) for key in shapes if (block := _BLOCK.match(key))}
-    return {**found, **({"layers": max(blocks) + 1} if blocks else {})}
 
 
 def _models(architecture: Mapping[str, int]) -> list[str]:
@@ -137,10 +122,16 @@ def _compare(found: Inspection, expert: Expert, suite: Suite) -> None:
     weights = expert.on(base)
     found.whole = distance(weights, base, base)
     found.changes = {linear: _change(weights, base, linear.weight) for linear in linears}
-    try:
-        check_lineage({expert.path.name: expert}, base, linears)
-    except InputError as error:
-        found.refused = str(error)
+    keys = [linear.weight for linear in linears_of_kind(linears, ["out_proj"])]
+    found.refused = "; ".join(f"it {fault}" for fault in lineage_faults(expert, distance(weights, base, keys)))
+    found.remarks = list(lineage_remarks(expert, weights, base))
+
+
+def same_place(one: ExpertSource, other: ExpertSource) -> bool:
+    """Whether two experts are one file, directory or repository."""
+    if one.path is None or other.path is None:
+        return one.hub == other.hub
+    return one.path.resolve() == other.path.resolve()
 
 
 def _change(weights: Weights, base: Weights, key: str) -> float:

@@ -132,8 +132,9 @@ class MergedCLIP(LightningModule):
         needs = self._needs(split, self._has_experts)
         data.check(needs)
         check_alike(data, needs, runtime_of(self.trainer).team)
-        if merging:
+        if self.merger is not None:
             self.recipe.chosen(data.suite)
+            self._check_route(dynamic=self.merger.kind == "dynamic")
         elif self.merged is not None:
             check_merged(self.merged, data.suite, self.verify)
         if split is not None:
@@ -146,12 +147,16 @@ class MergedCLIP(LightningModule):
         encoder = bench.evaluator.encoder
         encoder.assign(model.weights)
         encoder.route(model.routed, self.recipe.route)
-        if encoder.routing is None and self.recipe.route != "router":
-            problem = "a static model has no routed experts; merge with ESMPP or SMILE"
-            raise InputError(f"`route` {self.recipe.route}: {problem}", of="model")
+        self._check_route(dynamic=encoder.routing is not None)
         self.encoder, self.record = encoder.eval(), model.record
         self._evaluator = replace(bench.evaluator, experts=tuple(model.record["experts"]))
         self._text = bench.text if self.trainer.is_global_zero else {}
+
+    def _check_route(self, dynamic: bool) -> None:
+        """Refuse a rule of routing for a model that routes nothing."""
+        if not dynamic and self.recipe.route != "router":
+            problem = "a static model has no routed experts; merge with ESMPP or SMILE"
+            raise InputError(f"`route` {self.recipe.route}: {problem}", of="model")
 
     def _merged_model(self, bench: Workbench) -> MergedModel:
         if self.merger is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 
 from mergekit_vision.checkpoints import Expert
+from mergekit_vision.checkpoints.sizes import tower_sizes
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import check_source
 from mergekit_vision.suites.suite import Suite, Task
@@ -75,10 +76,9 @@ def expert_faults(expert: Expert, name: str, shapes: Shapes, activation: str | N
         shapes: of the backbone's vision tower.
         activation: of the backbone, ``quick_gelu`` or ``gelu``.
     """
+    if other := _other_architecture(expert, shapes, activation):
+        return [f"{name} {other}"]
     faults, found = [], expert.shapes
-    own = expert.origin.get("activation")
-    if activation is not None and own is not None and own != activation:
-        return [f"{name} has the activation function {own}, and the backbone {activation}: they are not one architecture"]
     missing = [key for key in shapes if key not in found and not expert.relative and key not in expert.optional]
     extra = [key for key in found if key not in shapes]
     misshapen = [
@@ -90,6 +90,20 @@ def expert_faults(expert: Expert, name: str, shapes: Shapes, activation: str | N
     if faults:
         faults[-1] += "; an expert must be the backbone's vision tower, fine-tuned"
     return faults
+
+
+def _other_architecture(expert: Expert, shapes: Shapes, activation: str | None) -> str | None:
+    """What tells that an expert is of another architecture than the backbone, in a few words; ``None`` where nothing does."""
+    own = expert.origin.get("activation")
+    if activation is not None and own is not None and own != activation:
+        return f"has the activation function {own}, and the backbone {activation}; name the backbone that it was fine-tuned from"
+    found, sizes = tower_sizes(expert.shapes), tower_sizes(shapes)
+    compared = [size for size in sizes if size in found and not (size == "layers" and expert.relative)]
+    other = [size for size in compared if found[size] != sizes[size]]
+    if not other:
+        return None
+    told = [", ".join(f"{size} {which[size]}" for size in other) for which in (found, sizes)]
+    return f"is of another architecture: {told[0]}, where the backbone has {told[1]}"
 
 
 def _split_faults(suite: Suite, task: Task, split: str) -> list[str]:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_models import open_clip_tower
 from safetensors.torch import load_file, save_file
+from tiny import content_of, write_file
 
 from mergekit_vision.cli.main import main
 
@@ -86,7 +88,7 @@ def test_a_model_that_open_clip_knows_is_named(tmp_path: Path, capsys: pytest.Ca
     ("content", "reason"),
     [
         ({"weight": torch.zeros(2, 2)}, "holds a classification head"),
-        ({"visual.conv1.weight": torch.zeros(8, 3, 2, 2)}, "lacks visual.class_embedding"),
+        ({"visual.conv1.weight": torch.zeros(32, 3, 8, 8)}, "lacks visual.class_embedding"),
     ],
 )
 def test_why_it_is_refused_comes_after_what_it_is(
@@ -107,3 +109,29 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], argument: str
     status, out, err = shown(capsys, argument)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert hint in err
+
+
+def test_what_the_suite_says_of_an_expert_holds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = load_file(root / "base" / "open_clip_model.safetensors")
+    delta = {key: 0.01 * torch.ones_like(value) for key, value in base.items() if "visual" in key}
+    save_file(delta, root / "delta.safetensors")
+    content = content_of(root)
+    content["tasks"]["colors"]["expert"] = {"path": "delta.safetensors", "kind": "delta"}
+    suite = write_file(root, content)
+    assert shown(capsys, root / "delta.safetensors", "--suite", suite)[0] == 0
+    content["tasks"]["colors"]["expert"] = "experts/colors.safetensors"
+    status, _, err = shown(capsys, root / "delta.safetensors", "--suite", write_file(root, content))
+    assert status == 1
+    assert "say `kind: delta`" in err
+
+
+def test_another_architecture_is_told_by_its_sizes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower = open_clip_tower()
+    save_file({f"visual.{key}": value for key, value in tower.state_dict().items()}, tmp_path / "x.safetensors")
+    _, _, err = shown(capsys, tmp_path / "x.safetensors", "--suite", root / "suite.yaml")
+    assert err.endswith("x.safetensors is of another architecture: embedding 24, where the backbone has embedding 32\n")
+
+
+def test_an_expert_that_equals_the_backbone_is_remarked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = shown(capsys, root / "base", "--suite", root / "suite.yaml")
+    assert "remark        it equals the backbone" in out

@@ -305,7 +305,7 @@ def test_merging_never_overwrites_somebody_elses_model(command, tiny_suite: Path
     backbone = Path(Suite.load(tiny_suite).backbone.removeprefix("local-dir:"))
     before = {path.name: path.read_bytes() for path in backbone.iterdir()}
     assert command("merge", "--model.merger", "Average", "--output", str(backbone)) == 1
-    assert "not merged here" in capsys.readouterr().err
+    assert "not written here" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in backbone.iterdir()} == before
 
 

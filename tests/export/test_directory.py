@@ -1,6 +1,7 @@
 """A merged model as a directory: what is written is what is loaded, whole or not at all."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_model_that_was_not_merged_here_is_not_written_over(tmp_path: Path) ->
     check_output(tmp_path / "new")
     check_output(tmp_path)
     (tmp_path / "open_clip_model.safetensors").touch()
-    with pytest.raises(InputError, match=r"holds a model that was not merged here") as caught:
+    with pytest.raises(InputError, match=r"holds open_clip_model.safetensors that was not written here") as caught:
         check_output(tmp_path)
     assert caught.value.of == "trainer"
     (tmp_path / "merge.json").touch()
@@ -134,3 +135,14 @@ def test_experts_that_are_not_whole_are_one_clear_error(trainer: Trainer, tiny_s
     (directory / "experts.json").write_text(json.dumps({"nowhere": next(iter(routers.values()))}))
     with pytest.raises(InputError, match="do not belong together"):
         load_experts(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "README.md", "open_clip_model.safetensors", "pytorch_model.bin"]
+)
+def test_files_of_others_are_never_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"holds {re.escape(name)} that was not written here \(merge\.json is missing\)"):
+        check_output(tmp_path)
+    (tmp_path / name).rename(tmp_path / "notes.txt")
+    check_output(tmp_path)
