@@ -79,6 +79,8 @@ class MergedCLIP(LightningModule):
         self.recipe = Recipe(scale, search, None if experts is None else tuple(experts), route)
         if merger is not None and merged is not None:
             raise InputError(_ONE_OF, of="model")
+        if merged == "":
+            raise InputError("`merged` is empty; name the directory of a merged model", of="model")
         if merged is not None and scale != "merger":
             raise InputError("`scale` goes with `merger`; a merged model's coefficient is in its weights", of="model")
         if merged is not None and experts is not None:

@@ -100,6 +100,8 @@ def test_arguments_that_contradict_each_other(trainer: Trainer, tiny_suite: Path
         MergedCLIP(ESM(), merged="somewhere")
     with pytest.raises(InputError, match="in its weights"):
         MergedCLIP(merged="somewhere", scale=0.5)
+    with pytest.raises(InputError, match="`merged` is empty"):
+        MergedCLIP(merged="")
 
 
 def test_needs_its_own_data_module(trainer: Trainer) -> None:
