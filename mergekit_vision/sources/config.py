@@ -9,14 +9,16 @@ mapping                                                 images
 ``{torchvision: CLASS_PATH, args: {…}}``                any map-style data set class yielding (PIL image, class index)
 ======================================================  ===================================================================
 
-``parquet`` and ``hub`` take the column names ``image:`` and ``label:`` where they differ from those.
+``parquet`` and ``hub`` take the column names ``image:`` and ``label:`` where they differ from those. Each kind may be divided:
+``part: val`` is a tenth of its images, at most 5000 unless ``cap: false``, and ``part: train`` the rest; see
+:func:`mergekit_vision.sources.part.part_indices`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from mergekit_vision.support.faults import closest
 from mergekit_vision.support.paths import expanded, is_directory
@@ -26,7 +28,18 @@ SourceConfig = Mapping[str, Any]
 """One source as it stands in a suite file; the module's text lists the kinds."""
 
 
-class _Columns(Schema):
+class _Dividable(Schema):
+    part: Literal["val", "train"] | None = Field(default=None, description="val or train")
+    cap: bool = True
+
+    @model_validator(mode="after")
+    def _divided(self) -> "_Dividable":
+        if not self.cap and self.part is None:
+            raise ValueError("`cap` goes with `part`")
+        return self
+
+
+class _Columns(_Dividable):
     image: Text = "image"
     label: Text = "label"
 
@@ -42,7 +55,7 @@ class _Hub(_Columns):
     revision: Text = ""
 
 
-class _Folder(Schema):
+class _Folder(_Dividable):
     folder: FilePath
 
 
@@ -52,7 +65,7 @@ def _root(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-class _Torchvision(Schema):
+class _Torchvision(_Dividable):
     torchvision: Text
     args: Annotated[dict[str, Any], AfterValidator(_root)] = Field(default={}, description="a mapping of arguments")
 
@@ -74,7 +87,9 @@ def _checked(config: object) -> SourceConfig:
     return config
 
 
-Source = Annotated[SourceConfig, PlainValidator(_checked)]
+_KINDS_AS_JSON = {"anyOf": [kind.model_json_schema() for kind in _KINDS.values()]}
+
+Source = Annotated[SourceConfig, PlainValidator(_checked), WithJsonSchema(_KINDS_AS_JSON)]
 """A source in a schema."""
 
 

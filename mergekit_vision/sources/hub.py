@@ -87,9 +87,9 @@ class HubImages(ImageSource):
 
     @staticmethod
     def _class(label: Any, where: str) -> int:
-        if not isinstance(label, int) or isinstance(label, bool):
+        if not isinstance(label, int):
             raise InputError(f"{where}: label {label!r} is no class index")
-        return label
+        return int(label)  # of two classes that are false and true, too
 
 
 def hub_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.sources.config import SourceConfig, config_faults, kind_of
 from mergekit_vision.sources.folder import FlatFolder, FolderImages, listed
+from mergekit_vision.sources.part import PartOf
 
 
 def open_source(config: SourceConfig, labeled: bool = True, allow_code: bool = False) -> ImageSource:
@@ -24,7 +25,8 @@ def open_source(config: SourceConfig, labeled: bool = True, allow_code: bool = F
     if faults:
         raise InputError(f"data source {dict(config)}: {'; '.join(faults)}" if isinstance(config, Mapping) else faults[0])
     try:
-        return _opened(config, labeled, allow_code)
+        whole = _opened(config, labeled, allow_code)
+        return PartOf(whole, config["part"], config.get("cap", True)) if config.get("part") else whole
     except OSError as error:  # a name too long, no permission
         raise InputError(f"{config[kind_of(config)]}: cannot be read ({error.strerror or error})") from error
 

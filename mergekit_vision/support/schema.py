@@ -11,6 +11,7 @@ from pydantic import (
     PlainValidator,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.functional_validators import ModelWrapValidatorHandler
@@ -59,7 +60,8 @@ def _usable(path: object) -> str:
 Text = Annotated[str, Field(min_length=1)]
 """Text that is not empty."""
 
-FilePath = Annotated[str, PlainValidator(_usable)]  # pydantic's own text has no bytes that are no UTF-8, which names may have
+# pydantic's own text has no bytes that are no UTF-8, which names may have
+FilePath = Annotated[str, PlainValidator(_usable), WithJsonSchema({"type": "string", "minLength": 1})]
 """Text that can be a path, if not of anything there is."""
 
 _OWN_WORDS = {"value_error", "fault"}  # raised by a validator of ours; said by a schema further in
