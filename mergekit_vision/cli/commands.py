@@ -15,6 +15,7 @@ COMMANDS = {
 
 OTHER_COMMANDS = {
     "methods": "list the installed merging methods",
+    "suites": "list the published suites that come with the package, and what each needs",
     "inspect": "show what a checkpoint holds, and whether it can be an expert",
     "export": "write a merged model for transformers, peft, open_clip, ONNX or torch.export",
     "push": "upload a merged model to the Hugging Face hub",

@@ -99,6 +99,10 @@ def _run(arguments: list[str]) -> int:
         from mergekit_vision.cli.methods import list_methods
 
         list_methods(arguments[1:])
+    elif arguments[0] == "suites":
+        from mergekit_vision.cli.suites import list_suites
+
+        list_suites(arguments[1:])
     elif arguments[0] == "inspect":
         from mergekit_vision.cli.inspect import inspect
 

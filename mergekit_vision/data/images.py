@@ -39,7 +39,7 @@ class SuiteImages:
                     f"{path}: task {task} has no split {split}{closest(split, known.data)}; it has {', '.join(known.data)}"
                 )
             source = open_source(known.data[split], allow_code=self.suite.allow_code)
-            if faults := content_faults(source, known.classes, known.named_by_data):
+            if faults := content_faults(source, known.data_classes, known.named_by_data):
                 raise InputError(f"{path}: tasks.{task}.data.{split}: {'; '.join(faults)}")
             self._sources[task, split] = source
         return self._sources[task, split]

@@ -109,7 +109,7 @@ def _other_architecture(expert: Expert, shapes: Shapes, activation: str | None) 
 def _split_faults(suite: Suite, task: Task, split: str) -> list[str]:
     if split not in task.data:
         return [f"missing{closest(split, task.data)}; the task has {', '.join(task.data)}"]
-    return check_source(task.data[split], task.classes, task.named_by_data, suite.allow_code)
+    return check_source(task.data[split], task.data_classes, task.named_by_data, suite.allow_code)
 
 
 def _shortened(items: Iterable[str]) -> str:

@@ -13,16 +13,19 @@ from mergekit_vision.checkpoints.expert import Kind
 from mergekit_vision.checkpoints.hub import HubFile
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.config import Source, resolve
+from mergekit_vision.suites.catalog import published
+from mergekit_vision.suites.composing import composed
 from mergekit_vision.support.faults import closest, raise_faults
 from mergekit_vision.support.paths import expanded, is_directory, is_file
 from mergekit_vision.support.schema import FilePath, Schema, Text, brief, faults, shown
-from mergekit_vision.support.yaml_files import read_yaml
 
 _LOCAL = "local-dir:"
 _TASK_NAME = re.compile(r"\w[\w-]*")
 
-BUILTIN = {"demo": Path(str(files("mergekit_vision.demo"))) / "suite.yaml"}
+BUILTIN = {"demo": Path(str(files("mergekit_vision.demo"))) / "suite.yaml", **published()}
 """Suites that the package brings along, by the name that stands for their file."""
+
+_FAMILIES = {name.split("/")[0] for name in published()}
 
 
 def _task_name(name: object) -> object:
@@ -108,9 +111,21 @@ class _Task(Schema):
     data: dict[_SplitName, Source] = Field(min_length=1, description="a mapping of splits (val, test, train) to data sources")
     classes: list[_Word] = Field(default=[], min_length=1, description="a list of texts")
     templates: list[_Template] = Field(default=[], min_length=1, description="a list of texts")
+    accuracy: float | None = Field(default=None, ge=0, le=100, description="the published accuracy of the expert, in percent")
+    misnamed: list[int] = Field(default=[], description="a list of class indices")
+    traps: list[_Word] = Field(default=[], description="a list of texts")
+
+    @model_validator(mode="after")
+    def _misnamed_classes(self) -> "_Task":
+        if wrong := [index for index in self.misnamed if not 0 <= index < len(self.classes)]:
+            raise ValueError(f"`misnamed` holds {brief(wrong[0])}, which is no index in `classes`")
+        return self
 
 
 class _Suite(Schema):
+    extends: Text | None = Field(default=None, description="the name of a published suite")
+    experts_root: FilePath = ""
+    data_root: FilePath = ""
     name: Text = ""
     backbone: Annotated[Text, AfterValidator(_backbone)]
     pretrained: FilePath = ""
@@ -141,8 +156,8 @@ def locate(path: str | Path) -> Path:
         return file
     if name in BUILTIN:
         return BUILTIN[name]
-    if not is_directory(file) and re.fullmatch(r"\w+", name):
-        known = ", ".join(BUILTIN)
+    if not is_directory(file) and (re.fullmatch(r"\w+", name) or name.split("/")[0] in _FAMILIES):
+        known = "demo, and those that `mergekit-vision suites` lists"
         raise InputError(f"suite {name}: neither a file nor a built-in suite ({known}){closest(name, BUILTIN)}")
     return file
 
@@ -153,7 +168,7 @@ def read_suite(path: Path) -> dict[str, Any]:
     Raises:
         InputError: when the file cannot be read or parsed, or with every fault of its layout, one a line.
     """
-    content = read_yaml(path)
+    content = composed(path)
     raise_faults(path, faults(_Suite, content, "the file"))
     return _completed(_Suite.model_validate(content), path)
 
@@ -169,6 +184,9 @@ def _completed(suite: _Suite, path: Path) -> dict[str, Any]:
             "expert": ExpertSource.parse(task.expert, root) if isinstance(task.expert, str) else task.expert.source(root),
             "classes": task.classes or None,
             "templates": task.templates or None,
+            "accuracy": task.accuracy,
+            "misnamed": tuple(task.misnamed),
+            "traps": tuple(task.traps),
             "data": {split: resolve(source, root) for split, source in task.data.items()},
         }
         for name, task in suite.tasks.items()

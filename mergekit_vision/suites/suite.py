@@ -14,7 +14,9 @@
         classes: [zero, one, two]       # optional where the data names its classes
         templates: ["a photo of the digit {}."]     # optional
 
-Paths are relative to the file.
+Paths are relative to the file. With ``extends: tall/ViT-B-32-8`` it only has what differs from a published suite, and
+``experts_root`` and ``data_root`` name directories in which experts and data are looked up; see
+:mod:`mergekit_vision.suites.composing`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,6 +44,9 @@ class Task:
         classes: name of each class index, as used in prompts.
         templates: prompts; each ``{}`` stands for the class name, other braces for themselves.
         named_by_data: whether the suite left ``classes`` to the data.
+        accuracy: published accuracy of the expert, in percent.
+        misnamed: classes that have another class's name on purpose, as the expert was trained so.
+        traps: what is known to go wrong with the task.
     """
 
     name: str
@@ -50,6 +55,14 @@ class Task:
     classes: tuple[str, ...]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     named_by_data: bool = False
+    accuracy: float | None = None
+    misnamed: tuple[int, ...] = ()
+    traps: tuple[str, ...] = ()
+
+    @property
+    def data_classes(self) -> tuple[str, ...]:
+        """The classes by the names that the data may give them; empty text for those that are :attr:`misnamed`."""
+        return tuple("" if index in self.misnamed else name for index, name in enumerate(self.classes))
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class Suite:
     def load(cls, path: str | Path, allow_code: bool = False) -> "Suite":
         """Read a suite file and check its layout.
 
-        The name of a built-in suite, ``demo``, stands for its file, unless the working directory has a file of that name.
+        The name of a built-in suite, such as ``demo`` or ``tall/ViT-B-32-8``, stands for its file, unless the working directory has a file of that name.
 
         Data is touched only where a task leaves its ``classes`` to the data: then that source's header is read.
 
@@ -94,8 +107,9 @@ class Suite:
                 except InputError as error:
                     faults.append(f"tasks.{name}.classes: not given, and not found in the data: {error}")
                     continue
-            templates = task["templates"] or DEFAULT_TEMPLATES
-            tasks[name] = Task(name, task["expert"], task["data"], tuple(classes), tuple(templates), unnamed)
+            templates = tuple(task["templates"] or DEFAULT_TEMPLATES)
+            known = {key: task[key] for key in ("accuracy", "misnamed", "traps")}
+            tasks[name] = Task(name, task["expert"], task["data"], tuple(classes), templates, unnamed, **known)
         raise_faults(path, faults)
         return cls(content["name"], content["backbone"], content["pretrained"], tasks, path, allow_code)
 
