@@ -9,8 +9,6 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.suites.catalog import PublishedSuite, PublishedTask, published
 from mergekit_vision.support.faults import closest
 
-_CARD = "see the data set's card"
-
 
 def parser() -> PlainParser:
     """The parser of the command's options."""
@@ -76,11 +74,11 @@ def described(task: PublishedTask) -> dict[str, Any]:
 
 
 def _show_suites(suites: Iterable[PublishedSuite]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mergekit_vision.support.console import console
 
-    table = Table("suite", "tasks", "experts", "their license", "train images", "test images")
+    table = Table(Column("suite", no_wrap=True), "tasks", "experts", "license", "train images", "test images")
     for suite in suites:
         need, license_ = needs(suite), suite.experts_license or "not stated"
         images = (f"{need['images'][split]:,}" for split in ("train", "test"))
@@ -90,18 +88,20 @@ def _show_suites(suites: Iterable[PublishedSuite]) -> None:
 
 
 def _show_tasks(suite: PublishedSuite) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mergekit_vision.support.console import console
 
-    table = Table("task", "classes", "train", "test", "expert's accuracy", "data", "license")
+    table = Table(Column("task", no_wrap=True), "classes", "train", "test", "expert", Column("data", overflow="fold"))
     for task in suite.tasks.values():
         row = described(task)
         accuracy = "–" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
         images, source = (f"{task.images[split]:,}" for split in ("train", "test")), row["data"]
-        table.add_row(task.name, str(row["classes"]), *images, accuracy, source.get("hub", "torchvision"), task.license or _CARD)
+        table.add_row(task.name, str(row["classes"]), *images, accuracy, source.get("hub", "torchvision"))
     console.print(table)
-    console.print(f"val: {suite.validation}", markup=False)
-    console.print(*(f"{task.name}: {task.variant}" for task in suite.tasks.values() if task.variant), sep="\n", markup=False)
-    if suite.caveat:
-        console.print(f"experts: {suite.caveat}", markup=False)
+    notes = {task.name: task.variant for task in suite.tasks.values() if task.variant}
+    licenses = ", ".join(f"{task.name} {task.license}" for task in suite.tasks.values() if task.license)
+    notes |= {"val": suite.validation, "expert": "the published accuracy on test" + (f"; {suite.caveat}" if suite.caveat else "")}
+    notes |= {"licenses of data": f"{licenses or 'none known'}; for others see their cards"}
+    for name, note in notes.items():
+        console.print(f"{name}: {note}", markup=False)

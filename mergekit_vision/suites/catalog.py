@@ -1,8 +1,8 @@
 """The published suites: what the package knows of the field's benchmarks, as the content of suite files.
 
-A suite of ``published/`` is a file of three lines: a family of experts, a backbone, and how many tasks. The family's JSON file has
-its experts, accuracies and validation rule, and ``published/tasks/`` one JSON file a task with its classes, templates and data.
-Each names where it is from.
+A suite of ``published/`` is a file of three lines: a family of experts, a backbone, and how many tasks. The family's JSON file
+has its experts, accuracies and validation rule, and ``published/tasks/`` one JSON file a task with its classes, templates and
+data. Each names where it is from.
 """
 
 import json

@@ -30,9 +30,9 @@ def composed(path: Path) -> Any:
     if not isinstance(own, Mapping):
         return own
     name = name or own.get("extends")
-    if name is not None and name not in published():
-        raise_faults(path, [f"extends: no published suite {name}{closest(str(name), published())}; `suites` lists them"])
-    suite = PublishedSuite.load(name) if name else None
+    if isinstance(name, str) and name not in published():
+        raise_faults(path, [f"extends: no published suite {name}{closest(name, published())}; `suites` lists them"])
+    suite = PublishedSuite.load(name) if isinstance(name, str) else None
     content = _overlaid(suite.content if suite else {}, own)
     _take_from_disk(path, content, own, suite)
     return content

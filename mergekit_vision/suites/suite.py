@@ -89,7 +89,8 @@ class Suite:
     def load(cls, path: str | Path, allow_code: bool = False) -> "Suite":
         """Read a suite file and check its layout.
 
-        The name of a built-in suite, such as ``demo`` or ``tall/ViT-B-32-8``, stands for its file, unless the working directory has a file of that name.
+        The name of a built-in suite, such as ``demo`` or ``tall/ViT-B-32-8``, stands for its file, unless the working directory
+        has a file of that name.
 
         Data is touched only where a task leaves its ``classes`` to the data: then that source's header is read.
 

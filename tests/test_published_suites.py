@@ -1,0 +1,48 @@
+"""Published suites in miniature, from a hub on the loopback interface through ``merge`` and ``test``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback_hub import LoopbackHub, point_at
+from published_hub import IMAGES, fill
+from tiny import content_of, write_backbone, write_file
+
+from mergekit_vision.cli.main import main
+from mergekit_vision.sources.opening import open_source
+from mergekit_vision.suites.catalog import PublishedSuite
+from mergekit_vision.suites.suite import Suite
+
+
+def miniature(hub: LoopbackHub, name: str, place: Path, monkeypatch: pytest.MonkeyPatch, **own: Any) -> Path:
+    """A suite that extends a published one with a small backbone; all else is on the hub that this process sees."""
+    pytest.importorskip("datasets")
+    fill(hub, PublishedSuite.load(name), write_backbone(place / "base"))
+    point_at(hub, place / "home", monkeypatch)
+    return write_file(place, {"extends": name, "backbone": "local-dir:base", **own})
+
+
+@pytest.mark.parametrize("name", ["fusion_bench/ViT-B-32-8", "tall/ViT-B-16-8"])
+def test_a_published_suite_from_experts_to_results(
+    name: str, loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = str(miniature(loopback_hub, name, tmp_path, monkeypatch))
+    merged, results = tmp_path / "merged", tmp_path / "results"
+    assert main(["merge", "-s", suite, "-m", "TaskArithmetic", "-o", str(merged)]) == 0
+    assert main(["test", "-s", suite, "--merged", str(merged), "-o", str(results)]) == 0
+    found = json.loads((results / "results.json").read_text())
+    assert list(found["tasks"]) == list(PublishedSuite.load(name).tasks)
+    assert content_of(tmp_path)["extends"] == name
+
+
+@pytest.mark.parametrize("name", ["fusion_bench/ViT-B-32-20"])
+def test_all_data_opens_in_the_schemas_of_the_hub(
+    name: str, loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = Suite.load(miniature(loopback_hub, name, tmp_path, monkeypatch))
+    for task in suite.tasks.values():
+        val, test = (open_source(task.data[split]) for split in ("val", "test"))
+        assert (len(val), len(test)) == (IMAGES["train"] // 10, IMAGES["test"]), task.name
+        assert [type(label) for label in test.labels()] == [int] * len(test)
+        assert test[0][1] == test.labels()[0]
