@@ -1,14 +1,20 @@
-"""Refresh the table of methods in README.md and docs/methods.md from the methods themselves: ``python docs/update.py``."""
+"""Refresh what is written from the code itself: ``python docs/update.py``.
+
+That is the table of methods in README.md and docs/methods.md, and the JSON Schema of suite files.
+"""
 
 import re
 from pathlib import Path
 
 from mergekit_vision.cli.methods import markdown_table
 from mergekit_vision.registry import mergers, methods
+from mergekit_vision.suites.layout import suite_schema
+from mergekit_vision.support.json_files import indented
 
 ROOT = Path(__file__).parents[1]
 PAGES = {ROOT / "README.md": False, ROOT / "docs" / "methods.md": True}
 """Pages with a table of the methods, and whether it names their papers."""
+SCHEMA = ROOT / "docs" / "suite.schema.json"
 
 
 def updated(text: str, papers: bool) -> str:
@@ -21,3 +27,4 @@ def updated(text: str, papers: bool) -> str:
 if __name__ == "__main__":
     for page, papers in PAGES.items():
         page.write_text(updated(page.read_text(encoding="utf-8"), papers), encoding="utf-8")
+    SCHEMA.write_text(indented(suite_schema()), encoding="utf-8")

@@ -2,20 +2,21 @@
 
 import io
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
-from clip_models import huggingface_config
 from loopback_hub import LoopbackHub
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tiny import delta, encoded
 from torch import Tensor
 
+from mergekit_vision.encoders.backbone import describe_backbone
+from mergekit_vision.export.hf_layout import layout_config, layout_weights
 from mergekit_vision.suites.catalog import PublishedSuite, PublishedTask
 
 IMAGES = {"train": 20, "test": 6}
@@ -24,41 +25,40 @@ IMAGES = {"train": 20, "test": 6}
 EXTRA_SPLITS = {"gtsrb": "contrast", "resisc45": "gaussian_noise"}
 
 
-def fill(hub: LoopbackHub, suite: PublishedSuite, base: Mapping[str, Tensor]) -> None:
-    """Put everything that a suite needs on the hub, for a small backbone.
+def fill(hub: LoopbackHub, suite: PublishedSuite, backbone: Path) -> None:
+    """Put everything that a suite needs on the hub.
 
     Args:
         hub: where to.
         suite: the suite.
-        base: weights of the backbone's vision tower, by open_clip key.
+        backbone: directory of a small one, of :func:`tiny.write_backbone`.
     """
     for seed, task in enumerate(suite.tasks.values()):
-        push_expert(hub, task.expert, base, seed)
+        push_expert(hub, task.expert, backbone, seed)
         if "hub" in task.content["data"]["test"]:
             push_data(hub, task)
 
 
-def push_expert(hub: LoopbackHub, address: str, base: Mapping[str, Tensor], seed: int) -> None:
+def push_expert(hub: LoopbackHub, address: str, backbone: Path, seed: int) -> None:
     """An expert as its family stores it: fusion_bench a CLIPVisionModel without projection, TALL the tensors of an encoder."""
     repository, _, inside = address.removeprefix("hf-hub:").partition(":")
+    generator, base = torch.Generator().manual_seed(seed), load_file(backbone / "open_clip_model.safetensors")
+    tuned = {key: value + delta(value, generator) if key.startswith("visual.") else value for key, value in base.items()}
     if not inside:
-        hub.commit(repository, clip_vision_model(seed))
+        hub.commit(repository, clip_vision_model(tuned, backbone))
         return
-    generator = torch.Generator().manual_seed(seed)
     content = io.BytesIO()
-    torch.save({f"model.{key}": value + delta(value, generator) for key, value in base.items()}, content)
+    torch.save({f"model.{key}": value for key, value in tuned.items()}, content)
     hub.commit(repository, {inside: content.getvalue()})
 
 
-def clip_vision_model(seed: int) -> dict[str, bytes | str | Path]:
-    """The files of a small random CLIPVisionModel of transformers."""
-    from transformers import CLIPVisionModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = CLIPVisionModel(huggingface_config("gelu").vision_config)
-    state = {f"vision_model.{key.removeprefix('vision_model.')}": value for key, value in model.state_dict().items()}
-    return {"model.safetensors": save(state), "config.json": model.config.to_json_string()}
+def clip_vision_model(weights: dict[str, Tensor], backbone: Path) -> dict[str, bytes | str | Path]:
+    """The files of a CLIPVisionModel of transformers with the vision tower of these weights."""
+    pytest.importorskip("transformers")
+    config = layout_config(describe_backbone(f"local-dir:{backbone}"), logit_scale=2.66)
+    renamed = layout_weights(weights, config).items()
+    tower = {name: value.contiguous() for name, value in renamed if name.startswith("vision_model.")}
+    return {"model.safetensors": save(tower), "config.json": json.dumps(config["vision_config"])}
 
 
 def push_data(hub: LoopbackHub, task: PublishedTask) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from loopback_hub import LoopbackHub, point_at
 from published_hub import IMAGES, fill
-from tiny import content_of, write_backbone, write_file
+from tiny import write_backbone, write_file
 
 from mergekit_vision.cli.main import main
 from mergekit_vision.sources.opening import open_source
@@ -18,22 +18,30 @@ from mergekit_vision.suites.suite import Suite
 def miniature(hub: LoopbackHub, name: str, place: Path, monkeypatch: pytest.MonkeyPatch, **own: Any) -> Path:
     """A suite that extends a published one with a small backbone; all else is on the hub that this process sees."""
     pytest.importorskip("datasets")
-    fill(hub, PublishedSuite.load(name), write_backbone(place / "base"))
+    write_backbone(place / "base")
+    fill(hub, PublishedSuite.load(name), place / "base")
     point_at(hub, place / "home", monkeypatch)
     return write_file(place, {"extends": name, "backbone": "local-dir:base", **own})
 
 
 @pytest.mark.parametrize("name", ["fusion_bench/ViT-B-32-8", "tall/ViT-B-16-8"])
 def test_a_published_suite_from_experts_to_results(
-    name: str, loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    loopback_hub: LoopbackHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     suite = str(miniature(loopback_hub, name, tmp_path, monkeypatch))
     merged, results = tmp_path / "merged", tmp_path / "results"
     assert main(["merge", "-s", suite, "-m", "TaskArithmetic", "-o", str(merged)]) == 0
     assert main(["test", "-s", suite, "--merged", str(merged), "-o", str(results)]) == 0
     found = json.loads((results / "results.json").read_text())
-    assert list(found["tasks"]) == list(PublishedSuite.load(name).tasks)
-    assert content_of(tmp_path)["extends"] == name
+    published = PublishedSuite.load(name).tasks
+    assert list(found["tasks"]) == list(published)
+    assert {task: source["split"] for task, source in found["hub"].items()} == dict.fromkeys(published, "test")
+    warned = [record.getMessage() for record in caplog.records if "is published" in record.getMessage()]
+    assert [text.split()[4] for text in warned] == [task for task in published if (name, task) != ("tall/ViT-B-16-8", "dtd")]
 
 
 @pytest.mark.parametrize("name", ["fusion_bench/ViT-B-32-20"])

@@ -22,6 +22,7 @@ from mergekit_vision.runs import conditions, entries
 from mergekit_vision.runs.checks import check_alike
 from mergekit_vision.runs.entries import Entry
 from mergekit_vision.runs.runtime import data_of, runtime_of
+from mergekit_vision.suites.expectations import departures
 from mergekit_vision.suites.splits import TEST
 from mergekit_vision.support.cache import Cache, Form
 from mergekit_vision.support.console import logger, track
@@ -70,6 +71,8 @@ class Comparison(LightningModule):
             [*backbone, *evaluation], lambda: {"accuracy": _accuracies(evaluator)}
         )
         own = {task: evaluator.expert_accuracy(task, TEST) for task in track(tasks, f"experts' own accuracy on {TEST}")}
+        for text in departures(data.suite.tasks.values(), own):
+            logger.warning(text)
         shared = [*backbone, *evaluation, *merging, *conditions.of_recipe(evaluator, self.recipe)]
         methods, left_out = self._methods(bench, cache(entries.method(tasks)), shared)
         analysis = cache(entries.analysis(experts)).recall(

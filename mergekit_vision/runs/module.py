@@ -30,8 +30,9 @@ from mergekit_vision.reports.tables import results_table
 from mergekit_vision.runs.checks import check_alike, check_merged, check_processes
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.runtime import data_of, runtime_of
+from mergekit_vision.suites.expectations import departures
 from mergekit_vision.suites.splits import EVALUATED, TEST, VAL
-from mergekit_vision.support.console import show, track
+from mergekit_vision.support.console import logger, show, track
 from mergekit_vision.support.json_files import write_json
 
 _ONE_OF = "give one of `merger` (merge now) and `merged` (the directory of a model merged before)"
@@ -266,6 +267,8 @@ class MergedCLIP(LightningModule):
         merger, scale = self.record.get("merger", {}), self.record.get("scale")
         name = merger.get("recipe", merger.get("name"))  # models merged before had no recipe
         how = f", route {route}" if route != "router" else ""
+        for text in departures(self.data.suite.tasks.values(), self.expert_accuracy[TEST]) if split == TEST else ():
+            logger.warning(text)
         show(results_table(results, f"{name} at coefficient {scale:g}{how} on {split} → {path}"))
 
     # ------------------------------------------------------------------------------------------- prediction

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from mergekit_vision.checkpoints import SUFFIXES, ExpertSource
 from mergekit_vision.checkpoints.expert import Kind
@@ -103,7 +103,8 @@ def _expert(value: object) -> object:
     return value
 
 
-_Expert = Annotated[str | _ExpertMapping, PlainValidator(_expert)]
+_EXPERT_AS_JSON = {"anyOf": [{"type": "string", "minLength": 1}, _ExpertMapping.model_json_schema()]}
+_Expert = Annotated[str | _ExpertMapping, PlainValidator(_expert), WithJsonSchema(_EXPERT_AS_JSON)]
 
 
 class _Task(Schema):
@@ -171,6 +172,27 @@ def read_suite(path: Path) -> dict[str, Any]:
     content = composed(path)
     raise_faults(path, faults(_Suite, content, "the file"))
     return _completed(_Suite.model_validate(content), path)
+
+
+def suite_schema() -> dict[str, Any]:
+    """JSON Schema of suite files, for editors; what only code can check is not in it."""
+    schema: dict[str, Any] = _plain(_Suite.model_json_schema())
+    for part in (schema, task := schema["$defs"]["_Task"]):
+        del part["required"]
+    task["description"] = "one classification task and its expert; of a suite that extends another, what differs"
+    tasks = schema["properties"]["tasks"]
+    tasks["additionalProperties"] = {"anyOf": [tasks["additionalProperties"], {"type": "null"}]}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A suite of mergekit_vision"}
+    return {**head, **schema, "anyOf": [{"required": ["extends"]}, {"required": ["backbone", "tasks"]}]}
+
+
+def _plain(schema: Any) -> Any:
+    """A schema without titles, which repeat the keys, and without defaults, which stand for absent keys."""
+    if isinstance(schema, list):
+        return [_plain(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _plain(part) for key, part in schema.items() if key not in ("title", "default")}
 
 
 def _completed(suite: _Suite, path: Path) -> dict[str, Any]:
