@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import open_clip
+import pydantic
 import pytest
 import torch
 import yaml
@@ -33,9 +34,11 @@ from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.registry import mergers
 from mergekit_vision.sources.config import config_faults
-from mergekit_vision.suites.layout import read_suite
+from mergekit_vision.suites.catalog import PublishedSuite
+from mergekit_vision.suites.layout import read_suite, suite_schema
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.imports import import_by_path
+from mergekit_vision.support.json_files import indented
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -123,6 +126,14 @@ def test_tables_of_methods_are_up_to_date() -> None:
         text = page.read_text(encoding="utf-8")
         assert "<!-- methods:begin -->" in text
         assert text == update.updated(text, papers), f"{page.name}: run `python docs/update.py`"
+
+
+def test_the_schema_of_suites_is_up_to_date() -> None:
+    """It is generated: `python docs/update.py` refreshes it."""
+    if tuple(map(int, pydantic.VERSION.split(".")[:2])) < (2, 11):
+        pytest.skip("older versions of pydantic write the same schema otherwise")
+    text = (DOCS / "suite.schema.json").read_text(encoding="utf-8")
+    assert text == indented(suite_schema()), "run `python docs/update.py`"
 
 
 def section(name: str) -> str:
@@ -307,8 +318,11 @@ def test_layouts_are_read(page: str, tmp_path: Path) -> None:
             assert all(not config_faults(source) for source in content), block
         else:
             path = tmp_path / f"{number}.yaml"
-            path.write_text(block)
-            assert list(read_suite(path)["tasks"]) == list(content["tasks"])
+            path.write_text(re.sub(r"^\w+_root: .*\n", "", block, flags=re.MULTILINE))  # of directories that are not here
+            inherited = PublishedSuite.load(content["extends"]).tasks if "extends" in content else {}
+            tasks = content.get("tasks", {})
+            expected = [name for name in dict.fromkeys([*inherited, *tasks]) if tasks.get(name, {}) is not None]
+            assert list(read_suite(path)["tasks"]) == expected
 
 
 def test_methods_on_the_page_of_plugins() -> None:

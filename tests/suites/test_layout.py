@@ -10,7 +10,7 @@ from tiny import content_of, write_file
 from mergekit_vision.checkpoints import ExpertSource
 from mergekit_vision.checkpoints.hub import HubFile
 from mergekit_vision.errors import InputError
-from mergekit_vision.suites.layout import read_suite
+from mergekit_vision.suites.layout import read_suite, suite_schema
 from mergekit_vision.suites.suite import Suite
 
 
@@ -154,3 +154,31 @@ def test_faults_of_experts_are_named(tmp_path: Path, expert: object, fault: str)
     task = {"expert": expert, "data": {"val": {"folder": "d"}}}
     (line,) = faults_of(read_suite, write_file(tmp_path, {"backbone": "ViT-B-32", "tasks": {"a": task}}))
     assert line.startswith(fault)
+
+
+def test_the_schema_for_editors_knows_every_key(root: Path) -> None:
+    schema = suite_schema()
+    task = schema["$defs"]["_Task"]
+    content = content_of(root)
+    assert content.keys() < schema["properties"].keys()
+    assert {"extends", "experts_root", "data_root"} <= schema["properties"].keys()
+    assert all(entry.keys() < task["properties"].keys() for entry in content["tasks"].values())
+    assert not schema["additionalProperties"]
+    kinds = [kind["required"][0] for kind in task["properties"]["data"]["additionalProperties"]["anyOf"]]
+    assert kinds == ["parquet", "hub", "folder", "torchvision"]
+    text, mapping = task["properties"]["expert"]["anyOf"]
+    assert (text["type"], "revision" in mapping["properties"]) == ("string", True)
+
+
+def test_misnamed_classes_are_indices(root: Path) -> None:
+    content = content_of(root)
+    content["tasks"]["colors"] |= {"misnamed": [1, 3], "accuracy": 101.0}
+    content["tasks"]["grays"]["misnamed"] = [5]
+    lines = faults_of(Suite.load, write_file(root, content))
+    assert lines[0].startswith("tasks.colors.accuracy: must be")
+    assert lines[1] == "tasks.grays: `misnamed` holds 5, which is no index in `classes`"
+
+
+def test_what_only_names_a_suite_is_hinted_at() -> None:
+    with pytest.raises(InputError, match=r"neither a file nor a built-in suite .*did you mean `tall/ViT-B-32-8`"):
+        Suite.load("tall/ViT-B-32-80")
