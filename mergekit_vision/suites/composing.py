@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_vision.suites.catalog import PublishedSuite, published
 from mergekit_vision.suites.disk import find_data, find_expert
 from mergekit_vision.support.faults import closest, raise_faults
-from mergekit_vision.support.paths import expanded
+from mergekit_vision.support.paths import expanded, is_directory
 from mergekit_vision.support.yaml_files import read_yaml
 
 ROOTS = {"experts_root": "MERGEKIT_VISION_EXPERTS", "data_root": "MERGEKIT_VISION_DATA"}
@@ -68,9 +68,13 @@ def _take_from_disk(path: Path, content: Content, own: Mapping[str, Any], suite:
     if not any(roots.values()) or not isinstance(content.get("tasks"), Mapping):
         return
     tasks = own.get("tasks", {})
-    found = {name: _Task(name, task, tasks.get(name, {}), suite) for name, task in content["tasks"].items()}
+    found = {name: _OnDisk(name, task, tasks.get(name, {}), suite) for name, task in content["tasks"].items()}
+    experts, data = (any(getattr(task, need) for task in found.values()) for need in ("needs_expert", "needs_data"))
+    needed = {"experts_root": experts, "data_root": data}
+    wrong = [key for key, root in roots.items() if root and needed[key] and not is_directory(root)]
+    raise_faults(path, [f"{key}: {roots[key]}: no such directory" for key in wrong])
     backbone = str(content.get("backbone", ""))
-    faults = [fault for task in found.values() for fault in task.faults(roots["experts_root"], roots["data_root"], backbone)]
+    faults = [fault for task in found.values() for fault in task.take(roots["experts_root"], roots["data_root"], backbone)]
     raise_faults(path, faults)
     content["tasks"] = {name: task.content for name, task in found.items()}
 
@@ -83,7 +87,7 @@ def _root(path: Path, own: Mapping[str, Any], key: str) -> Path | None:
     return expanded(variable).absolute() if variable and named is None else None
 
 
-class _Task:
+class _OnDisk:
     """A task whose expert and data may lie on disk.
 
     Args:
@@ -91,38 +95,43 @@ class _Task:
         content: in the composed suite; replaced as things are found.
         own: what the file itself says of the task.
         suite: the published suite, which knows other names of the task.
+
+    Attributes:
+        content: as it is then.
+        needs_expert: whether the expert is not named by the file itself.
+        needs_data: whether a split is not.
     """
 
-    def __init__(self, name: str, content: Any, own: Any, suite: PublishedSuite | None) -> None:
-        known = suite.tasks.get(name) if suite else None
-        self.names = known.aliases if known else (str(name),)
-        self.content, self._own, self._name = content, own, name
+    def __init__(self, name: object, content: Any, own: Any, suite: PublishedSuite | None) -> None:
+        known = suite.tasks.get(str(name)) if suite else None
+        self._names, self._name, self.content = known.aliases if known else (str(name),), name, content
+        sound = isinstance(content, Mapping) and isinstance(own, Mapping)
+        named, published = (part.get("data", {}) if sound else {} for part in (own, content))
+        self.needs_expert = sound and "expert" not in own
+        self.needs_data = sound and isinstance(named, Mapping) and not (named and published.keys() <= named.keys())
+        self._named, self._published = named, published
 
-    def faults(self, experts: Path | None, data: Path | None, backbone: str) -> list[str]:
-        """Look up what the file does not name; what is not there, one text each."""
-        if not isinstance(self.content, Mapping) or not isinstance(self._own, Mapping):
-            return []
-        found = self._expert(experts, backbone) if experts and "expert" not in self._own else []
-        return found + (self._data(data) if data else [])
+    def take(self, experts: Path | None, data: Path | None, backbone: str) -> list[str]:
+        """Look up what the file does not name below the roots; what is not there, one text each."""
+        found = self._take_expert(experts, backbone) if experts and self.needs_expert else []
+        return found + (self._take_data(data) if data and self.needs_data else [])
 
-    def _expert(self, root: Path, backbone: str) -> list[str]:
-        found = find_expert(root, self.names, backbone)
+    def _take_expert(self, root: Path, backbone: str) -> list[str]:
+        found = find_expert(root, self._names, backbone)
         if len(found) == 1:
             self.content = {**self.content, "expert": str(found[0])}
             return []
-        place = f"tasks.{self._name}.expert"
         if found:
-            return [f"{place}: more than one in {root} ({', '.join(map(str, found))}); name the one that is meant by `expert`"]
-        return [f"{place}: none in {root} by the name {' or '.join(self.names)}; name it by `expert`, or correct the root"]
+            listed = ", ".join(map(str, found))
+            return [f"tasks.{self._name}.expert: more than one in {root} ({listed}); name the one that is meant by `expert`"]
+        return [self._missing("expert", root)]
 
-    def _data(self, root: Path) -> list[str]:
-        named = self._own.get("data", {})
-        published = self.content.get("data", {})
-        if not isinstance(named, Mapping) or (named and not published.keys() - named.keys()):
-            return []
-        found = find_data(root, self.names, {split: source for split, source in published.items() if split not in named})
-        self.content = {**self.content, "data": {**found, **named}}
-        if found or named:
-            return []
-        names = " or ".join(self.names)
-        return [f"tasks.{self._name}.data: none in {root} by the name {names}; name it by `data`, or correct the root"]
+    def _take_data(self, root: Path) -> list[str]:
+        others = {split: source for split, source in self._published.items() if split not in self._named}
+        found = find_data(root, self._names, others)
+        self.content = {**self.content, "data": {**found, **self._named}}
+        return [] if self.content["data"] else [self._missing("data", root)]
+
+    def _missing(self, key: str, root: Path) -> str:
+        names = " or ".join(self._names)
+        return f"tasks.{self._name}.{key}: none in {root} by the name {names}; name it by `{key}`, or correct the root"

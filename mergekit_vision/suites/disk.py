@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_vision.support.paths import is_directory, is_file
+
 _PLACES = ("", "{model}", "checkpoints/{model}", "single_task/{model}")
 _FILES = (
     "{task}Val/nonlinear_finetuned.pt",  # TALL
@@ -42,7 +44,7 @@ def _candidates(root: Path, names: Sequence[str], backbone: str) -> Iterator[Pat
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return is_file(path) or (is_directory(path) and any(any(path.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin")))
 
 
 def find_data(root: Path, names: Sequence[str], published: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -89,11 +91,11 @@ class _Directories:
         return found
 
     def _whole(self, split: str) -> dict[str, Any] | None:
-        for place in self._places:
+        for place in filter(is_directory, self._places):
             for pattern in (pattern.format(split=split) for pattern in _PARQUET):
                 if any(place.glob(pattern)):
                     return {"parquet": str(place / pattern), **self._kept("image", "label")}
-            if (place / split).is_dir():
+            if is_directory(place / split):
                 return {"folder": str(place / split)}
         return None
 

@@ -118,6 +118,22 @@ def test_experts_that_are_missing_or_ambiguous_are_all_named(tmp_path: Path) -> 
     assert "DTD" in lines[2]
 
 
+def test_roots_that_are_not_there_are_named_once(tmp_path: Path) -> None:
+    content = {"extends": NAME, "experts_root": "none", "data_root": "neither"}
+    lines = faults_of(Suite.load, write_file(tmp_path, content))
+    assert lines == [
+        f"experts_root: {tmp_path / 'none'}: no such directory",
+        f"data_root: {tmp_path / 'neither'}: no such directory",
+    ]
+
+
+def test_strange_names_are_left_to_the_schema(tmp_path: Path) -> None:
+    (tmp_path / "experts").mkdir()
+    strange: dict[Any, Any] = {"x" * 300: {}, 7: {}, "a\0b": {}, "../up": {"data": 3}}
+    content = {"backbone": "ViT-B-32-quickgelu", "experts_root": "experts", "data_root": "experts", "tasks": strange}
+    assert faults_of(Suite.load, write_file(tmp_path, content))
+
+
 def test_data_is_found_on_disk(tmp_path: Path) -> None:
     root = touch(tmp_path / "data", "DTD/train/banded/1.png", "DTD/test/banded/1.png")
     touch(root, "tanganke/eurosat/data/train-00000-of-00001.parquet", "tanganke/eurosat/data/test-00000-of-00001.parquet")
