@@ -42,6 +42,8 @@ def test_a_published_suite_from_experts_to_results(
     found = json.loads((results / "results.json").read_text())
     assert list(found["tasks"]) == published
     assert {task: source["split"] for task, source in found["hub"].items()} == dict.fromkeys(published, "test")
+    for source in found["hub"].values():
+        assert source["commit"] == loopback_hub.repositories["dataset", source["hub"]].refs["main"]
     warned = [record.getMessage() for record in caplog.records if "is published" in record.getMessage()]
     assert [text.split()[4] for text in warned] == published  # they are no experts, but noise
 

@@ -131,9 +131,11 @@ class VisionTasks(LightningDataModule):
         return len(self._images.split(task, split))
 
     def hub_sources(self, split: str) -> dict[str, dict[str, Any]]:
-        """Of each task to evaluate whose split is a data set of the hub, what names it: its revision too, where one is given."""
+        """Of each task to evaluate whose split is a data set of the hub, what names it, and the ``commit`` once it was read."""
         sources = {name: self.suite.tasks[name].data[split] for name in self.task_names}
-        return {name: dict(config) for name, config in sources.items() if "hub" in config}
+        commits = {name: self._images.commit(name, split) for name in sources}
+        found = {name: {"commit": commits[name]} if commits[name] else {} for name in sources}
+        return {name: {**config, **found[name]} for name, config in sources.items() if "hub" in config}
 
     def fingerprint(self, task: str, split: str) -> str:
         """Hash of one split's images and labels, for caches by content."""

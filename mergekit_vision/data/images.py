@@ -44,6 +44,11 @@ class SuiteImages:
             self._sources[task, split] = source
         return self._sources[task, split]
 
+    def commit(self, task: str, split: str) -> str | None:
+        """The hub's commit that an open split is from, where it is known."""
+        source = self._sources.get((task, split))
+        return None if source is None else source.commit
+
     def elsewhere(self) -> ImageSource:
         """The one out-of-domain source that all tasks' proxy images are drawn from."""
         if _ELSEWHERE not in self._sources:

@@ -12,9 +12,11 @@ class ImageSource(Dataset[tuple[Image.Image, int]], ABC):
 
     Attributes:
         names: class names where the data knows them, else ``None``.
+        commit: of the hub's repository that the images are from, where it is known.
     """
 
     names: tuple[str, ...] | None = None
+    commit: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -1,5 +1,6 @@
 """Image data sets through the ``datasets`` library: on the Hugging Face hub, in its cache, or in a local directory."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -15,6 +16,7 @@ from mergekit_vision.support.faults import closest, in_one_line
 from mergekit_vision.support.hub import without_retries
 
 _Result = TypeVar("_Result")
+_COMMIT = re.compile("[0-9a-f]{40}")  # older versions of `datasets` have another hash there
 
 
 class HubImages(ImageSource):
@@ -54,6 +56,7 @@ class HubImages(ImageSource):
         # undecoded, so that a damaged image can be named
         self._data = data.cast_column(image, datasets.Image(decode=False)).select_columns([image, label])
         self._image = image
+        self.commit = builder.hash if _COMMIT.fullmatch(str(builder.hash)) and not Path(dataset).is_dir() else None
         self._places = [*([Path(dataset)] if Path(dataset).is_dir() else []), *_caches(datasets)]
 
     def __len__(self) -> int:

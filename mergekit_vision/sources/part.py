@@ -21,7 +21,8 @@ class PartOf(ImageSource):
     """
 
     def __init__(self, whole: ImageSource, part: str, cap: bool = True) -> None:
-        self._whole, self._rule, self.names = whole, f"{part} {cap}", whole.names
+        self._whole, self._rule = whole, f"{part} {cap}"
+        self.names, self.commit = whole.names, whole.commit
         self._indices = sorted(part_indices(len(whole), part, cap))  # in order: files are read group by group
 
     def __len__(self) -> int:

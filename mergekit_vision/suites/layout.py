@@ -124,13 +124,13 @@ class _Task(Schema):
 
 
 class _Suite(Schema):
-    extends: Text | None = Field(default=None, description="the name of a published suite")
-    experts_root: FilePath = ""
-    data_root: FilePath = ""
     name: Text = ""
     backbone: Annotated[Text, AfterValidator(_backbone)]
     pretrained: FilePath = ""
     tasks: dict[_TaskName, _Task] = Field(min_length=1, description="a mapping of task names to tasks, with one task at least")
+    extends: Text | None = Field(default=None, description="the name of a published suite")
+    experts_root: FilePath = ""
+    data_root: FilePath = ""
 
     @model_validator(mode="after")
     def _one_origin_of_weights(self) -> "_Suite":
