@@ -54,7 +54,7 @@ class SuiteImages:
         if _ELSEWHERE not in self._sources:
             if self.proxies.source is None:
                 raise ValueError("the proxy images come from the suite's own splits")
-            config = resolve(self.proxies.source, self.suite.path.parent)
+            config = resolve(self.proxies.source, self.suite.root)
             labeled = self.proxies.label is not None
             self._sources[_ELSEWHERE] = open_source(config, labeled, self.suite.allow_code)
         return self._sources[_ELSEWHERE]

@@ -27,6 +27,7 @@ from pathlib import Path
 from mergekit_vision.checkpoints import Expert, ExpertSource, open_expert
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import class_names
+from mergekit_vision.suites.catalog import published
 from mergekit_vision.suites.layout import locate, read_suite
 from mergekit_vision.support.faults import raise_faults
 
@@ -113,6 +114,11 @@ class Suite:
             tasks[name] = Task(name, task["expert"], task["data"], tuple(classes), templates, unnamed, **known)
         raise_faults(path, faults)
         return cls(content["name"], content["backbone"], content["pretrained"], tasks, path, allow_code)
+
+    @property
+    def root(self) -> Path:
+        """Where relative paths that go with the suite start: beside its file; of a published suite in the working directory."""
+        return Path.cwd() if self.path in published().values() else self.path.parent
 
     @cached_property
     def experts(self) -> Mapping[str, Expert]:

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 from loading import Fetched, changed, fetched
+from pictures import image
+from tiny import write_file
 
 from mergekit_vision.data.checks import Needs
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.data.images import SuiteImages
 from mergekit_vision.data.proxies import Proxies
 from mergekit_vision.errors import InputError
+from mergekit_vision.sources.folder import FolderImages
 from mergekit_vision.suites.suite import Suite
 
 
@@ -57,3 +60,13 @@ def test_one_source_elsewhere_serves_all_tasks(tiny_suite: Path) -> None:
     nowhere = SuiteImages(images.suite, Proxies(source={"folder": "nowhere"}))
     with pytest.raises(InputError, match=r"^proxies\.source: .*nowhere: not an image folder"):
         nowhere.proxy_images("grays")
+
+
+def test_paths_beside_a_published_suite_start_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for directory, suite in ((tmp_path, "tall/ViT-B-32-8"), (tmp_path / "own", str(tmp_path / "own" / "suite.yaml"))):
+        (directory / "photos" / "cat").mkdir(parents=True)
+        image(1).save(directory / "photos" / "cat" / "1.png")
+        write_file(directory, {"extends": "tall/ViT-B-32-8"})
+        monkeypatch.chdir(tmp_path)
+        source = SuiteImages(Suite.load(suite), Proxies(source={"folder": "photos"})).elsewhere()
+        assert source.fingerprint() == FolderImages(directory / "photos").fingerprint()
