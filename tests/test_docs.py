@@ -27,7 +27,7 @@ import mergekit_vision
 from mergekit_vision import MergedCLIP, Trainer, VisionTasks, functional
 from mergekit_vision.__main__ import main
 from mergekit_vision.cli.commands import COMMANDS, OTHER_COMMANDS
-from mergekit_vision.cli.options import SHORT, expanded
+from mergekit_vision.cli.short import SHORT, expanded
 from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger
 from mergekit_vision.plugins.esm import ESM

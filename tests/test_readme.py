@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from mergekit_vision.__main__ import main
-from mergekit_vision.cli.options import expanded
+from mergekit_vision.cli.short import expanded
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.version import __version__
 

@@ -52,6 +52,9 @@ def check_command(arguments: list[str]) -> None:
     if first.startswith("-") and command:
         rest = " ".join(word for word in arguments if word != command)
         raise InputError(f"options come after the command, {first} too: mergekit-vision {command} {rest}")
+    if first.startswith("-"):
+        line = f"mergekit-vision COMMAND {' '.join(arguments)}"
+        raise InputError(f"{first}: not a command, and one comes first: {line}; the commands are {', '.join(known)}")
     near = get_close_matches(first, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(f"{first}: not a command{hint}; the commands are {', '.join(known)}")

@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from typing import TextIO, cast
 
 from mergekit_vision.cli.commands import HELP, check_command
+from mergekit_vision.cli.short import shortened
 from mergekit_vision.cli.signals import Terminated, terminable
 from mergekit_vision.errors import FailedElsewhereError, InputError
 from mergekit_vision.support.terminal import Output, harmless
@@ -16,6 +17,7 @@ from mergekit_vision.version import __version__
 
 _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "command": "--"}
 _LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
+_CALLS = {"Trainer.merge": "mergekit-vision merge -o DIR"}  # what a remedy may name in Python, on the command line
 _MACHINE = {  # what the machine, not the program, fails at: full disks, limits, missing rights, names that no file can have
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.EMFILE, errno.ENFILE),
     *(errno.ENOENT, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT),  # what others removed meanwhile, and disks elsewhere
@@ -74,17 +76,17 @@ def in_options(error: InputError) -> str:
     >>> from mergekit_vision.cli.main import in_options
     >>> from mergekit_vision.errors import InputError
     >>> in_options(InputError("`scale` is inf", of="model"))
-    '--model.scale is inf'
+    '--scale is inf'
     """
     if error.of is None:
-        return str(error)
+        return shortened(str(error))
     prefix = _PREFIX[error.of]
 
     def option(name: re.Match[str]) -> str:
         full = f"{prefix}{name[1]}"
-        return _LINKED.get(full, full)
+        return _CALLS.get(name[1]) or _LINKED.get(full, full)
 
-    return re.sub(r"(?<!did you mean )`([\w.]+)`", option, str(error))
+    return shortened(re.sub(r"(?<!did you mean )`([\w.]+)`", option, str(error)))
 
 
 def _run(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mergekit_vision import registry
-from mergekit_vision.cli.options import summary
+from mergekit_vision.cli.short import summary
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
 from mergekit_vision.support.faults import closest
@@ -63,20 +63,23 @@ def explain(message: str, known: Collection[str] = ()) -> str:
 
     >>> from mergekit_vision.cli.messages import explain
     >>> explain("Parser key \"suite\":\n  Expected a <class 'str'>. Got value: None")
-    '--suite is missing'
+    '--suite is missing; give -s FILE, or -s demo'
     >>> explain("Parser key \"model.route\":\n  Expected a typing.Literal['router', 'base']. Got value: ruter")
     '--model.route must be one of router, base, not ruter (did you mean `router`?)'
     """
     if match := re.match(r"argument (\S+): expected one argument", message):
         return f"{match[1]} needs a value"
     if match := re.match(r"[Uu]nrecognized arguments: (.*)", message):
-        return f"{match[1]}: no option of this command"
+        return f"{match[1]}: no option of this command{_as_options(match[1].split())}"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        missing = [f"--{name.rpartition('.')[2]}" for name in match[1].split(", ")]
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     key = re.search(r'(?:Parser key|Key) "([\w.]+)"', message)
     option = f"--{key[1]}" if key else ""
     if unknown := re.search(r"does not accept option '([\w.]+)'", message):
         return f"configuration: unknown option {unknown[1]}{closest(f'--{unknown[1]}', known)}"
     if key and re.search(r"Got value: None|is required", message):
-        return f"{option} is missing"
+        return f"{option} is missing{'; give -s FILE, or -s demo' if option == '--suite' else ''}"
     if nested := re.search(r"^ +- --([\w.]+) (.*)$", message, flags=re.MULTILINE):  # a parameter of a class, explained before
         return f"{option}.{nested[1]} {nested[2]}"
     if (wrong_name := re.search(r"Option '(\w+)' is not accepted", message)) and (owner := _merger_in(message)):
@@ -87,6 +90,13 @@ def explain(message: str, known: Collection[str] = ()) -> str:
     reasons = [reason for reason in reasons if not re.match("Expected an? (<class 'NoneType'>|path)", reason)]
     text = "; ".join(reasons) or re.sub(r'^Parser key "[\w.]+": *', "", message).strip() or message
     return f"{option}: {text}" if option else text
+
+
+def _as_options(words: list[str]) -> str:
+    """Hint for a suite and a method that were given without their options."""
+    suites = [f"-s {word}" for word in words if word == "demo" or word.endswith((".yaml", ".yml"))]
+    methods = [f"-m {word}" for word in words if word in registry.mergers()]
+    return f"; give {' '.join([*suites, *methods])}" if suites or methods else ""
 
 
 def _merger_in(message: str) -> type[Merger] | None:

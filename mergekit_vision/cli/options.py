@@ -1,100 +1,18 @@
-"""Short names of the options that matter, and checks of what was typed before the parser sees it."""
+"""Checks of what was typed before the parser sees it."""
 
 import inspect
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 from mergekit_vision import registry
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import closest
 from mergekit_vision.support.yaml_files import read_yaml
 
-
-class Short(NamedTuple):
-    """A short name of an option.
-
-    Attributes:
-        names: the short names, one of them with two dashes.
-        full: the option they stand for; parts of it may follow either name, as in ``--merger.rank``.
-        value: placeholder of its value.
-        text: what it does.
-        commands: that have it; all where empty.
-        alone: the value that the short name stands for without one.
-    """
-
-    names: tuple[str, ...]
-    full: str
-    value: str
-    text: str
-    commands: tuple[str, ...] = ()
-    alone: str = ""
-
-
-_MERGING = ("merge", "validate", "test", "predict")
-
-SHORT = (
-    Short(("-s", "--suite"), "--suite", "FILE", "suite: backbone, tasks and experts; `demo` comes with the package"),
-    Short(("-m", "--merger"), "--model.merger", "NAME", "merging method; --merger.rank 8 sets its parameter rank", _MERGING),
-    Short(("--merged",), "--model.merged", "DIR", "a model merged before, instead of --merger", _MERGING[1:]),
-    Short(("--mergers",), "--mergers", "LIST", "methods to compare: '[TIES, ESM]'; all unless given", ("compare",)),
-    Short(("--task",), "--task", "NAME", "task whose classes are predicted", ("predict",)),
-    Short(("--images",), "--images", "PATH", "directory of images, or one image", ("predict",)),
-    Short(("--scale",), "--model.scale", "VALUE", "coefficient: a number, merger (the method's own), search or agreement"),
-    Short(("--experts",), "--model.experts", "LIST", "merge the experts of these tasks only: '[mnist, gtsrb]'"),
-    Short(("--route",), "--model.route", "RULE", "dynamic models: router, oracle (the true task's expert) or base"),
-    Short(("--proxies",), "--data.proxies.n", "N", "unlabeled proxy images a task; --proxies.split and others set the rest"),
-    Short(("--tasks",), "--data.tasks", "LIST", "evaluate these tasks only", ("validate", "test", "compare")),
-    Short(("--devices",), "--trainer.devices", "N", "processes of a machine, one a device"),
-    Short(("--precision",), "--trainer.precision", "KIND", "of evaluation: 32-true, bf16-mixed or 16-mixed"),
-    Short(
-        ("--allow-code",),
-        "--data.allow_code",
-        "",
-        "import classes that a suite or a merged model names: trust it first",
-        alone="true",
-    ),
-    Short(("--no-verify",), "--model.verify", "", "use a merged model whose files were changed", _MERGING[1:], "false"),
-    Short(("-o", "--output"), "--output", "DIR", "directory of everything that is written; runs/latest unless given"),
-)
-
-_PARTS = {"--data.proxies.n": "--data.proxies"}  # what parts follow: --proxies.split is --data.proxies.split
 _FREE = {"help", "class_path", "init_args", "dict_kwargs"}  # the parser's own words in a path
-
-
-def expanded(arguments: Sequence[str]) -> list[str]:
-    """Arguments with short names written out.
-
-    >>> from mergekit_vision.cli.options import expanded
-    >>> expanded(["-m", "ESM", "--merger.rank=8", "--proxies.split", "train"])
-    ['--model.merger', 'ESM', '--model.merger.rank=8', '--data.proxies.split', 'train']
-    """
-    known = {name: short for short in SHORT for name in short.names}
-    return [_expanded(argument, known, following) for argument, following in pairwise([*arguments, ""])]
-
-
-def _expanded(argument: str, known: Mapping[str, Short], following: str) -> str:
-    word, equals, value = argument.partition("=")
-    name, dot, parts = word.partition(".")
-    if name not in known:
-        return argument
-    full, alone = known[name].full, known[name].alone
-    if alone and not dot and not equals and (alone == "false" or following not in ("true", "false")):
-        return f"{full}={alone}"
-    return f"{_PARTS.get(full, full)}.{parts}{equals}{value}" if dot else f"{full}{equals}{value}"
-
-
-def summary(command: str) -> str:
-    """The options that matter to a command, a line each."""
-    lines = []
-    for short in SHORT:
-        if not short.commands or command in short.commands:
-            names = ", ".join(short.names) if len(short.names) > 1 else f"    {short.names[0]}"
-            lines.append(f"  {f'{names} {short.value}':<22}{short.text}")
-    return "\n".join(["options that matter:", *lines])
 
 
 def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
@@ -116,6 +34,41 @@ def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
     for option in values:
         if option not in known and option != "--":
             _check_part(option, known, values)
+
+
+def method_first(arguments: Sequence[str]) -> list[str]:
+    """Arguments with a method before its parameters, which the parser understands only in this order.
+
+    >>> from mergekit_vision.cli.options import method_first
+    >>> method_first(["--model.merger.rank", "8", "--model.merger=ESM", "--output", "out"])
+    ['--model.merger=ESM', '--model.merger.rank', '8', '--output', 'out']
+    """
+    groups = _groups(arguments)
+    ours = [group for group in groups if _depth(group)]
+    if ours == (ordered := sorted(ours, key=_depth)):
+        return list(arguments)
+    last = groups.index(ours[-1])
+    before = [group for group in groups[:last] if not _depth(group)]
+    return list(chain(*before, *ordered, *groups[last + 1 :]))
+
+
+def _groups(arguments: Sequence[str]) -> list[list[str]]:
+    """Arguments, the value of each of a method's options with it."""
+    groups = list[list[str]]()
+    for argument in arguments:
+        takes = bool(groups) and len(groups[-1]) == 1 and "=" not in groups[-1][0] and _depth(groups[-1]) > 0
+        if takes and not argument.startswith("--"):
+            groups[-1].append(argument)
+        else:
+            groups.append([argument])
+    return groups
+
+
+def _depth(group: Sequence[str]) -> int:
+    """How deep in a method an option lies; 0 for what is no value of a method's."""
+    option = group[0].partition("=")[0]
+    ours = f"{option}.".startswith("--model.merger.") and not option.endswith(".help")
+    return option.count(".") if ours else 0
 
 
 def merger_names(arguments: Sequence[str]) -> list[str]:
@@ -183,8 +136,10 @@ def _check_part(option: str, known: Collection[str], values: Mapping[str, str]) 
             return  # a parameter of one of Lightning's own classes
         parts = {name.removeprefix(f"{owner}.") for name in known if name.startswith(f"{owner}.")}
         raise InputError(f"unknown option {option}{_closest_part(part, owner, parts)}")
-    if not _is_name(name := values.get(owner, "")):
-        return  # the method stands in a configuration file
+    if not (name := values.get(owner, "")) and "--config" not in list(values)[: list(values).index(option)]:
+        raise InputError(f"{option} is a parameter of a method; name the method too: -m NAME, or --config FILE before {option}")
+    if not _is_name(name):
+        return  # the method stands in a file
     merger = registry.get(name)
     parameters = list(inspect.signature(merger).parameters)
     if first not in parameters:

@@ -15,7 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from mergekit_vision import registry
 from mergekit_vision.cli.commands import COMMANDS
 from mergekit_vision.cli.messages import Parser, explain
-from mergekit_vision.cli.options import check_options, expanded, merger_names
+from mergekit_vision.cli.options import check_options, merger_names, method_first
+from mergekit_vision.cli.short import expanded
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.manifest import RECORD
@@ -76,7 +77,9 @@ class MergeCLI(LightningCLI):
         command, *rest = sys.argv[1:]
         check_options(rest, self._subcommand_parsers[command]._option_string_actions)
         super().parse_arguments(parser, args)
-        seed = self.config[command]["seed_everything"]
+        seed, model = self.config[command]["seed_everything"], self.config[command]["model"]
+        if command == "merge" and model["merger"] is None and model["merged"] is None:
+            raise InputError("name a method: -m NAME (`mergekit-vision methods` lists them)")
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"--seed_everything must lie in 0 to 2**32 - 1, not {seed}")
 
@@ -136,7 +139,7 @@ def run(arguments: list[str]) -> None:
         InputError: for anything the user can mend.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    arguments = [arguments[0], *expanded(arguments[1:])]
+    arguments = [arguments[0], *method_first(expanded(arguments[1:]))]
     with _process(arguments), console_output(), quiet_lightning():
         registry.mergers()  # their names become values of --model.merger
         _import_mergers(arguments)

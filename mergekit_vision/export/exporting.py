@@ -14,7 +14,7 @@ from mergekit_vision.export.directory import load_experts
 from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.export.manifest import ROUTERS, read_record
 from mergekit_vision.export.merged import open_merged
-from mergekit_vision.export.output import CONTENTS, output_faults, own_files, write_contents
+from mergekit_vision.export.output import CONTENTS, earlier_export, output_faults, own_files, write_contents
 from mergekit_vision.export.writer import Writer
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, raise_faults
@@ -54,7 +54,9 @@ def export_model(
     model = open_merged(merged, record, {} if base_only else load_experts(merged, allow_code))
     model.encoder.to(device)
     writer = cast(Writer, import_by_path(FORMATS[to].writer)())
-    raise_faults(merged, writer.faults(model))
+    raise_faults(merged, writer.faults(model), brief=True)
+    if earlier := earlier_export(output):
+        logger.info("%s: replaces the %s", output, earlier)
     with _written(output), replacing_set(output, lambda: own_files(output), deciding=CONTENTS) as draft:
         logger.info("writing %s", FORMATS[to].text)
         writer.write(model, draft)

@@ -1,5 +1,6 @@
 """``huggingface``: a directory that ``transformers`` loads."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,20 +72,22 @@ def _load(directory: Path) -> Any:
     import transformers
 
     clip: Any = transformers.CLIPModel
-    with _quiet():
+    with quiet():
         return clip.from_pretrained(directory, local_files_only=True).eval()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bar that ``transformers`` shows while it loads, also where no terminal is."""
+def quiet() -> Iterator[None]:
+    """Without the progress bar of ``transformers`` while it loads, which no terminal keeps away, and its authors' own warnings."""
     from transformers.utils import logging as module
 
     logging: Any = module
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -103,7 +103,7 @@ def read_record(directory: Path, verify: bool = True) -> dict[str, Any]:
         raise InputError(f"{error.filename or directory}: cannot be read ({error.strerror or error})") from error
     if found:
         found[-1] += f"; {remedy}"
-    raise_faults(directory, found, of="model")
+    raise_faults(directory, found, of="model", brief=True)
     return content
 
 
@@ -120,9 +120,8 @@ def _content(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         if unsettled(directory):
             raise InputError(f"{directory}: a merge was cut off while it wrote the model, or is writing it now; merge again")
-        raise InputError(
-            f"{directory}: not a merged model ({RECORD} is missing); make one with the trainer's or the command line's merge"
-        )
+        problem = f"{RECORD} is missing" if directory.exists() else "no such directory"
+        raise InputError(f"{directory}: not a merged model ({problem}); make one with `Trainer.merge`", of="model")
     return dict(read_checked(path, _Record))
 
 
@@ -139,7 +138,7 @@ def read_checked(path: Path, schema: Any) -> Any:
     found = faults(schema, content, "the file")
     if found:
         found[-1] += "; merge again"
-    raise_faults(path, found)
+    raise_faults(path, found, brief=True)
     return content
 
 

@@ -35,6 +35,15 @@ def output_faults(output: Path) -> list[str]:
     return [f"`output` {output}: holds files that export did not write ({', '.join(others[:3])}{more}); name another directory"]
 
 
+def earlier_export(directory: Path) -> str | None:
+    """What an earlier export wrote, in words, where there is one: ``onnx export of ESM on demo``."""
+    try:
+        content = read_json(directory / CONTENTS)
+        return f"{content['format']} export of {content['merge']['method']} on {content['merge']['suite']}"
+    except (InputError, KeyError, TypeError):
+        return None
+
+
 def own_files(directory: Path) -> set[str]:
     """Names of the files in a directory that an earlier export wrote."""
     written = _written(directory)

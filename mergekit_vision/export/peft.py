@@ -14,7 +14,7 @@ from mergekit_vision.encoders.routed import Routing
 from mergekit_vision.export.adapters import adapter, adapter_names
 from mergekit_vision.export.agreement import largest_difference
 from mergekit_vision.export.hf_layout import layout_faults
-from mergekit_vision.export.huggingface import HuggingFace
+from mergekit_vision.export.huggingface import HuggingFace, quiet
 from mergekit_vision.export.image_router import pack_router, router_faults
 from mergekit_vision.export.merged import MergedModel
 from mergekit_vision.export.peft_example import example
@@ -81,7 +81,8 @@ def _run_example(directory: Path) -> dict[str, Any]:
     logging: Any = module
     level = logging.get_verbosity()
     try:
-        return runpy.run_path(str(directory / "example.py"))
+        with quiet():
+            return runpy.run_path(str(directory / "example.py"))
     finally:
         logging.set_verbosity(level)
 

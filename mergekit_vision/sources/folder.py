@@ -69,7 +69,8 @@ class FlatFolder(ImageSource):
         entries = [Path(entry) for entry in listed(place)] if place.is_dir() else [place]
         self.paths = tuple(entry for entry in entries if entry.suffix.lower() in suffixes and entry.is_file())
         if not self.paths:
-            raise InputError(f"{place}: holds no image files (known by suffixes such as .jpg, .png, .webp)")
+            below = "; sub-directories are not searched" if any(entry.is_dir() for entry in entries) else ""
+            raise InputError(f"{place}: holds no image files (known by suffixes such as .jpg, .png, .webp){below}")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -107,7 +107,7 @@ class Suite:
                 try:
                     classes = _names_in_data(task["data"], allow_code)
                 except InputError as error:
-                    faults.append(f"tasks.{name}.classes: not given, and not found in the data: {error}")
+                    faults.append(f"tasks.{name}.{error}")
                     continue
             templates = tuple(task["templates"] or DEFAULT_TEMPLATES)
             known = {key: task[key] for key in ("accuracy", "misnamed", "traps")}
@@ -149,8 +149,16 @@ class _Experts(Mapping[str, Expert]):
 
 
 def _names_in_data(data: Mapping[str, Mapping[str, object]], allow_code: bool) -> tuple[str, ...]:
-    """Class names by the first source; its kind tells where they stand."""
-    names = class_names(next(iter(data.values())), allow_code)
+    """Class names by the first source; its kind tells where they stand.
+
+    Raises:
+        InputError: when it cannot be opened or has none; the message begins with the key in the task.
+    """
+    split, source = next(iter(data.items()))
+    try:
+        names = class_names(source, allow_code)
+    except InputError as error:
+        raise InputError(f"data.{split}: {error}") from error
     if names is None:
-        raise InputError("it names no classes; list them under `classes`")
+        raise InputError(f"classes: not given, and the data ({split}) names none; list them under `classes`")
     return names

@@ -33,8 +33,13 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def raise_faults(path: Path, faults: list[str], of: str | None = None) -> None:
-    """Raise one :class:`~mergekit_vision.errors.InputError` that lists a file's faults, if any: twenty, and how many more."""
+def raise_faults(path: Path, faults: list[str], of: str | None = None, brief: bool = False) -> None:
+    """Raise one :class:`~mergekit_vision.errors.InputError` that lists a file's faults, if any: twenty, and how many more.
+
+    With ``brief``, a single fault stands on the line of the file.
+    """
+    if brief and len(faults) == 1:
+        raise InputError(f"{path}: {faults[0]}", of)
     if faults:
         more = [f"… and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
         head = f"{path}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}"

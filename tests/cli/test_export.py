@@ -55,7 +55,7 @@ def test_a_changed_model_is_exported_only_if_that_is_asked_for(
     config.write_text(config.read_text().replace('"quick_gelu": false', '"quick_gelu": true'))
     command = ["export", "--merged", str(merged), "--to", "open_clip", "-o", str(tmp_path / "out")]
     assert main(command) == 1
-    assert "set --verify to false to use the model as it is" in capsys.readouterr().err
+    assert "give --no-verify to use the model as it is" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*command, "--no-verify"]) == 0
 

@@ -64,13 +64,13 @@ def test_debug_shows_where_a_mistake_was_found(command: list[str], capsys: pytes
     assert main([*command, "--experts", "[moon]", "--debug"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.splitlines()[-1].startswith("mergekit-vision: error: --model.experts ['moon']")
+    assert error.splitlines()[-1].startswith("mergekit-vision: error: --experts ['moon']")
 
 
 def test_an_error_of_the_library_names_arguments_and_that_of_the_program_options() -> None:
     error = InputError("give one of `merger` and `merged`", of="model")
     assert str(error) == "give one of `merger` and `merged`"
-    assert in_options(error) == "give one of --model.merger and --model.merged"
+    assert in_options(error) == "give one of --merger and --merged"
     assert in_options(InputError("`default_root_dir` x: is a file", of="trainer")) == "--output x: is a file"
     assert in_options(InputError("a source is `parquet`")) == "a source is `parquet`"
     assert in_options(InputError("`tasks`: strips (did you mean `stripes`?)", of="data")).endswith("(did you mean `stripes`?)")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mergekit_vision.cli.main import main
-from mergekit_vision.cli.options import SHORT, check_options, expanded, merger_names
+from mergekit_vision.cli.options import check_options, merger_names, method_first
+from mergekit_vision.cli.short import SHORT, expanded, shortened
 from mergekit_vision.errors import InputError
 
 PROXIES = ["--data.proxies", "--data.proxies.n", "--data.proxies.seed"]
@@ -33,6 +34,45 @@ def test_short_names_stand_for_full_ones(typed: list[str], full: list[str]) -> N
 
 
 @pytest.mark.parametrize(
+    ("full", "short"),
+    [
+        ("--model.scale is inf", "--scale is inf"),
+        ("give one of --model.merger and --model.merged", "give one of --merger and --merged"),
+        (
+            "unknown option --model.merger.rnak (did you mean `--model.merger.rank`?)",
+            "unknown option --merger.rnak (did you mean `--merger.rank`?)",
+        ),
+        ("--data.proxies.n and --data.proxies.split", "--proxies and --proxies.split"),
+        ("--data.allow_code, --trainer.devices: x", "--allow-code, --devices: x"),
+        ("merge again, or set --model.verify to false to use it", "merge again, or give --no-verify to use it"),
+        ("merge again, or set --verify to false to use it", "merge again, or give --no-verify to use it"),
+        ("--model.verify must be true or false", "--model.verify must be true or false"),
+        ("--model.search.low, --data.batch_size, --to onnx", "--model.search.low, --data.batch_size, --to onnx"),
+    ],
+)
+def test_messages_have_the_short_names(full: str, short: str) -> None:
+    assert shortened(full) == short
+
+
+@pytest.mark.parametrize(
+    ("typed", "ordered"),
+    [
+        ("--model.merger.rank 8 --model.merger ESM", "--model.merger ESM --model.merger.rank 8"),
+        ("--model.merger.rank=8 --config c --model.merger=ESM -o x", "--config c --model.merger=ESM --model.merger.rank=8 -o x"),
+        (
+            "--model.merger.base.rank 4 --model.merger.base TSVM --model.merger E",
+            "--model.merger E --model.merger.base TSVM --model.merger.base.rank 4",
+        ),
+        ("--model.merger E --config c --model.merger.rank -1", "--model.merger E --config c --model.merger.rank -1"),
+        ("--model.merger.help --suite demo --model.merger E", "--model.merger.help --suite demo --model.merger E"),
+        ("--model.merger.rank --model.merger E", "--model.merger E --model.merger.rank"),
+    ],
+)
+def test_a_method_goes_before_its_parameters(typed: str, ordered: str) -> None:
+    assert method_first(typed.split()) == ordered.split()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model.scael", "1"], r"unknown option --model\.scael \(did you mean `--model\.scale`\?\)$"),
@@ -45,6 +85,7 @@ def test_short_names_stand_for_full_ones(typed: list[str], full: list[str]) -> N
         (["--model.merger", "ESMPP", "--model.merger.base", "ESM", "--model.merger.base.rnk", "4"], "merger.base.rank"),
         (["--model.merger", "Average", "--model.merger.rank", "4"], "Average takes no parameters"),
         (["--model.merger", "TIES", "--model.merger.rnak", "4"], r"unknown option --model\.merger\.rnak; TIES takes density"),
+        (["--model.merger.rank", "4", "--config", "later.yaml"], "or --config FILE before --model.merger.rank"),
         (["--model.merger", "ESM", "--model.merger.rank"], r"--model\.merger\.rank needs a value"),
     ],
 )
@@ -87,7 +128,7 @@ def test_help_begins_with_the_options_that_matter(
 
 def test_short_names_run(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mergekit-vision"])
-    options = ["-m", "TIES", "--merger.density", "0.5", "--scale", "0.7", "--tasks", "[stripes]", "-o", str(tmp_path / "out")]
+    options = ["--merger.density", "0.5", "-m", "TIES", "--scale", "0.7", "--tasks", "[stripes]", "-o", str(tmp_path / "out")]
     assert main(["test", "-s", str(tiny_suite), *options]) == 0
     text = (tmp_path / "out" / "results.json").read_text()
     assert '"density": 0.5' in text

@@ -62,7 +62,7 @@ def test_a_changed_merged_model_is_evaluated_only_unverified(command, tmp_path: 
     record = tmp_path / "merged" / "merge.json"
     record.write_text(record.read_text() + "\n")
     assert command("validate", "--merged", "merged", "-o", "out") == 1
-    assert "merge.json was changed after it was written; merge again, or set --model.verify to false" in capsys.readouterr().err
+    assert "merge.json was changed after it was written; merge again, or give --no-verify" in capsys.readouterr().err
     assert command("validate", "--merged", "merged", "-o", "out", "--no-verify") == 0
 
 
@@ -255,19 +255,19 @@ def test_two_processes_count_what_one_counts(tiny_suite: Path, tmp_path: Path) -
         (["frobnicate"], "the commands are merge"),
         (["test"], "--suite is missing"),
         (["test", "--suite", "nowhere.yaml", "--model.merger", "TSVM"], "nowhere.yaml: cannot be read"),
-        (["test", "--suite", "SUITE"], "give one of --model.merger"),
+        (["test", "--suite", "SUITE"], "give one of --merger"),
         (["test", "--suite", "SUITE", "--model.merger", "TSMV"], "Did you mean TSVM"),
         (["test", "--suite", "SUITE", "--model.merger", "nowhere.Method"], "nowhere"),
         (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.merger.density", "2"], "density is 2"),
         (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.merger.densty", "2"], "densty"),
-        (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.scale", "serch"], "--model.scale"),
+        (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.scale", "serch"], "--scale must be"),
         (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.experts", "[moon]"], "moon"),
         (["test", "--suite", "SUITE", "--model.merged", "nowhere"], "not a merged model"),
-        (["test", "--suite", "SUITE", "--model.merger", "ESM", "--data.proxies.n", "0"], "proxies.n must be"),
+        (["test", "--suite", "SUITE", "--model.merger", "ESM", "--data.proxies.n", "0"], "--proxies must be"),
         (["test", "--suite", "SUITE", "--model.merger", "TIES", "--trainer.accelerator", "gpu", "--trainer.devices", "99"], ""),
         (["test", "--suite", "SUITE", "--model.merger", "TIES", "--model.scale", ".inf"], "finite"),
         (["test", "--suite", "SUITE", "--model.merger", "ESM", "--data.proxies.split", "vall"], "vall"),
-        (["merge", "--suite", "SUITE", "--model.merged", "."], "merge needs --model.merger"),
+        (["merge", "--suite", "SUITE", "--model.merged", "."], "merge needs --merger"),
         (["predict", "--suite", "SUITE", "--model.merger", "TIES", "--task", "moon", "--images", "."], "--task moon"),
         (["test", "--suite", "SUITE", "--bogus", "1"], "--bogus"),
     ],

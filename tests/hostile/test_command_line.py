@@ -47,9 +47,9 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a configuration of digits": (["-c", "digits.yaml"], "is no int"),
     "a pipe as configuration": (["-c", "pipe"], "a pipe or device, not a file"),
     "a directory as configuration": (["-c", "."], "a directory, not a file"),
-    "devices that are a word": (["--devices", "abc"], "--trainer.devices must be a number from 1 to 1024"),
-    "devices beyond all machines": (["--devices", "100000"], "--trainer.devices must be a number from 1 to 1024"),
-    "a list of words": (["--devices", "0,x"], "--trainer.devices must be"),
+    "devices that are a word": (["--devices", "abc"], "--devices must be a number from 1 to 1024"),
+    "devices beyond all machines": (["--devices", "100000"], "--devices must be a number from 1 to 1024"),
+    "a list of words": (["--devices", "0,x"], "--devices must be"),
     "a seed below 0": (["--seed_everything", "-1"], "--seed_everything must lie in 0 to 2**32 - 1, not -1"),
     "a seed beyond 32 bits": (["--seed_everything", "4294967296"], "--seed_everything must lie in 0 to"),
     "a batch of 1e30": (["--data.batch_size", "1e30"], "--data.batch_size must be a whole number"),
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "too many workers": (["--data.num_workers", "100000"], "--data.num_workers must lie in 0 to 1024"),
     "halvings without end": (["--model.search.halvings", "1000000000"], "--model.search.halvings must lie in 0 to 50"),
     "an output too long": (["-o", "x" * 300], "File name too long"),
-    "brackets without end": (["--tasks", "[" * 10], "--data.tasks must be a list"),
+    "brackets without end": (["--tasks", "[" * 10], "--tasks must be a list"),
 }
 
 

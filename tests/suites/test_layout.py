@@ -78,7 +78,7 @@ def test_classes_missing_from_suite_and_data(root: Path) -> None:
     del content["tasks"]["grays"]["classes"]
     content["tasks"]["grays"]["data"] = {"val": {"parquet": "data/none.parquet"}}
     lines = faults_of(Suite.load, write_file(root, content))
-    assert lines == [f"tasks.grays.classes: not given, and not found in the data: {root}/data/none.parquet: no such file"]
+    assert lines == [f"tasks.grays.data.val: {root}/data/none.parquet: no such file"]
 
 
 def test_paths_that_can_be_none_are_faults_like_others(root: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_name_too_long_for_a_file_is_no_file(root: Path) -> None:
     for kind in ("parquet", "folder"):
         content["tasks"]["stripes"]["data"] = {"val": {kind: long}}
         (line,) = faults_of(Suite.load, write_file(root, content))
-        assert line.startswith("tasks.stripes.classes: not given, and not found in the data: ")
+        assert line.startswith("tasks.stripes.data.val: ")
 
 
 @pytest.mark.parametrize("name", ["", " ", "~nobody-of-this-name/suite.yaml", "a\0b", "x" * 300, "."])

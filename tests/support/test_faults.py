@@ -25,6 +25,10 @@ def test_all_faults_are_one_error() -> None:
     assert str(caught.value) == "suite.yaml: 2 faults\n  one\n  two"
     with pytest.raises(InputError, match=r"^suite\.yaml: 1 fault\n  one$"):
         raise_faults(Path("suite.yaml"), ["one"])
+    with pytest.raises(InputError, match=r"^suite\.yaml: one$"):
+        raise_faults(Path("suite.yaml"), ["one"], brief=True)
+    with pytest.raises(InputError, match=r"^suite\.yaml: 2 faults\n  one\n  two$"):
+        raise_faults(Path("suite.yaml"), ["one", "two"], brief=True)
 
 
 def test_of_many_faults_the_first_twenty_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
