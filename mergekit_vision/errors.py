@@ -9,7 +9,7 @@ class InputError(ValueError):
     Args:
         message: the text. With ``of``, arguments stand in it in backticks by the names that Python uses: ``"`scale` is inf"``.
         of: whose arguments these are, ``"model"``, ``"data"``, ``"trainer"`` or ``"command"``, so that the command line can show
-            each as the option that was typed, such as ``--model.scale``.
+            each as the option that was typed, such as ``--scale``.
     """
 
     def __init__(self, message: str, of: str | None = None) -> None:

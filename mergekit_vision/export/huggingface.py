@@ -78,7 +78,7 @@ def _load(directory: Path) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bar of ``transformers`` while it loads, which no terminal keeps away, and its authors' own warnings."""
+    """Without what ``transformers`` shows while it loads: a progress bar, also where no terminal is, and what its code will drop."""
     from transformers.utils import logging as module
 
     logging: Any = module

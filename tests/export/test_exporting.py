@@ -1,6 +1,7 @@
 """Exports, loaded by their own libraries alone, against the merged models; and what is refused."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,11 +104,15 @@ def test_all_that_is_wrong_with_a_request_is_said_at_once(
         export_model(tmp_path, "torch", tmp_path / "new")
 
 
-def test_only_what_export_wrote_is_replaced(merged: Merged, tmp_path: Path) -> None:
+def test_only_what_export_wrote_is_replaced(merged: Merged, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    export_model(merged("ESM"), "open_clip", output)
-    export_model(merged("ESM"), "open_clip", output)
+    with caplog.at_level(logging.INFO, logger="mergekit_vision"):
+        export_model(merged("ESM"), "open_clip", output)
+        assert "replaces" not in caplog.text
+        export_model(merged("ESM"), "open_clip", output)
+    suite = json.loads((merged("ESM") / "merge.json").read_text())["suite"]
+    assert f"{output}: replaces the open_clip export of ESM on {suite}" in caplog.messages
     content = {path.name: path.read_bytes() for path in output.iterdir()}
     (output / "notes").mkdir()
     (output / "notes" / "mine.txt").write_text("mine")

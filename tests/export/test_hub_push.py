@@ -272,6 +272,6 @@ def test_a_mistake_is_found_before_the_hub_is_asked(
     (model / "open_clip_model.safetensors").unlink()
     assert push(model, "--dry-run") == 1
     errors = capsys.readouterr().err.splitlines()
-    words = ["--repo no/such/name", "name it as org/name", "not a merged model", "none.json", "1 fault", "safetensors is missing"]
+    words = ["--repo no/such/name", "name it as org/name", "not a merged model", "none.json", "safetensors is missing"]
     assert all(word in error for word, error in zip(words, errors, strict=True))
     assert hub.requests == []

@@ -32,6 +32,9 @@ def test_flat_folder(folder: Path) -> None:
     assert source[0][0].mode == "RGB"
     assert FlatFolder(folder / "cat" / "2.png").paths == (folder / "cat" / "2.png",)
     assert isinstance(open_source({"folder": str(folder / "cat")}, labeled=False), FlatFolder)
-    for place in (folder, folder / "none"):
-        with pytest.raises(InputError, match=str(place)):
+    for place, problem in {
+        folder: "holds no image files.*; sub-directories are not searched",
+        folder / "none": "no such file",
+    }.items():
+        with pytest.raises(InputError, match=f"{place}: {problem}"):
             FlatFolder(place)
