@@ -54,7 +54,7 @@ def check_command(arguments: list[str]) -> None:
         raise InputError(f"options come after the command, {first} too: mergekit-vision {command} {rest}")
     if first.startswith("-"):
         line = f"mergekit-vision COMMAND {' '.join(arguments)}"
-        raise InputError(f"{first}: not a command, and one comes first: {line}; the commands are {', '.join(known)}")
+        raise InputError(f"{first}: not a command; begin with one, {line}; the commands are {', '.join(known)}")
     near = get_close_matches(first, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(f"{first}: not a command{hint}; the commands are {', '.join(known)}")

@@ -47,7 +47,7 @@ def method_first(arguments: Sequence[str]) -> list[str]:
     ours = [group for group in groups if _depth(group)]
     if ours == (ordered := sorted(ours, key=_depth)):
         return list(arguments)
-    last = groups.index(ours[-1])
+    last = max(index for index, group in enumerate(groups) if _depth(group))
     before = [group for group in groups[:last] if not _depth(group)]
     return list(chain(*before, *ordered, *groups[last + 1 :]))
 

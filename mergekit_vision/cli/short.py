@@ -100,7 +100,7 @@ def shortened(text: str) -> str:
 
 
 def _flag(setting: re.Match[str]) -> str:
-    """The short option that stands for a setting, where there is one."""
+    """The short option that stands for a setting, of a model or of a command that has it too, where there is one."""
     option, value = setting.groups()
     ours = (short.names[-1] for short in SHORT if short.alone == value and short.full in (option, f"--model.{option[2:]}"))
     flag = next(ours, None)

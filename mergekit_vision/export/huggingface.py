@@ -78,7 +78,7 @@ def _load(directory: Path) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what ``transformers`` shows while it loads: a progress bar, also where no terminal is, and what its code will drop."""
+    """Without the progress bar and the warnings of future changes that ``transformers`` shows while it loads."""
     from transformers.utils import logging as module
 
     logging: Any = module

@@ -10,6 +10,7 @@ from mergekit_vision import MergedCLIP, Trainer, VisionTasks
 from mergekit_vision.cli.main import main
 from mergekit_vision.export.formats import FORMATS
 from mergekit_vision.plugins.average import Average
+from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.smile import SMILE
 
 
@@ -26,6 +27,20 @@ def test_an_export_says_how_well_it_agrees(tiny_suite: Path, tmp_path: Path, cap
     assert last.startswith(f"{output}: embeddings of open_clip and of {tmp_path / 'merged'} agree to ")
     assert float(last.split()[-4]) < 1e-5
     assert (output / "open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("to", ["huggingface", "peft"])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_other_libraries_are_silent(to: str, tiny_suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft", reason="the extra hf is not installed")
+    method = Average() if to == "huggingface" else ESMPP(rank=2, layers=("c_fc",))
+    trainer = Trainer(default_root_dir=str(tmp_path / "merged"), accelerator="cpu")
+    trainer.merge(MergedCLIP(method), VisionTasks(str(tiny_suite)))
+    capfd.readouterr()
+    assert main(["export", "--merged", str(tmp_path / "merged"), "--to", to, "-o", str(tmp_path / "out")]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert len(printed.out.splitlines()) == 4
 
 
 def test_mistakes_are_lines_with_options(tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_what_a_value_must_be(
             ["merge", "-s", "SUITE", "--merger.rank", "8"],
             "--merger.rank is a parameter of a method; name the method too: -m NAME",
         ),
-        (["--suite", "suite.yaml"], "--suite: not a command, and one comes first: mergekit-vision COMMAND --suite suite.yaml; "),
+        (["--suite", "suite.yaml"], "--suite: not a command; begin with one, mergekit-vision COMMAND --suite suite.yaml; "),
         (
             ["test", "-s", "SUITE", "--merged", "gone"],
             "gone: not a merged model (no such directory); make one with mergekit-vision merge -o DIR",

@@ -65,6 +65,7 @@ def test_messages_have_the_short_names(full: str, short: str) -> None:
         ),
         ("--model.merger E --config c --model.merger.rank -1", "--model.merger E --config c --model.merger.rank -1"),
         ("--model.merger.help --suite demo --model.merger E", "--model.merger.help --suite demo --model.merger E"),
+        ("--model.merger.r 1 --model.merger E --model.merger.r 1 x", "--model.merger E --model.merger.r 1 --model.merger.r 1 x"),
         ("--model.merger.rank --model.merger E", "--model.merger E --model.merger.rank"),
     ],
 )
