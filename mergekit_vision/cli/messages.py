@@ -11,6 +11,7 @@ from mergekit_vision import registry
 from mergekit_vision.cli.short import summary
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
+from mergekit_vision.suites.layout import BUILTIN
 from mergekit_vision.support.faults import closest
 
 _TYPES = {
@@ -94,7 +95,7 @@ def explain(message: str, known: Collection[str] = ()) -> str:
 
 def _as_options(words: list[str]) -> str:
     """Hint for a suite and a method that were given without their options."""
-    suites = [f"-s {word}" for word in words if word == "demo" or word.endswith((".yaml", ".yml"))]
+    suites = [f"-s {word}" for word in words if word in BUILTIN or word.endswith((".yaml", ".yml"))]
     methods = [f"-m {word}" for word in words if word in registry.mergers()]
     return f"; give {' '.join([*suites, *methods])}" if suites or methods else ""
 
