@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from mergekit_vision.checkpoints import Expert
 from mergekit_vision.data.checks import Needs
 from mergekit_vision.encoders.routed import Route
@@ -21,9 +19,9 @@ from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.console import track
 from mergekit_vision.support.fingerprints import remembered_sha256
 from mergekit_vision.support.source_code import versions
-from mergekit_vision.support.team import Team
 from mergekit_vision.support.tensors import FINITE, LARGEST, unusable
 
 
@@ -105,7 +103,6 @@ class Recipe:
             "backbone": suite.backbone,
             "pretrained": suite.pretrained,
             "experts": expert_paths(suite, experts),
-            "sources": expert_sources(experts, bench.evaluator.runtime.team),
             "datasets": hub_datasets(suite, experts),
             "merger": merger_record(merger),
             "citation": citations(merger),
@@ -128,15 +125,12 @@ def _check_usable(weights: Weights, routed: Mapping[str, LowRankExperts], what: 
         raise InputError(f"{what}: {faults[0]}{more}; take a smaller `scale`, or leave out the expert it comes from", of="model")
 
 
-def expert_sources(experts: Mapping[str, Expert], team: Team) -> dict[str, dict[str, Any]]:
-    """Task -> what was read of its expert and how, with the SHA-256 of each file; the processes share the work."""
-
-    def source(task: str) -> dict[str, Any]:
-        expert = experts[task]
-        return {**expert.origin, "sha256": {file.name: remembered_sha256(file) for file in expert.files}}
-
-    sizes = {task: sum(file.stat().st_size for file in expert.files) for task, expert in experts.items()}
-    return team.spread(source, sizes, "hashing experts", torch.device("cpu"))
+def expert_sources(experts: Mapping[str, Expert]) -> dict[str, dict[str, Any]]:
+    """Task -> what was read of its expert and how, with the SHA-256 of each file."""
+    return {
+        task: {**experts[task].origin, "sha256": {file.name: remembered_sha256(file) for file in experts[task].files}}
+        for task in track(list(experts), "hashing experts")
+    }
 
 
 def expert_paths(suite: Suite, experts: Mapping[str, Expert]) -> dict[str, str]:

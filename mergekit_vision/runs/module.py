@@ -21,7 +21,7 @@ from mergekit_vision.export.directory import load_experts, save_model
 from mergekit_vision.export.manifest import read_record
 from mergekit_vision.merger import Merger, Weights
 from mergekit_vision.merging.lineage import check_lineage
-from mergekit_vision.merging.recipe import MergedModel, Recipe
+from mergekit_vision.merging.recipe import MergedModel, Recipe, expert_sources
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.figures import draw_routing, save_png
@@ -179,7 +179,10 @@ class MergedCLIP(LightningModule):
         encoder, suite = self._evaluated.encoder, self.data.suite
         routed = {} if encoder.routing is None else {name: layer.experts for name, layer in encoder.routing.layers.items()}
         backbone = describe_backbone(suite.backbone, suite.pretrained)
-        save_model(directory, backbone, {**self._text, **encoder.weights()}, routed, self.record)
+        record = self.record
+        if self.merger is not None:  # hashing the experts takes long, and only what is written is to vouch for them
+            record = {**record, "sources": expert_sources(self.recipe.chosen(suite))}
+        save_model(directory, backbone, {**self._text, **encoder.weights()}, routed, record)
 
     # ------------------------------------------------------------------------------------------- evaluation
 

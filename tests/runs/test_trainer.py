@@ -1,5 +1,6 @@
 """The trainer's commands: what they open, what they refuse, and that they leave the process as it was."""
 
+import hashlib
 import logging
 import warnings
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import mergekit_vision.checkpoints
 from mergekit_vision import InputError, MergedCLIP, Trainer, VisionTasks
 from mergekit_vision.encoders import backbone
+from mergekit_vision.export.manifest import read_record
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging import workbench
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+from mergekit_vision.suites.suite import Suite
 
 
 @pytest.mark.parametrize("merger", [TaskArithmetic(), ESMPP(rank=2)], ids=lambda merger: type(merger).__name__)
@@ -66,3 +69,14 @@ def test_results_of_an_earlier_model_are_not_taken_for_the_new_ones(
             MergedCLIP(TaskArithmetic()), VisionTasks(str(tiny_suite))
         )
     assert "results.json was there before: it is not about this model" in caplog.text
+
+
+def test_what_was_read_of_each_expert_is_recorded(tiny_suite: Path, tmp_path: Path) -> None:
+    trainer = Trainer(default_root_dir=str(tmp_path), accelerator="cpu", devices=1)
+    trainer.merge(MergedCLIP(TaskArithmetic()), VisionTasks(str(tiny_suite)))
+    sources, tasks = read_record(tmp_path)["sources"], Suite.load(tiny_suite).tasks
+    assert list(sources) == list(tasks)
+    for task, source in sources.items():
+        file = tasks[task].expert.path
+        assert source["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+        assert (source["kind"], source["family"]) == ("weights", "open_clip")
