@@ -1,6 +1,7 @@
 """Where the tensors of other libraries' CLIP towers stand in open_clip's."""
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -16,6 +17,14 @@ class Place(NamedTuple):
     key: str
     third: int | None = None
     transposed: bool = False
+
+
+def by_key(placed: Iterable[tuple[Place, str]]) -> dict[str, list[tuple[Place, str]]]:
+    """Key -> the place and the name in the file of each of its parts, thirds in their order."""
+    found: dict[str, list[tuple[Place, str]]] = {}
+    for place, name in placed:
+        found.setdefault(place.key, []).append((place, name))
+    return {key: sorted(parts, key=lambda part: part[0].third or 0) for key, parts in found.items()}
 
 
 _HF_OUTSIDE = {

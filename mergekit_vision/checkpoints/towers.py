@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from mergekit_vision.checkpoints.container import Container, TensorInfo
-from mergekit_vision.checkpoints.places import Place, huggingface_place
+from mergekit_vision.checkpoints.places import Place, by_key, huggingface_place
 from mergekit_vision.errors import InputError
 
 Family = Literal["open_clip", "huggingface"]
@@ -111,8 +111,7 @@ def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]
     Returns:
         Key -> the place and the name in the file of each of its parts; and the names that are no parameter of a CLIP tower.
     """
-    found: dict[str, list[tuple[Place, str]]] = {}
-    unknown = []
+    found, unknown = [], []
     for name, full in tower.names.items():
         if name in _TRANSIENT:
             continue
@@ -120,8 +119,8 @@ def places(tower: Tower) -> tuple[dict[str, list[tuple[Place, str]]], list[str]]
         if place is None:
             unknown.append(full)
         else:
-            found.setdefault(place.key, []).append((place, full))
-    return {key: sorted(parts, key=lambda part: part[0].third or 0) for key, parts in found.items()}, unknown
+            found.append((place, full))
+    return by_key(found), unknown
 
 
 def towers(entries: Mapping[str, TensorInfo]) -> list[Tower]:

@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from contextlib import redirect_stdout
+from importlib import import_module
 from typing import TextIO, cast
 
 from mergekit_vision.cli.commands import HELP, check_command
@@ -18,6 +19,8 @@ from mergekit_vision.version import __version__
 _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "command": "--"}
 _LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
 _CALLS = {"Trainer.merge": "mergekit-vision merge -o DIR"}  # what a remedy may name in Python, on the command line
+_FUNCTIONS = {"methods": "list_methods", "suites": "list_suites", "inspect": "inspect", "export": "export", "push": "push"}
+"""Commands that run no trainer, which are modules beside this one -> the function of each."""
 _MACHINE = {  # what the machine, not the program, fails at: full disks, limits, missing rights, names that no file can have
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.EMFILE, errno.ENFILE),
     *(errno.ENOENT, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT),  # what others removed meanwhile, and disks elsewhere
@@ -97,26 +100,9 @@ def _run(arguments: list[str]) -> int:
         print(f"mergekit-vision {__version__}")
         return 0
     check_command(arguments)
-    if arguments[0] == "methods":
-        from mergekit_vision.cli.methods import list_methods
-
-        list_methods(arguments[1:])
-    elif arguments[0] == "suites":
-        from mergekit_vision.cli.suites import list_suites
-
-        list_suites(arguments[1:])
-    elif arguments[0] == "inspect":
-        from mergekit_vision.cli.inspect import inspect
-
-        inspect(arguments[1:])
-    elif arguments[0] == "export":
-        from mergekit_vision.cli.export import export
-
-        export(arguments[1:])
-    elif arguments[0] == "push":
-        from mergekit_vision.cli.push import push
-
-        push(arguments[1:])
+    if arguments[0] in _FUNCTIONS:
+        module = import_module(f"mergekit_vision.cli.{arguments[0]}")
+        getattr(module, _FUNCTIONS[arguments[0]])(arguments[1:])
     else:
         from mergekit_vision.cli.program import run
 

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.checkpoints.opening import open_container, weights_file
-from mergekit_vision.checkpoints.places import Place, huggingface_place, huggingface_text_place
+from mergekit_vision.checkpoints.places import by_key, huggingface_place, huggingface_text_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights
 from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
@@ -153,16 +153,13 @@ def _preprocess_config(processor: _Processor) -> dict[str, Any]:
 def _weights(file: Path) -> CheckpointWeights:
     """Both towers, their projections and the logit scale, under open_clip's keys."""
     container = open_container(file)
-    parts: dict[str, list[tuple[Place, str]]] = {}
-    for name in container.entries:
-        place = huggingface_text_place(name) or huggingface_place(name.removeprefix("vision_model."))
-        if place is not None:
-            parts.setdefault(place.key, []).append((place, name))
+    names = container.entries
+    found = ((huggingface_text_place(name) or huggingface_place(name.removeprefix("vision_model.")), name) for name in names)
+    parts = by_key((place, name) for place, name in found if place is not None)
     if missing := {"visual.proj", "text_projection", "token_embedding.weight", "logit_scale"} - parts.keys():
         problem = f"lacks {', '.join(sorted(missing))}; zero-shot heads need a whole CLIPModel, with its text tower"
         raise InputError(f"{file}: {problem}")
-    ordered = {key: sorted(found, key=lambda part: part[0].third or 0) for key, found in parts.items()}
-    return CheckpointWeights(container, ordered, {})
+    return CheckpointWeights(container, parts, {})
 
 
 def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:

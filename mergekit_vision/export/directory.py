@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.encoders.backbone import PREPROCESS_KEYS, Backbone, load_clip
+from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.card import model_card
 from mergekit_vision.export.experts import RoutedLayer, pack_experts, unpack_experts
 from mergekit_vision.export.manifest import (
     CARD,
-    CONFIG,
     EXPERTS,
     FILES,
     MODEL,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.card import model_card
 from mergekit_vision.export.hub_errors import hub_errors
-from mergekit_vision.export.manifest import CARD, CONFIG, EXPERTS, ROUTERS, read_record, write_record
+from mergekit_vision.export.manifest import CARD, EXPERTS, ROUTERS, read_record, write_record
 from mergekit_vision.export.sharing import shareable, without_directories
 from mergekit_vision.support.json_files import read_json, same, write_json
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt
 
+from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import raise_faults
@@ -18,7 +19,7 @@ from mergekit_vision.support.schema import Schema, faults, shown
 from mergekit_vision.support.switching import unsettled
 
 RECORD, CARD = "merge.json", "README.md"
-CONFIG, MODEL = "open_clip_config.json", "open_clip_model.safetensors"
+MODEL = "open_clip_model.safetensors"
 EXPERTS, ROUTERS = "experts.safetensors", "experts.json"
 FILES = (RECORD, CARD, CONFIG, MODEL, EXPERTS, ROUTERS)
 """Files that a merged model can have, besides those of a tokenizer."""

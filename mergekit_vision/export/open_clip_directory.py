@@ -4,8 +4,9 @@ from pathlib import Path
 
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.encoders.backbone import load_clip
+from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.export.directory import open_clip_config, save_tokenizer
-from mergekit_vision.export.manifest import CONFIG, MODEL
+from mergekit_vision.export.manifest import MODEL
 from mergekit_vision.export.merged import MergedModel
 from mergekit_vision.export.writer import Embed, Writer
 from mergekit_vision.support.json_files import write_json

@@ -33,17 +33,14 @@ class Distance(NamedTuple):
 def check_lineage(experts: Mapping[str, Expert], base: Weights, linears: Iterable[LinearInfo]) -> None:
     """Refuse experts that were not fine-tuned from the backbone, and tell of those that look odd.
 
-    The attention's output projections of all blocks are looked at, a twelfth of the tower.
-
     Raises:
         InputError: that names every such expert, with its cosine to the backbone and the norm of its difference.
     """
-    keys = [linear.weight for linear in linears_of_kind(linears, ["out_proj"])]
-    faults = []
+    linears, faults = list(linears), []
     for task, expert in experts.items():
         weights = expert.on(base)
-        found = distance(weights, base, keys)
-        faults += [f"the expert of task {task} ({expert.path}) {fault}" for fault in lineage_faults(expert, found)]
+        found = lineage_faults(expert, weights, base, linears)
+        faults += [f"the expert of task {task} ({expert.path}) {fault}" for fault in found]
         for remark in lineage_remarks(expert, weights, base):
             logger.warning("the expert of task %s %s", task, remark)
     if faults:
@@ -62,8 +59,12 @@ def distance(weights: Weights, base: Weights, keys: Iterable[str]) -> Distance:
     return Distance(dot / ((own**0.5 or 1.0) * scale), apart**0.5 / scale, own**0.5 / scale)
 
 
-def lineage_faults(expert: Expert, found: Distance) -> list[str]:
-    """Why an expert at a distance from the backbone was not fine-tuned from it."""
+def lineage_faults(expert: Expert, weights: Weights, base: Weights, linears: Iterable[LinearInfo]) -> list[str]:
+    """Why an expert with these weights was not fine-tuned from the backbone.
+
+    The attention's output projections of all blocks are looked at, a twelfth of the tower.
+    """
+    found = distance(weights, base, [linear.weight for linear in linears_of_kind(linears, ["out_proj"])])
     if not math.isfinite(found.norm):
         return ["holds NaN or infinity in the attention's output projections; fine-tune it again or leave it out"]
     how = f"cosine to the backbone {found.cosine:.2f}, norm of the difference {found.difference:.2g} of the backbone's"

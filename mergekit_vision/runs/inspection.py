@@ -14,7 +14,7 @@ from mergekit_vision.checkpoints.sizes import tower_sizes
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import LinearInfo, Weights, linears_of_kind
+from mergekit_vision.merger import LinearInfo, Weights
 from mergekit_vision.merging.lineage import Distance, distance, lineage_faults, lineage_remarks
 from mergekit_vision.suites.checks import expert_faults
 from mergekit_vision.suites.suite import Suite
@@ -122,8 +122,7 @@ def _compare(found: Inspection, expert: Expert, suite: Suite) -> None:
     weights = expert.on(base)
     found.whole = distance(weights, base, base)
     found.changes = {linear: _change(weights, base, linear.weight) for linear in linears}
-    keys = [linear.weight for linear in linears_of_kind(linears, ["out_proj"])]
-    found.refused = "; ".join(f"it {fault}" for fault in lineage_faults(expert, distance(weights, base, keys)))
+    found.refused = "; ".join(f"it {fault}" for fault in lineage_faults(expert, weights, base, linears))
     found.remarks = list(lineage_remarks(expert, weights, base))
 
 
