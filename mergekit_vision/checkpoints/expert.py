@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mergekit_vision.checkpoints.clip_config import activation, clip_config
 from mergekit_vision.checkpoints.clip_lora import clip_lora_adapter
 from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.hub import HubFile, commit_of, fetch_snapshot
-from mergekit_vision.checkpoints.opening import ADAPTER_CONFIG, open_container, read_json, weights_file
+from mergekit_vision.checkpoints.opening import ADAPTER_CONFIG, open_container, read_object, weights_file
 from mergekit_vision.checkpoints.peft_lora import peft_adapter
 from mergekit_vision.checkpoints.remainder import refusal, unused_names
 from mergekit_vision.checkpoints.towers import Tower, find_part, find_tower, places
@@ -19,7 +20,6 @@ from mergekit_vision.support.paths import expanded
 Kind = Literal["auto", "weights", "delta", "lora"]
 
 _PROJECTION = frozenset({"visual.proj"})
-_CLIP_CONFIGS = ("clip", "clip_vision_model")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_expert(source: ExpertSource) -> Expert:
     tower = find_tower(container, source.key, source.ema)
     if tower is None and source.kind == "delta":  # what is missing in it was not changed, be it the patch embedding
         tower = find_part(container, source.key)
-    expert = _adapter(container, source, tower) or _tuned(container, source, tower, _config(place))
+    expert = _adapter(container, source, tower) or _tuned(container, source, tower, clip_config(place))
     expert.origin["container"] = container.kind
     if source.hub is not None:
         expert.origin |= {"hub": str(source.hub), "revision": commit_of(place)}
@@ -109,7 +109,7 @@ def _adapter(container: Container, source: ExpertSource, tower: Tower | None) ->
     if clip_lora:
         return clip_lora_adapter(container, source.scale)
     base = None if tower is None else _weights(container, tower, "weights")
-    return peft_adapter(container, (file, read_json(file)) if file.is_file() else None, source.scale, base)
+    return peft_adapter(container, (file, read_object(file)) if file.is_file() else None, source.scale, base)
 
 
 def _tuned(
@@ -122,7 +122,7 @@ def _tuned(
     delta = source.kind == "delta" or tower.prefix.startswith("vector.")  # as the class TaskVector keeps it
     weights = _weights(container, tower, "delta" if delta else "weights")
     if config is not None:
-        weights.origin["activation"] = _activation(*config)
+        weights.origin["activation"] = activation(*config)
     if delta:
         return Differences(weights, 1.0 if source.scale is None else source.scale)
     if source.scale is not None:
@@ -155,29 +155,6 @@ def _weights(container: Container, tower: Tower, kind: Kind) -> CheckpointWeight
     if unused := unused_names(tower, container.entries):
         origin["unused"] = unused
     return CheckpointWeights(container, parts, origin, optional)
-
-
-def _config(place: Path) -> tuple[Path, dict[str, Any]] | None:
-    """``config.json`` of the library transformers beside the weights, where there is one of a CLIP model.
-
-    Raises:
-        InputError: when it is of another model.
-    """
-    file = (place if place.is_dir() else place.parent) / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    kind = config.get("model_type")
-    if kind is not None and kind not in _CLIP_CONFIGS:
-        raise InputError(f"{file}: is of a {kind!r} model, not of CLIP ({' or '.join(_CLIP_CONFIGS)})")
-    return None if kind is None else (file, config)
-
-
-def _activation(file: Path, config: Mapping[str, Any]) -> str:
-    """The activation function that a configuration names; transformers leaves out what is the default."""
-    older = config.get("vision_config_dict")  # comes first, as transformers has it
-    vision = (older or config.get("vision_config") or {}) if config["model_type"] == "clip" else config
-    if not isinstance(vision, Mapping):
-        raise InputError(f"{file}: vision_config must be an object, not {vision!r}")
-    return str(vision.get("hidden_act", "quick_gelu"))
 
 
 def _is_object(value: object) -> bool:

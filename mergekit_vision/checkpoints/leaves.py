@@ -9,19 +9,23 @@ from mergekit_vision.checkpoints.stored import StoredTensor
 
 _PLAIN = (str, int, float, bool, type(None))
 _DEPTH = 48
+_LONGEST_LIST = 64  # items that are looked at
 
 
 def leaves(content: Any) -> Iterator[tuple[str, Any]]:
     """Tensors, stubs without state, and plain values of an unpickled object, by their dotted place in it.
 
     Entries of dictionaries and attributes of objects are followed; of a module its parameters, its persistent buffers and its
-    modules. Lists are plain values where all their items are, and are passed over otherwise.
+    modules. Lists are plain values where all their items are; of others, dictionaries, objects and lists in them are followed,
+    by their number.
 
     Raises:
         ValueError: when it is nested too deeply, or names are too long.
 
     >>> dict(leaves({"state_dict": {"proj": "a tensor"}, "epoch": 3}))
     {'state_dict.proj': 'a tensor', 'epoch': 3}
+    >>> dict(leaves([3, {"proj": "a tensor"}]))
+    {'1.proj': 'a tensor'}
     """
     yield from _leaves(content, "", set(), 0)
 
@@ -49,6 +53,8 @@ def _members(content: Any) -> Mapping[Any, Any] | None:
     """Named parts of an object; ``None`` where it has none."""
     if isinstance(content, dict):
         return content
+    if isinstance(content, list | tuple):
+        return {str(number): item for number, item in enumerate(content[:_LONGEST_LIST]) if _has_members(item)}
     state = content.state if isinstance(content, Stub) else None
     if not isinstance(state, dict):
         return None
@@ -60,7 +66,11 @@ def _members(content: Any) -> Mapping[Any, Any] | None:
     return {name: value for part in parts if isinstance(part, dict) for name, value in part.items() if name not in skipped}
 
 
+def _has_members(item: Any) -> bool:
+    return isinstance(item, dict | list | tuple) or (isinstance(item, Stub) and isinstance(item.state, dict))
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return len(value) <= 64 and all(isinstance(item, _PLAIN) for item in value)
+        return len(value) <= _LONGEST_LIST and all(isinstance(item, _PLAIN) for item in value)
     return isinstance(value, _PLAIN)

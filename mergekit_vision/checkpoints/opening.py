@@ -1,6 +1,5 @@
 """Finding the weights in a path, and opening the file by its content."""
 
-import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ from torch import Tensor
 
 from mergekit_vision.checkpoints.container import Container, TensorInfo
 from mergekit_vision.checkpoints.safetensors_file import SafetensorsFile
-from mergekit_vision.checkpoints.torch_file import LegacyTorchFile, TorchArchive
+from mergekit_vision.checkpoints.torch_file import JOINED, LegacyTorchFile, TorchArchive
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import closest_file
+from mergekit_vision.support.json_files import read_json
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Usual suffixes of weights files; the content decides."""
@@ -35,7 +35,7 @@ _ELSEWHERE = {  # a file that tells of weights in a form that is not read -> the
     "zero_to_fp32.py": "it holds DeepSpeed's shards; run its zero_to_fp32.py and name the file that it writes",
     "mp_rank_*_model_states.pt": "it holds DeepSpeed's shards; run zero_to_fp32.py and name the file that it writes",
     "global_step*": "it holds DeepSpeed's shards; run zero_to_fp32.py and name the file that it writes",
-    "*.distcp": "it holds shards of torch.distributed.checkpoint; convert them by torch.distributed.checkpoint.format_utils",
+    "*.distcp": f"it holds shards of torch.distributed.checkpoint; {JOINED}",
     "tf_model.h5": "it holds TensorFlow weights alone; load it by transformers with from_tf=True and save it again",
     "flax_model.msgpack": "it holds Flax weights alone; load it by transformers with from_flax=True and save it again",
 }
@@ -45,7 +45,7 @@ class ShardedFiles(Container):
     """Files of one model, with an index in JSON that says which holds what."""
 
     def __init__(self, path: Path) -> None:
-        index = read_json(path).get("weight_map")
+        index = read_object(path).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
             raise InputError(f"{path}: has no `weight_map` of names to files; copy or download it again")
         outside = next((part for part in index.values() if Path(part).name != part or part.endswith(_INDEX)), None)
@@ -132,16 +132,16 @@ def open_container(path: Path) -> Container:
     raise InputError(f"{path}: neither safetensors nor saved by torch.save; {remedy}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside weights.
 
     Raises:
         InputError: when there is none.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable JSON ({error}); copy or download it again") from error
+        content = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; copy or download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a JSON object; copy or download it again")
     return content

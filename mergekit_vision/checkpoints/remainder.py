@@ -34,7 +34,7 @@ def refusal(names: Iterable[str]) -> str:
     """Why a checkpoint without a vision tower cannot be an expert, as far as its names tell."""
     names = list(names)
     if not names:
-        return "holds no tensors"
+        return "holds no tensors under names"
     if any(re.search(r"(?:^|\.)params0?\.\d+$", name) for name in names):
         return (
             "is a linearized model, which is the backbone plus a derivative and not a model with other weights; "

@@ -14,9 +14,13 @@ from mergekit_vision.checkpoints.container import Container, TensorInfo, damaged
 from mergekit_vision.checkpoints.leaves import leaves
 from mergekit_vision.checkpoints.pickles import LONGEST, UNREADABLE, RestrictedUnpickler
 from mergekit_vision.checkpoints.stored import Storage, StoredTensor
+from mergekit_vision.errors import InputError
 
 _NAME = "file saved by torch.save"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+JOINED = "join them by `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY FILE`"
+"""What to do with shards of torch.distributed.checkpoint."""
 
 Spans = dict[str, tuple[int, int]]
 """Name of a storage -> its first byte in the file, and how many there are."""
@@ -48,6 +52,8 @@ class TorchFile(Container):
             found = dict(leaves(content))
             self._tensors = {name: value for name, value in found.items() if isinstance(value, StoredTensor)}
             _check(self._tensors.values(), self._spans, self.path.stat().st_size)
+        except InputError:
+            raise
         except (*UNREADABLE, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
             raise damaged(self.path, _NAME, error) from error
         self.values = {name: value for name, value in found.items() if name not in self._tensors}
@@ -61,6 +67,7 @@ class TorchArchive(TorchFile):
 
     def _unpickled(self) -> tuple[Any, Spans]:
         with zipfile.ZipFile(self.path) as archive:
+            _refuse_several(self.path, archive)
             names = archive.namelist()
             root = next((name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")), None)
             if root is None:
@@ -113,6 +120,12 @@ class _Pickles(RestrictedUnpickler):
         if isinstance(found, Storage):
             self.dtypes[found.key] = found.dtype
         return found
+
+
+def _refuse_several(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse archives behind each other, each with a tensor, of which the reader of zip files sees the last alone."""
+    if min((record.header_offset for record in archive.infolist()), default=0) > 0:
+        raise InputError(f"{path}: is a shard of torch.distributed.checkpoint, one of those in its directory; {JOINED}")
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> bytes:

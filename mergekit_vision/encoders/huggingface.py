@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from mergekit_vision.checkpoints import save_safetensors
+from mergekit_vision.checkpoints.clip_config import older_first
 from mergekit_vision.checkpoints.opening import open_container, weights_file
 from mergekit_vision.checkpoints.places import by_key, huggingface_place, huggingface_text_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights
@@ -94,16 +95,8 @@ def as_open_clip(directory: Path) -> Path:
     return place
 
 
-def _merged_config(content: Any) -> Any:
-    """A configuration as transformers reads it: parts under older names come first."""
-    if not isinstance(content, dict):
-        return content
-    older = {part: content.get(f"{part}_dict") for part in ("vision_config", "text_config")}
-    return {**content, **{part: value for part, value in older.items() if value is not None}}
-
-
 def _checked(schema: type[Schema], path: Path) -> Any:
-    content = _merged_config(read_json(path)) if path.is_file() else {}
+    content = older_first(read_json(path)) if path.is_file() else {}
     raise_faults(path, faults(schema, content, "the file"))
     return schema.model_validate(content)
 

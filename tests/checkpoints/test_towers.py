@@ -7,6 +7,7 @@ import pytest
 import torch
 from clip_models import open_clip_tower
 from torch import Tensor
+from torch.distributed.checkpoint import save
 
 from mergekit_vision.checkpoints import ExpertSource, open_expert, open_weights
 from mergekit_vision.errors import InputError
@@ -35,10 +36,13 @@ def named(prefix: str, tower: dict[str, Tensor] = TOWER) -> dict[str, Tensor]:
         named(""),
         {"module": named("visual."), "n_averaged": torch.tensor(3)},
         {"params": {"net": named("backbone.visual.")}},
+        [named("visual."), 300, torch.zeros(2)],
+        (3, {"state_dict": named("module.visual.")}, [{"lr": 0.1}]),
+        {"models": [named("model.")]},
     ],
-    ids=range(13),
+    ids=range(16),
 )
-def test_wrappers(tmp_path: Path, wrapped: dict[str, Any]) -> None:
+def test_wrappers(tmp_path: Path, wrapped: Any) -> None:
     torch.save(wrapped, tmp_path / "x.pt")
     expert = open_weights(tmp_path / "x.pt")
     assert "unused" not in expert.origin or expert.origin["unused"] == ["n_averaged"]
@@ -67,6 +71,14 @@ def test_two_towers_are_refused_unless_one_is_named(tmp_path: Path) -> None:
     assert expert.fingerprint() != open_expert(ExpertSource(tmp_path / "x.pt", key="student")).fingerprint()
     with pytest.raises(InputError, match="no vision tower with names in 'uncle'"):
         open_expert(ExpertSource(tmp_path / "x.pt", key="uncle"))
+
+
+def test_a_list_of_two_towers_needs_a_key(tmp_path: Path) -> None:
+    torch.save((3, named("visual."), named("visual.", {key: value + 1 for key, value in TOWER.items()})), tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"2 vision towers, named `1\.visual\.…`, `2\.visual\.…`; choose one by `key:`"):
+        open_weights(tmp_path / "x.pt")
+    found = open_expert(ExpertSource(tmp_path / "x.pt", key="1."))
+    assert torch.equal(dict(found)["visual.proj"], TOWER["proj"])  # type: ignore[call-overload]
 
 
 def test_what_is_not_used_is_recorded(tmp_path: Path) -> None:
@@ -102,3 +114,12 @@ def test_directories_in_other_forms_are_refused_with_the_remedy(tmp_path: Path, 
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(InputError, match=hint):
         open_weights(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_shard_of_a_distributed_checkpoint_is_called_so(tmp_path: Path) -> None:
+    """As PyTorch writes it: an archive of each tensor, one behind the other."""
+    save({"model": named("visual.")}, checkpoint_id=tmp_path)
+    (shard,) = tmp_path.glob("*.distcp")
+    with pytest.raises(InputError, match=r"distcp: is a shard of torch\.distributed\.checkpoint.*dcp_to_torch DIRECTORY FILE"):
+        open_weights(shard)

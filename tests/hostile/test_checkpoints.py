@@ -4,6 +4,7 @@ A case is how the file is made, and what its message says; ``SOUND`` where it is
 where it opens and is found not to fit by its shapes.
 """
 
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,10 @@ LAYOUTS: dict[str, tuple[Make, str]] = {
     "a temperature alone": (saved({"logit_scale": torch.tensor(1.0)}), "no patch embedding"),
     "a part of a text tower": (saved({"text_model.final_layer_norm.weight": torch.zeros(2)}), "no patch embedding"),
     "one tensor": (saved(torch.zeros(3)), "a single tensor without a name"),
-    "a list": (saved([named("visual.")]), "holds no tensors"),
+    "a list": (saved([named("visual.")]), SOUND),
+    "a list of tensors": (saved([torch.zeros(2), torch.zeros(2)]), "holds no tensors under names"),
+    "a list of two towers": (saved((named("visual."), named("visual."))), "choose one by `key:`"),
+    "lists in lists": (saved(reduce(lambda inner, _: [inner], range(100), [FULL])), "nested too deeply"),
     "a scalar for a matrix": (saved({**FULL, "visual.proj": torch.tensor(1.0)}), "visual.proj is ()"),
     "expanded": (saved({**FULL, "visual.proj": torch.zeros(1).expand(WIDTH, 24)}), "visual.proj is not a plain tensor"),
     "integers": (saved({**FULL, "visual.proj": torch.zeros(WIDTH, 24, dtype=torch.int64)}), "stored as int64"),
@@ -115,7 +119,7 @@ DIRECTORIES: dict[str, tuple[Make, str]] = {
     "an index of numbers": (directory({"model.safetensors.index.json": {"weight_map": {"a": 1}}}), "no `weight_map`"),
     "an index of nothing": (directory({"model.safetensors.index.json": {"weight_map": {}}}), "holds no tensors"),
     "an index that is a list": (directory({"model.safetensors.index.json": []}), "holds a list, not a JSON object"),
-    "an index without end": (directory({"model.safetensors.index.json": b"[" * 10**5}), "not readable JSON"),
+    "an index without end": (directory({"model.safetensors.index.json": b"[" * 10**5}), "not valid JSON"),
     "an index of a missing file": (directory({"model.safetensors.index.json": {"weight_map": {"a": "b.bin"}}}), "cannot be read"),
     "an index of tensors that are not there": (
         directory({"a.bin": {}, "pytorch_model.bin.index.json": {"weight_map": {"visual.proj": "a.bin"}}}),
@@ -129,7 +133,7 @@ DIRECTORIES: dict[str, tuple[Make, str]] = {
     ),
     "a configuration that is damaged": (
         directory({"model.safetensors": huggingface(), "config.json": b"{"}),
-        "not readable JSON",
+        "not valid JSON",
     ),
     "DeepSpeed": (directory({"mp_rank_00_model_states.pt": FULL}), "zero_to_fp32.py"),
     "nothing": (directory({}), "no weights in this directory"),
