@@ -1,6 +1,7 @@
 """Whether experts descend from the backbone: their weights beside its own, before anything is merged."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from mergekit_vision.support.console import logger
 _NEAR = 0.5  # cosine to the backbone: fine-tuning leaves it above 0.9, models trained apart are near 0
 _FAR = 1.0  # norm of the difference, relative to the backbone's
 _SMALL = 0.3  # relative norm below which weights look like differences
+
+_PATCHES = re.compile(r"vit[-_](?:base|large|huge|[blh])[-_/]?(?:patch)?(8|14|16|32)(?!\d)", re.IGNORECASE)
+"""Size of the patches in the name of a CLIP model, such as openai/clip-vit-base-patch32 or ViT-B-32."""
 
 
 class Distance(NamedTuple):
@@ -83,5 +87,8 @@ def lineage_remarks(expert: Expert, weights: Weights, base: Weights) -> Iterator
         yield f"has tensors that are not used: {', '.join(unused[:4])}{' …' if len(unused) > 4 else ''}"
     if "projection" in expert.origin:
         yield "has no projection of its own; it gets the backbone's"
+    trained_on, patches = str(expert.origin.get("base_model", "")), base["visual.conv1.weight"].shape[-1]
+    if (told := _PATCHES.search(trained_on)) and int(told[1]) != patches:  # its factors fit both
+        yield f"was trained on {trained_on}, as its configuration says, and the backbone's patches are {patches} pixels wide"
     if all(torch.equal(weights[key].to(base[key].device, torch.float32), base[key].float()) for key in base):
         yield "equals the backbone"

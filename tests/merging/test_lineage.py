@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_vision.checkpoints import Expert, ExpertSource, open_expert
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
-from mergekit_vision.merging.lineage import check_lineage, distance
+from mergekit_vision.merging.lineage import check_lineage, distance, lineage_remarks
 from mergekit_vision.merging.workbench import Workbench
 
 
@@ -71,3 +71,24 @@ def test_oddities_are_warned_about(bench: Workbench, tmp_path: Path, caplog: pyt
     check(bench, expert(tmp_path, {**bench.base, "head.weight": torch.zeros(2, 2)}))
     assert "the expert of task mine has tensors that are not used: head.weight" in caplog.text
     assert "the expert of task mine equals the backbone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "warned"),
+    [
+        ("openai/clip-vit-base-patch16", True),
+        ("hf-hub:timm/vit_base_patch32_clip_224.openai", True),
+        ("models/ViT-B-32", True),
+        ("org/clip-vit-base-patch8", False),
+        ("my-model-32", False),
+    ],
+)
+def test_an_adapter_of_a_model_with_other_patches_is_told_of(
+    bench: Workbench, tmp_path: Path, trained_on: str, warned: bool
+) -> None:
+    found = expert(tmp_path, {"visual.proj": bench.base["visual.proj"]}, kind="delta")
+    found.origin["base_model"] = trained_on
+    assert bench.base["visual.conv1.weight"].shape[-1] == 8
+    remarks = [text for text in lineage_remarks(found, bench.base, bench.base) if "patches" in text]
+    told = f"was trained on {trained_on}, as its configuration says, and the backbone's patches are 8 pixels wide"
+    assert remarks == [told] * warned
