@@ -18,6 +18,9 @@ from mergekit_vision.support.allocator import release_freed_memory
 Weights = Mapping[str, Tensor]
 """Key of a parameter of the vision tower (``visual.…``) -> tensor. Lazy: a tensor is read when it is asked for."""
 
+Factors = tuple[Tensor, Tensor]
+"""``up [d_out, r]`` and ``down [r, d_in]``, whose product is a task vector of low rank."""
+
 Observer = Callable[[Tensor], None]
 """Receives one layer's input for one batch of images: ``[images, tokens, d_in]``, float32, on the merging device."""
 
@@ -120,7 +123,8 @@ class MergeInputs:
 
     Attributes:
         base: weights of the pre-trained vision tower.
-        experts: task -> weights with the keys and shapes of ``base``, in the order of the suite.
+        experts: task -> weights with the keys and shapes of ``base``, in the order of the suite. Those of adapters have a method
+            ``factors(key)`` besides.
         linears: the encoder's Linear layers in forward order.
         norms: the layer normalizations of its blocks, in forward order.
         depths: key -> index of the block that the parameter lies in; -1 before the first block, their number behind the last.
@@ -154,29 +158,43 @@ class MergeInputs:
     def delta(self, task: str, key: str) -> Tensor:
         """Task vector of one parameter: fine-tuned minus pre-trained; float32, new memory, on ``device``.
 
+        Of an adapter it is the product of the factors. The difference of weights has their rounding errors, which make the rank
+        full; methods that give all singular vectors a say then merge noise.
+
         Raises:
             InputError: when the expert holds NaN or infinity there.
         """
-        delta = self._expert(task, key) - self.base[key].to(self.device, torch.float32)
+        if (factors := self._factors(task, key)) is not None:
+            delta = factors[0] @ factors[1]
+        else:
+            delta = self._expert(task, key) - self.base[key].to(self.device, torch.float32)
         return delta if self.change is None else self.change(task, key, delta)
 
     def deltas(self, key: str) -> Tensor:
         """Task vectors of one parameter for all tasks, ``[T, *shape]`` in the order of :attr:`tasks`; float32, new memory."""
-        if self.change is not None:
-            return torch.stack([self.delta(task, key) for task in self.tasks])
-        stack = torch.stack([self._expert(task, key) for task in self.tasks])
-        return stack.sub_(self.base[key].to(self.device, torch.float32))
+        stack = torch.empty(len(self.tasks), *self.base[key].shape, device=self.device)
+        for row, task in zip(stack, self.tasks, strict=True):
+            row.copy_(self.delta(task, key))
+        return stack
+
+    def factors(self, task: str, key: str) -> Factors | None:
+        """A task vector as a product, float32 on ``device``; ``None`` where it is not known as one of low rank.
+
+        Raises:
+            InputError: when the expert holds NaN or infinity there.
+        """
+        return None if self.change is not None else self._factors(task, key)
 
     def changed(self, task: str, key: str) -> bool:
         """Whether a task vector is not all zero; cheaper than the task vector itself."""
-        if self.change is not None:
+        if self.change is not None or self._factors(task, key) is not None:
             return bool(self.delta(task, key).any())
         expert, base = (weights[key].to(self.device, torch.float32) for weights in (self.experts[task], self.base))
         return not torch.equal(expert, base)
 
     def pair(self, task: str, key: str) -> tuple[Tensor, Tensor]:
         """Two tensors whose difference is a task vector: mapped from files where they can be, of any dtype and device."""
-        if self.change is None:
+        if self.change is None and self._factors(task, key) is None:
             return self.experts[task][key], self.base[key]
         delta = self.delta(task, key)
         return delta, torch.zeros_like(delta)
@@ -202,7 +220,15 @@ class MergeInputs:
         return self.streams
 
     def _expert(self, task: str, key: str) -> Tensor:
-        value = self.experts[task][key].to(self.device, torch.float32)
+        return self._finite(self.experts[task][key], task, key)
+
+    def _factors(self, task: str, key: str) -> Factors | None:
+        find = getattr(self.experts[task], "factors", None)
+        found: Factors | None = None if find is None else find(key)
+        return None if found is None else (self._finite(found[0], task, key), self._finite(found[1], task, key))
+
+    def _finite(self, value: Tensor, task: str, key: str) -> Tensor:
+        value = value.to(self.device, torch.float32)
         # one pass and no copy: the largest magnitude is NaN if any entry is
         if value.numel() and not torch.linalg.vector_norm(value, torch.inf).isfinite():
             raise InputError(f"the expert of task {task} holds NaN or infinity in {key}; fine-tune it again or leave it out")

@@ -6,8 +6,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.functional.tsvm import tsvm_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
+from mergekit_vision.functional.linalg import TopSVD, top_svd, top_svd_of_product
+from mergekit_vision.functional.threads import in_threads
+from mergekit_vision.functional.tsvm import tsvm_merge_of
+from mergekit_vision.merger import Factors, Merged, MergeInputs, Merger, check_options
 
 Other = Literal["tsvm", "mean"]
 
@@ -46,8 +48,20 @@ class TSVM(Merger):
         spectral = inputs.matrices(everywhere=self.other == "tsvm")
 
         def merged(key: str) -> Tensor:
-            deltas = inputs.deltas(key)
-            return tsvm_merge(deltas, self.rank) if key in spectral else deltas.mean(0)
+            return self._spectral(inputs, key) if key in spectral else inputs.deltas(key).mean(0)
 
         update = inputs.spread_changed(merged, inputs.base, "merging")
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - spectral)
+
+    def _spectral(self, inputs: MergeInputs, key: str) -> Tensor:
+        """One matrix, by the factors of the task vectors where they are known."""
+        k = min(inputs.base[key].shape) // len(inputs.tasks) if self.rank is None else self.rank
+        changes = [inputs.factors(task, key) or inputs.delta(task, key) for task in inputs.tasks]
+        return tsvm_merge_of(in_threads(lambda change: _top(change, k), changes)).float()
+
+
+def _top(change: Factors | Tensor, k: int) -> TopSVD:
+    """Leading singular triplets of a task vector, float64."""
+    if isinstance(change, tuple):
+        return top_svd_of_product(change[0].double(), change[1].double(), k)
+    return top_svd(change.double(), k)

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,20 @@ class Update(NamedTuple):
     transposed: bool = False
     magnitude: str | None = None
     shift: str | None = None
+
+
+class Adapted(MadeOn):
+    """A backbone with an adapter.
+
+    Args:
+        factors: see :meth:`Adapter.factors`.
+    """
+
+    def __init__(
+        self, base: Weights, make: Callable[[str], Tensor], factors: Callable[[str], tuple[Tensor, Tensor] | None]
+    ) -> None:
+        super().__init__(base, make)
+        self.factors = factors
 
 
 class Adapter(Expert):
@@ -87,7 +101,27 @@ class Adapter(Expert):
     def on(self, base: Weights) -> Weights:
         """The backbone with the changes, float32 where there are any."""
         under = base if self.base is None else self.base.on(base)
-        return MadeOn(base, lambda key: self._made(key, under[key]))
+        return Adapted(base, lambda key: self._made(key, under[key]), self.factors)
+
+    def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """``up [d_out, r]`` and ``down [r, d_in]``, whose product is the change of a weight; ``None`` where it is not one.
+
+        Thirds of the attention's weight that were adapted apart stand beside each other in ``r``.
+        """
+        updates = self.updates.get(key, [])
+        plain = self.base is None and key not in self.replaced
+        if not plain or not updates or any(update.place.key != key or update.magnitude for update in updates):
+            return None
+        pairs = [self._factored(update) for update in updates]
+        return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs])
+
+    def _factored(self, update: Update) -> tuple[Tensor, Tensor]:
+        up, down = (self.container.read(name).float() for name in (update.up, update.down))
+        if update.transposed != update.place.transposed:
+            up, down = down.T, up.T
+        whole = up.new_zeros(self.shapes[update.place.key][0], up.shape[1])
+        _rows(whole, update.place).copy_(up).mul_(update.scale)
+        return whole, down
 
     def _made(self, key: str, weight: Tensor) -> Tensor:
         if key not in self.updates and key not in self.replaced:

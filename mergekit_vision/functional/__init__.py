@@ -7,9 +7,18 @@ from mergekit_vision.functional.dc import dc_merge
 from mergekit_vision.functional.esd import CompactSubspace, EssentialSubspace, RowGram, ShiftStatistic, essential_subspace
 from mergekit_vision.functional.esm import esm_merge, inter_layer_factors
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
-from mergekit_vision.functional.linalg import Polar, PolarProduct, TopSVD, pad_rank, polar, polar_product, top_svd
+from mergekit_vision.functional.linalg import (
+    Polar,
+    PolarProduct,
+    TopSVD,
+    pad_rank,
+    polar,
+    polar_product,
+    top_svd,
+    top_svd_of_product,
+)
 from mergekit_vision.functional.ties import TiesMerge, magnitude_threshold, ties_merge
-from mergekit_vision.functional.tsvm import tsvm_merge
+from mergekit_vision.functional.tsvm import tsvm_merge, tsvm_merge_of
 
 __all__ = [
     "CompactSubspace",
@@ -32,5 +41,7 @@ __all__ = [
     "polar_product",
     "ties_merge",
     "top_svd",
+    "top_svd_of_product",
     "tsvm_merge",
+    "tsvm_merge_of",
 ]

@@ -186,6 +186,26 @@ def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:
     return TopSVD(U.to(M.dtype), s.to(M.dtype), V.T.to(M.dtype))
 
 
+def top_svd_of_product(up: Tensor, down: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:
+    """:func:`top_svd` of a product, by decompositions of its factors alone.
+
+    Args:
+        up: ``[m, r]``, float32 or float64.
+        down: ``[r, n]``, same dtype.
+        k: how many triplets; at least 0.
+        tol: as for :func:`top_svd`.
+
+    >>> top_svd_of_product(torch.tensor([[3.0], [4.0]]), torch.tensor([[0.0, 2.0]]), k=2).S
+    tensor([10.])
+    """
+    left, right = torch.linalg.qr(up.double()), torch.linalg.qr(down.double().T)
+    U, s, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    s = s[:k]
+    s = s[s > tol * s[:1]]
+    found = left.Q @ U[:, : len(s)], s, Vh[: len(s)] @ right.Q.T
+    return TopSVD(*(part.to(up.dtype) for part in found))
+
+
 def pad_rank(factors: Tensor, rank: int, dim: int) -> Tensor:
     """``factors`` cut to, or filled up with zeros to, ``rank`` along ``dim``; zero factors add nothing."""
     kept = factors.narrow(dim, 0, min(rank, factors.shape[dim]))

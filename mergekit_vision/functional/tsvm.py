@@ -3,10 +3,12 @@
 Source: Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging" (CVPR 2025), TSV-Merge.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mergekit_vision.functional.linalg import polar_product, top_svd
+from mergekit_vision.functional.linalg import TopSVD, polar_product, top_svd
 from mergekit_vision.functional.threads import in_threads
 
 
@@ -28,6 +30,10 @@ def tsvm_merge(deltas: Tensor, rank: int | None = None) -> Tensor:
             [0., 2.]])
     """
     k = min(deltas.shape[1:]) // len(deltas) if rank is None else rank
-    tops = in_threads(lambda delta: top_svd(delta.double(), k), list(deltas))
+    return tsvm_merge_of(in_threads(lambda delta: top_svd(delta.double(), k), list(deltas))).to(deltas.dtype)
+
+
+def tsvm_merge_of(tops: Sequence[TopSVD]) -> Tensor:
+    """:func:`tsvm_merge` by the leading singular triplets of each task, in their dtype."""
     U, S, Vh = torch.cat([top.U for top in tops], 1), torch.cat([top.S for top in tops]), torch.cat([top.Vh for top in tops])
-    return polar_product(U, Vh, diagonal=S).product.to(deltas.dtype)
+    return polar_product(U, Vh, diagonal=S).product

@@ -75,10 +75,23 @@ def test_adapters_are_what_peft_merges(tmp_path: Path, base: dict[str, Tensor], 
         assert torch.allclose(weights[key], value, atol=1e-6), key
         assert expert.shapes.get(key, value.shape) == value.shape
     assert torch.allclose(embeddings(weights), their_embeddings(merged), atol=TOLERANCE)
+    check_factors(weights, base, options)
     if options["target_modules"] == ATTENTION:  # what is not adapted stays as it is, to the bit
         width = base["visual.proj"].shape[0]
         keys = [key for key in base if key.endswith("in_proj_weight")]
         assert all(torch.equal(weights[key][width : 2 * width], base[key][width : 2 * width]) for key in keys)
+
+
+def check_factors(weights: Any, base: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """Where the change of a weight is known as a product, it is what the weight differs by, but for rounding."""
+    found = {key: pair for key in base if (pair := weights.factors(key)) is not None}
+    changed = {key for key in base if base[key].dim() == 2 and not torch.equal(weights[key], base[key])}
+    whole = {"visual.proj"} if "modules_to_save" in options else set()
+    assert found.keys() == (set() if options.get("use_dora") else changed - whole)
+    for key, (up, down) in found.items():
+        assert up.shape[1] <= options["r"] * (3 if "in_proj" in key else 1)
+        bound = 2 * torch.finfo(torch.float32).eps * float(weights[key].abs().max() + base[key].abs().max())
+        assert (up @ down - (weights[key] - base[key])).abs().max() < bound, key
 
 
 def test_a_model_saved_with_its_adapter_not_merged(tmp_path: Path, base: dict[str, Tensor]) -> None:
@@ -87,6 +100,7 @@ def test_a_model_saved_with_its_adapter_not_merged(tmp_path: Path, base: dict[st
     with pytest.raises(InputError, match=r"without adapter_config\.json.*`scale:`"):
         open_weights(tmp_path / "x.safetensors")
     expert = open_expert(ExpertSource(tmp_path / "x.safetensors", scale=2.0))
+    assert all(expert.on(base).factors(key) is None for key in base)  # type: ignore[attr-defined]
     other = {key: torch.zeros_like(value) for key, value in base.items()}  # the file brings its own
     assert torch.allclose(embeddings(expert.on(other)), their_embeddings(model.merge_and_unload()), atol=TOLERANCE)
 

@@ -5,7 +5,7 @@ import torch
 from formulas import exact_polar, matrix
 from tolerances import assert_near, eps, from_gram, sum_from_gram
 
-from mergekit_vision.functional.linalg import polar, polar_product, top_svd
+from mergekit_vision.functional.linalg import polar, polar_product, top_svd, top_svd_of_product
 
 
 @pytest.mark.parametrize(("m", "n"), [(64, 24), (24, 64), (40, 40)])
@@ -75,6 +75,20 @@ def test_top_svd_agrees_with_the_svd(m: int, n: int, k: int) -> None:
     torch.testing.assert_close(S, exact_S[:k], rtol=from_gram(1e4), atol=0)
     expected = exact_U[:, :k] @ torch.diag(exact_S[:k]) @ exact_Vh[:k]
     assert (U @ torch.diag(S) @ Vh - expected).norm() <= sum_from_gram(min(m, n), 1e4) * expected.norm()
+
+
+@pytest.mark.parametrize(("m", "r", "n"), [(64, 3, 24), (24, 24, 40), (24, 30, 40)])
+@pytest.mark.parametrize("k", [0, 2, 100])
+def test_top_svd_of_a_product_is_that_of_its_factors(m: int, r: int, n: int, k: int) -> None:
+    up, down = matrix(m, r, 1e2), matrix(r, n, 1e2, seed=1)
+    U, S, Vh = top_svd_of_product(up, down, k)
+    exact_U, exact_S, exact_Vh = torch.linalg.svd(up @ down, full_matrices=False)
+    rank = min(k, m, r, n)
+    bound = max(m, n) * 1e4 * eps(torch.float64)  # the condition of the product is that of both factors
+    torch.testing.assert_close(S, exact_S[:rank], rtol=bound, atol=0)
+    expected = exact_U[:, :rank] @ torch.diag(exact_S[:rank]) @ exact_Vh[:rank]
+    assert (U @ torch.diag(S) @ Vh - expected).norm() <= bound * expected.norm()
+    assert len(top_svd_of_product(up, torch.zeros_like(down), 5).S) == 0
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import formulas
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import LINEARS, Zoo, relative_error, weight_key
+from synthetic import INFOS, LINEARS, Zoo, relative_error, weight_key
 from tolerances import of_formula, of_model, summed
 
 from mergekit_vision.errors import InputError
@@ -127,6 +128,49 @@ def test_tsvm(synthetic: Zoo) -> None:
 def test_tsvm_options(synthetic: Zoo) -> None:
     merged = TSVM(rank=2, other="mean").merge(synthetic.inputs())
     check(merged.update, lambda zoo: tsvm_formula(zoo, rank=2, block=True), synthetic)
+
+
+class LowRank(dict[str, torch.Tensor]):
+    """Weights of an expert whose changes of the Linear layers are products of known factors."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {key: base[key].shape for key in map(weight_key, LINEARS)}
+        pairs = {
+            key: (torch.randn(d, 2, generator=generator), torch.randn(2, i, generator=generator))
+            for key, (d, i) in shapes.items()
+        }
+        self.pairs = {key: (1e-3 * up, down) for key, (up, down) in pairs.items()}
+        super().__init__(base)
+        self.update({key: base[key] + up @ down for key, (up, down) in self.pairs.items()})
+
+    def factors(self, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self.pairs.get(key)
+
+
+def test_tsvm_of_adapters_has_no_part_in_the_rounding_of_weights() -> None:
+    """The differences of float32 weights have full rank, whose singular vectors weigh as much as those of the factors."""
+    zoo = Zoo(tasks=3)
+    experts = {f"task{t}": LowRank(zoo.base, t) for t in range(3)}
+    inputs = replace(zoo.inputs(), experts=experts)
+    update = TSVM().merge(inputs).update
+    assert update.keys() == experts["task0"].pairs.keys()
+    for key in update:
+        exact = torch.stack([expert.pairs[key][0].double() @ expert.pairs[key][1].double() for expert in experts.values()])
+        assert relative_error(update[key], formulas.tsvm(exact, 2)) < of_formula(partial(formulas.tsvm, k=2), exact), key
+        rounded = torch.stack([expert[key] - zoo.base[key] for expert in experts.values()]).double()
+        assert relative_error(update[key], formulas.tsvm(rounded)) > 1e-3, key
+        assert relative_error(inputs.deltas(key), exact) < summed(2), key
+        assert torch.equal(inputs.deltas(key)[1], inputs.delta("task1", key)), key
+
+
+def test_tsvm_of_changed_adapters_is_that_of_the_changed_task_vectors() -> None:
+    zoo = Zoo(tasks=3)
+    experts = {f"task{t}": LowRank(zoo.base, t) for t in range(3)}
+    inputs = replace(zoo.inputs(), experts=experts).view(lambda task, key, delta: 2 * delta)
+    assert inputs.factors("task0", INFOS[0].weight) is None
+    plain, doubled = TSVM().merge(replace(inputs, change=None)).update, TSVM().merge(inputs).update
+    assert all(relative_error(doubled[key], 2 * plain[key]) < 1e-5 for key in plain)
 
 
 def test_tsvm_may_leave_the_average_unscaled(synthetic: Zoo) -> None:
