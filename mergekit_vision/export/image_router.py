@@ -20,25 +20,34 @@ def deciding(routed: Mapping[str, LowRankExperts]) -> dict[str, Router]:
 
 def router_faults(routed: Mapping[str, LowRankExperts]) -> list[str]:
     """Routers that the example cannot compute."""
-    others = {type(router).__name__ for router in deciding(routed).values() if type(router) not in KINDS}
+    routers = list(deciding(routed).values())
+    others = sorted({type(router).__name__ for router in routers if type(router) not in KINDS})
     known = ", ".join(kind.__name__ for kind in KINDS)
-    return [f"its router {name} cannot be written; only {known} can be chosen by once for each image" for name in sorted(others)]
+    found = [f"its router {name} cannot be written; only {known} can be chosen by once for each image" for name in others]
+    if not found and any(_kind(router) != _kind(routers[0]) for router in routers):
+        found = ["its layers have routers of several kinds, or of different features, whose scores cannot be added up"]
+    return found
 
 
-def pack_router(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def pack_router(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The routers without :func:`router_faults`.
 
     Returns:
-        Tensors by ``<number of the layer>.<name>``, and for each layer the module of ``transformers`` whose input is scored, the
-        kind of scores, and what else it takes to compute them.
+        Tensors by the module of ``transformers`` whose input is scored, a dot and their name; and the ``kind`` of the scores,
+        with the ``pooling`` of linear ones.
     """
-    tensors: dict[str, Tensor] = {}
-    layers = []
-    for number, (name, router) in enumerate(deciding(routed).items()):
-        tensors |= {f"{number}.{key}": value.detach().cpu().contiguous() for key, value in _tensors(router).items()}
-        arguments = {"features": list(router.pooling)} if isinstance(router, LinearRouter) else {}
-        layers.append({"module": modules_of(name)[0], "kind": KINDS[type(router)], "arguments": arguments})
-    return tensors, layers
+    routers = deciding(routed)
+    tensors = {
+        f"{modules_of(layer)[0]}.{name}": tensor.detach().cpu().contiguous()
+        for layer, router in routers.items()
+        for name, tensor in _tensors(router).items()
+    }
+    return tensors, _kind(next(iter(routers.values())))
+
+
+def _kind(router: Router) -> dict[str, Any]:
+    pooling = {"pooling": list(router.pooling)} if isinstance(router, LinearRouter) else {}
+    return {"kind": KINDS[type(router)], **pooling}
 
 
 def _tensors(router: Router) -> dict[str, Tensor]:

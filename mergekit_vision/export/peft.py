@@ -1,7 +1,7 @@
 """``peft``: the base in the layout of ``transformers``, a LoRA adapter for each expert, and a program that chooses among them."""
 
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,15 @@ class Peft(Writer):
         names = adapter_names(tasks)
         for expert, name in enumerate(names):
             _write_adapter(model, expert, directory / "adapters" / name)
-        tensors, layers = pack_router(model.routed)
+        tensors, kind = pack_router(model.routed)
         save_safetensors(directory / "router.safetensors", tensors)
-        write_json(directory / "router.json", {"tasks": tasks, "adapters": names, "layers": layers})
-        (directory / "example.py").write_text(example(layer["kind"] for layer in layers), encoding="utf-8")
+        write_json(directory / "router.json", {"tasks": tasks, "adapters": names, **kind})
+        (directory / "example.py").write_text(example(**kind), encoding="utf-8")
 
     def load(self, directory: Path) -> Embed:
         """The example's encoder, each image by the expert chosen for it."""
-        embed: Embed = _run_example(directory)["encode"]
-        return embed
+        encode: Callable[[Tensor], tuple[Tensor, Tensor]] = _run_example(directory)["encode"]
+        return lambda images: encode(images)[0]
 
     def difference(self, model: MergedModel, directory: Path) -> float:
         """The largest difference of the base and of the base with each adapter, from ours with that expert in all layers."""

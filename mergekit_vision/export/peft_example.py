@@ -1,40 +1,11 @@
 """The program beside an exported base with adapters, which uses both without this package."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-_SCORES = {
-    "cosine": '''
-def cosine(x, center, prototypes):
-    """Cosines between the mean token and the experts' prototypes."""
-    return torch.nn.functional.normalize(x.mean(1) - center, dim=-1) @ prototypes.T
-''',
-    "linear": '''
-def linear(x, features, weight, bias, basis=None, offset=None):
-    """Log-posteriors of the experts, up to a constant, by a linear discriminant of pooled tokens."""
-    mean = x.mean(1)
-    pooled = {"mean": mean, "first": x[:, 0], "deviation": (x - mean.unsqueeze(1)).square().mean(1).sqrt()}
-    if basis is not None:
-        z = x @ basis - offset
-        row, column = torch.triu_indices(z.shape[2], z.shape[2])
-        moment = (z.transpose(1, 2) @ z / z.shape[1])[:, row, column]
-        pooled["covariance"] = moment / (moment.abs() + 0.01).sqrt()
-    return torch.cat([pooled[name] for name in features], dim=-1) @ weight.T + bias
-''',
-    "projection": '''
-def projection(x, basis):
-    """Mean norm of the tokens' projections onto the experts' subspaces."""
-    return torch.einsum("nlw,tgw->nltg", x, basis).norm(dim=-1).mean(1)
-''',
-}
-
-_PROGRAM = '''"""Encode images: a router chooses an expert for each, and that expert's adapter encodes it.
-
-Usage: python example.py IMAGE...
-"""
+_PROGRAM = '''"""Encode images, each by the adapter that the router chooses for it: python example.py IMAGE..."""
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,58 +15,85 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, logging
 
 logging.set_verbosity_error()  # it would warn that the text tower is not read
-
 HERE = Path(__file__).parent
-router, tensors = json.loads((HERE / "router.json").read_text()), load_file(HERE / "router.safetensors")
-names = router["adapters"]
+names = json.loads((HERE / "router.json").read_text())["adapters"]
+router = {}  # layer -> what its scores are computed with
+for key, tensor in load_file(HERE / "router.safetensors").items():
+    layer, _, part = key.rpartition(".")
+    router.setdefault(layer, {})[part] = tensor
+
 base = CLIPVisionModelWithProjection.from_pretrained(HERE / "base")
-model = PeftModel.from_pretrained(base, str(HERE / "adapters" / names[0]), adapter_name=names[0])
+model = PeftModel.from_pretrained(base, str(HERE / "adapters" / names[0]), adapter_name=names[0]).eval()
 for name in names[1:]:
     model.load_adapter(str(HERE / "adapters" / name), adapter_name=name)
-model.eval()
+
+inputs = {}  # what the layers of the router were given last
+for layer in router:
+    base.get_submodule(layer).register_forward_pre_hook(lambda _, x, layer=layer: inputs.update({layer: x[0]}))
 
 
 SCORES
 
 
-def add_scores(scores, kind, arguments, module, inputs):
-    """Score the input of a module, by the function of that name, when the module is called."""
-    scores.append(globals()[kind](inputs[0], **arguments))
-
-
-@torch.no_grad()
-def choose(pixels):
-    """Index of the expert of each image: that with the largest sum of scores over the layers, which see the base's tokens."""
-    scores, hooks = [], []
-    for number, layer in enumerate(router["layers"]):
-        own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{number}.")}
-        add = partial(add_scores, scores, layer["kind"], {**layer["arguments"], **own})
-        hooks.append(base.get_submodule(layer["module"]).register_forward_pre_hook(add))
-    with model.disable_adapter():
-        model(pixel_values=pixels)
-    for hook in hooks:
-        hook.remove()
-    return sum(scores).argmax(-1)
-
-
 @torch.no_grad()
 def encode(pixels):
-    """Embeddings of preprocessed images [N, 3, H, W]: [N, projection_dim], not normalized."""
-    chosen, embeddings = choose(pixels), torch.empty(len(pixels), base.config.projection_dim)
+    """Embeddings [N, projection_dim] of preprocessed images [N, 3, H, W], not normalized, and the index of each one's expert."""
+    with model.disable_adapter():
+        embeddings = model(pixel_values=pixels).image_embeds
+    chosen = sum(scores(inputs[layer], **parts) for layer, parts in router.items()).argmax(-1)
     for expert in chosen.unique():
         model.set_adapter(names[expert])
         embeddings[chosen == expert] = model(pixel_values=pixels[chosen == expert]).image_embeds
-    return embeddings
+    return embeddings, chosen
 
 
 if __name__ == "__main__":
     images = [Image.open(path).convert("RGB") for path in sys.argv[1:]]
     pixels = CLIPImageProcessor.from_pretrained(HERE / "base")(images, return_tensors="pt")["pixel_values"]
-    for path, expert, embedding in zip(sys.argv[1:], choose(pixels), encode(pixels)):
-        print(path, router["tasks"][expert], embedding[:4].tolist())
+    for path, embedding, expert in zip(sys.argv[1:], *encode(pixels)):
+        print(path, names[expert], embedding[:4].tolist())
 '''
 
+_COSINE = '''
+def scores(x, center, prototypes):
+    """Cosines between the mean token and the experts' prototypes."""
+    return torch.nn.functional.normalize(x.mean(1) - center, dim=-1) @ prototypes.T
+'''
 
-def example(kinds: Iterable[str]) -> str:
-    """The program, with the functions for these kinds of scores."""
-    return _PROGRAM.replace("SCORES", "\n\n\n".join(_SCORES[kind].strip() for kind in sorted(set(kinds))))
+_PROJECTION = '''
+def scores(x, basis):
+    """Mean norm of the tokens' projections onto the experts' subspaces."""
+    return torch.einsum("nlw,tgw->nltg", x, basis).norm(dim=-1).mean(1)
+'''
+
+_LINEAR = '''
+def scores(x, ARGUMENTS):
+    """Log-posteriors of the experts, up to a constant, by a linear discriminant of pooled tokens."""
+MOMENT    features = [FEATURES]
+    return torch.cat(features, dim=-1) @ weight.T + bias
+'''
+
+_MOMENT = """    z = x @ basis - offset
+    row, column = torch.triu_indices(z.shape[2], z.shape[2])
+    moment = (z.transpose(1, 2) @ z / z.shape[1])[:, row, column]
+"""
+
+_FEATURES = {
+    "mean": "x.mean(1)",
+    "deviation": "x.std(1, correction=0)",
+    "first": "x[:, 0]",
+    "covariance": "moment / (moment.abs() + 0.01).sqrt()",
+}
+
+
+def example(kind: str, pooling: Sequence[str] = ()) -> str:
+    """The program for routers of a kind; of ``linear`` ones, with the features that they score."""
+    scores = {"cosine": _COSINE, "linear": _linear(pooling), "projection": _PROJECTION}[kind]
+    return _PROGRAM.replace("SCORES", scores.strip())
+
+
+def _linear(pooling: Sequence[str]) -> str:
+    moment = "covariance" in pooling
+    features = ", ".join(_FEATURES[name] for name in pooling)
+    scores = _LINEAR.replace("ARGUMENTS", "weight, bias, basis, offset" if moment else "weight, bias")
+    return scores.replace("MOMENT", _MOMENT if moment else "").replace("FEATURES", features)

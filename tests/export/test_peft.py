@@ -19,10 +19,10 @@ from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.export.adapters import adapter
 from mergekit_vision.export.directory import load
 from mergekit_vision.export.exporting import export_model
-from mergekit_vision.export.image_router import KINDS, router_faults
+from mergekit_vision.export.image_router import router_faults
 from mergekit_vision.export.peft import Peft
 from mergekit_vision.export.peft_example import example
-from mergekit_vision.routers import CosineRouter, LowRankExperts, Router
+from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, Router
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -125,7 +125,7 @@ def test_the_example_runs_without_this_package(
     runpy.run_path(str(program), run_name="__main__")
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == [str(path) for path in paths]
-    assert all(line.split()[1] in ("colors", "grays", "stripes") for line in printed)
+    assert all(line.split()[1] in ("0-colors", "1-grays", "2-stripes") for line in printed)
 
 
 def experts(d_out: int, d_in: int, rank: int, bias: bool = False) -> LowRankExperts:
@@ -170,9 +170,14 @@ def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
         assert (added.double() - expected).norm() < 1e-6 * expected.norm(), name
 
 
-@pytest.mark.parametrize("kinds", [["cosine"], ["linear"], ["projection"], list(KINDS.values())])
-def test_the_example_is_written_well(tmp_path: Path, kinds: list[str]) -> None:
-    (tmp_path / "example.py").write_text(example(kinds))
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [("cosine", []), ("linear", ["mean"]), ("linear", ["mean", "deviation", "first", "covariance"]), ("projection", [])],
+)
+def test_the_example_is_written_well_and_short(tmp_path: Path, kind: str, pooling: list[str]) -> None:
+    (tmp_path / "example.py").write_text(example(kind, pooling))
+    lines = [line for line in example(kind, pooling).splitlines() if line and not line.startswith(("import ", "from "))]
+    assert len(lines) <= 38
     for command in (["format", "--check"], ["check"]):
         checked = subprocess.run([sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "130", tmp_path])
         assert checked.returncode == 0, command
@@ -189,6 +194,9 @@ def test_what_cannot_be_adapters_is_refused(tiny_suite: Path, tmp_path: Path, ca
     layer = experts(8, 8, 2)
     (fault,) = router_faults({"layer": LowRankExperts(layer.up, layer.down, Other())})
     assert fault.startswith("its router Other cannot be written; only CosineRouter, LinearRouter, ProjectionRouter can")
+    linear = LowRankExperts(layer.up, layer.down, LinearRouter(torch.ones(2, 8), torch.zeros(2)))
+    (fault,) = router_faults({"layer": layer, "other": linear})
+    assert "routers of several kinds" in fault
     assert main(["merge", "-s", str(tiny_suite), "-m", "Average", "-o", str(tmp_path / "static")]) == 0
     assert main(["export", "--merged", str(tmp_path / "static"), "--to", "peft", "-o", str(tmp_path / "out")]) == 1
     assert "a static model has no experts to write as adapters" in capsys.readouterr().err
