@@ -140,3 +140,14 @@ def test_evaluation_refuses_sides_that_disagree(
     with pytest.raises(RuntimeError, match="test and the bare loop disagree"):
         evaluation.main(["--workdir", str(tmp_path), "--model", model, *EVALUATION])
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+def test_dynamic_models_beside_their_adapters(tiny_suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    adapters = importlib.import_module("benchmarks.adapters")
+    adapters.main([str(tiny_suite), "--methods", "SMILE"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if "SMILE" in line)
+    base, merged, once, true = (float(cell) for cell in row.replace("│", " ").split()[1:])
+    assert 0 < base < true <= 100  # each image's own expert knows more than the base
+    assert all(0 < value <= 100 for value in (merged, once))
