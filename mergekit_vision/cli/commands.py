@@ -16,9 +16,11 @@ COMMANDS = {
 OTHER_COMMANDS = {
     "methods": "list the installed merging methods",
     "suites": "list the published suites that come with the package, and what each needs",
+    "fetch": "download everything that a suite needs, so that it runs offline",
     "inspect": "show what a checkpoint holds, and whether it can be an expert",
     "export": "write a merged model for transformers, peft, open_clip, ONNX or torch.export",
     "push": "upload a merged model to the Hugging Face hub",
+    "doctor": "check the installation and the machine, by merging the demo too",
 }
 """Commands that run none, and have options of their own."""
 

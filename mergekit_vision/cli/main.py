@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from typing import TextIO, cast
 
-from mergekit_vision.cli.commands import HELP, check_command
+from mergekit_vision.cli.commands import HELP, OTHER_COMMANDS, check_command
 from mergekit_vision.cli.short import shortened
 from mergekit_vision.cli.signals import Terminated, terminable
 from mergekit_vision.errors import FailedElsewhereError, InputError
@@ -19,7 +19,7 @@ from mergekit_vision.version import __version__
 _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "command": "--"}
 _LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
 _CALLS = {"Trainer.merge": "mergekit-vision merge -o DIR"}  # what a remedy may name in Python, on the command line
-_FUNCTIONS = {"methods": "list_methods", "suites": "list_suites", "inspect": "inspect", "export": "export", "push": "push"}
+_FUNCTIONS = {name: {"methods": "list_methods", "suites": "list_suites"}.get(name, name) for name in OTHER_COMMANDS}
 """Commands that run no trainer, which are modules beside this one -> the function of each."""
 _MACHINE = {  # what the machine, not the program, fails at: full disks, limits, missing rights, names that no file can have
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.EMFILE, errno.ENFILE),

@@ -1,6 +1,5 @@
 """Loaders of preprocessed images, and their exact sharding over processes."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from mergekit_vision.data.pixel_cache import Batch, PixelCache
 from mergekit_vision.data.preprocess import Preprocess
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.hardware import usable_cores
 
 _MOST_WORKERS = 16
 
@@ -108,8 +108,7 @@ def decoding_processes(images: int, batch_size: int, processes: int, accelerated
     >>> decoding_processes(10_000, 128, processes=1, accelerated=False)
     0
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(_MOST_WORKERS, cores // processes - 1, images // (2 * batch_size))) if accelerated else 0
+    return max(0, min(_MOST_WORKERS, usable_cores() // processes - 1, images // (2 * batch_size))) if accelerated else 0
 
 
 @dataclass(frozen=True)

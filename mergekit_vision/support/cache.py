@@ -11,6 +11,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mergekit_vision.support.cache_contents import KIND
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.files import cache_dir, replacing
 from mergekit_vision.support.json_files import to_json
@@ -21,7 +22,6 @@ from mergekit_vision.version import __version__
 Value = TypeVar("Value")
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
-_KIND = "mergekit-vision cache 1"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Cache(Generic[Value]):
 def _head(path: Path, content: bytes) -> bytes:
     """The first line of a file: what it is, and the digest of its name and content."""
     digest = hashlib.blake2b(path.name.encode() + b"\n" + content, digest_size=20).hexdigest()
-    return f"{_KIND} {digest}\n".encode()
+    return f"{KIND} {digest}\n".encode()
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -1,12 +1,16 @@
 """The Hugging Face hub, where it cannot be reached."""
 
+import queue
 import socket
+import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from http.client import HTTPException
 
 _PATIENCE = 5.0  # seconds for a connection
 _KNOWN = 60.0  # seconds for which the answer holds
@@ -43,3 +47,28 @@ def _reachable(endpoint: str, _: float) -> bool:
     except OSError:
         return False
     return True
+
+
+def refusal(address: str, seconds: float) -> str | None:
+    """Why an HTTP server does not answer within a time; ``None`` where it does, whatever it says.
+
+    Args:
+        address: of the server.
+        seconds: for the answer, names looked up included.
+    """
+    found: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=lambda: found.put(_asked(address, seconds)), daemon=True).start()  # a look-up knows no time limit
+    try:
+        return found.get(timeout=seconds + 0.5)
+    except queue.Empty:
+        return f"no answer within {seconds:g} s"
+
+
+def _asked(address: str, seconds: float) -> str | None:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError, HTTPException) as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
