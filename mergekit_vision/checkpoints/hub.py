@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.hub import offline
 
 _ID = re.compile(r"(?:hf-hub:)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@\s]+))?(?::(?P<inside>[^:\s].*))?")
 _FILES = ["*.json", "*.safetensors"]
@@ -74,6 +75,18 @@ def fetch_snapshot(file: HubFile) -> Path:
     if not place.exists():
         raise InputError(f"{file}: the repository has no such file or directory")
     return place
+
+
+def cached_snapshot(file: HubFile) -> Path | None:
+    """What :func:`fetch_snapshot` would give of what was downloaded before; ``None`` where that is nothing.
+
+    Files that were to be downloaded with the others may still be missing in it.
+    """
+    try:
+        with offline():
+            return fetch_snapshot(file)
+    except InputError:
+        return None
 
 
 def commit_of(place: Path) -> str:

@@ -113,6 +113,17 @@ def import_class(class_path: str, args: Mapping[str, Any], allow_code: bool = Fa
     return build
 
 
+def is_downloaded(class_path: str, args: Mapping[str, Any], allow_code: bool = False) -> bool:
+    """Whether a data set class finds its data without downloading anything, which is tried; ``False`` for what is no such class."""
+    if args.get("root") is not None and not Path(str(args["root"])).is_dir():
+        return False
+    try:
+        TorchvisionImages(class_path, {**args, **({"download": False} if "download" in args else {})}, allow_code)
+    except InputError:
+        return False
+    return True
+
+
 def _known(class_path: str) -> Any:
     """The class, where importing it runs no code but that of installed packages; ``None`` for any other."""
     module, _, name = class_path.rpartition(".")

@@ -13,7 +13,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.sources.decoding import decode, named_by_data
 from mergekit_vision.support.faults import closest, in_one_line
-from mergekit_vision.support.hub import without_retries
+from mergekit_vision.support.hub import offline, without_retries
 
 _Result = TypeVar("_Result")
 _COMMIT = re.compile("[0-9a-f]{40}")  # older versions of `datasets` have another hash there
@@ -110,6 +110,20 @@ def hub_class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     if not info.features:
         return None
     return _class_names(info.features, config.get("image", "image"), config.get("label", "label"), dataset)
+
+
+def prepared_files(config: Mapping[str, Any]) -> list[Path]:
+    """The files in the cache of ``datasets`` that a split is read from without asking the hub; none where it is not there."""
+    dataset, split = config["hub"], config["split"].split("[")[0]
+    try:
+        datasets = _library()
+        if not (Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir():
+            return []
+        with offline():
+            builder = _builder(datasets, dataset, config.get("name"), config.get("revision"))
+    except InputError:
+        return []
+    return sorted(Path(builder.cache_dir).glob(f"*-{split}*.arrow"))
 
 
 def _library() -> Any:

@@ -95,6 +95,13 @@ class PublishedSuite:
         return cls(name, tasks, backbone["gb"], family["experts_license"], rule, caveat, content)
 
 
+@cache
+def expert_bytes() -> Mapping[str, int]:
+    """Address on the hub -> size of the expert there, of every expert of a published suite."""
+    suites = [PublishedSuite.load(name) for name in published() if name.endswith("-20")]
+    return {task.expert: round(suite.expert_gb * 1e9) for suite in suites for task in suite.tasks.values()}
+
+
 def _task(name: str, family: Mapping[str, Any], backbone: Mapping[str, Any]) -> PublishedTask:
     own, facts = family["tasks"][name], _json(f"tasks/{name}.json")
     variant = facts.get("variants", {}).get(own.get("variant"), {})

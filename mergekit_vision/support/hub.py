@@ -1,4 +1,4 @@
-"""The Hugging Face hub, where it cannot be reached."""
+"""The Hugging Face hub, where it cannot or must not be reached."""
 
 import queue
 import socket
@@ -32,6 +32,18 @@ def without_retries() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = False
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Have the hub's library, and those that build on it, look into its cache and nowhere else while the context is open."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @lru_cache(maxsize=2)
