@@ -34,11 +34,11 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
     return _ended_by_signal(_started(prepared))
 
 
-def killed_after(seconds: float, work: Callable[[], object]) -> bool:
-    """Run work in a process that is killed after a while; whether it was."""
+def killed_after(seconds: float, work: Callable[[], object], by: signal.Signals = signal.SIGKILL) -> bool:
+    """Run work in a process that gets a signal after a while; whether that ended it."""
     child = _started(work)
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, by)
     return _ended_by_signal(child)
 
 

@@ -1,7 +1,12 @@
 """Published suites in miniature: experts and data with the hub's names and schemas, a few pixels and images each."""
 
+import gzip
+import hashlib
 import io
 import json
+import struct
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from loopback_hub import LoopbackHub
+import torchvision
+from loopback_hub import LoopbackHub, point_at
 from PIL import Image
 from safetensors.torch import load_file, save
-from tiny import delta, encoded
+from tiny import delta, encoded, write_backbone, write_file
 from torch import Tensor
 
 from mergekit_vision.encoders.backbone import describe_backbone
@@ -22,18 +28,51 @@ from mergekit_vision.suites.catalog import PublishedSuite, PublishedTask
 IMAGES = {"train": 20, "test": 6}
 """Of each split; two of ``train`` are for validation."""
 
+EMNIST = "emnist-digits-{part}-{content}-ubyte"
+"""File of torchvision's EMNIST."""
+
 EXTRA_SPLITS = {"gtsrb": "contrast", "resisc45": "gaussian_noise"}
 
 
-def fill(hub: LoopbackHub, suite: PublishedSuite, backbone: Path) -> None:
-    """Put everything that a suite needs on the hub.
+def miniature(hub: LoopbackHub, name: str, place: Path, monkeypatch: pytest.MonkeyPatch, **own: Any) -> Path:
+    """A suite that extends a published one with a small backbone; all else is on the hub that this process sees."""
+    pytest.importorskip("datasets")
+    write_backbone(place / "base")
+    left_out = {task for task, content in own.get("tasks", {}).items() if content is None}
+    tasks = {task: known for task, known in PublishedSuite.load(name).tasks.items() if task not in left_out}
+    fill(hub, tasks, place / "base")
+    if "emnist" in tasks:
+        serve_emnist(hub, monkeypatch)
+    point_at(hub, place / "home", monkeypatch)
+    return write_file(place, {"extends": name, "backbone": "local-dir:base", **own})
+
+
+def serve_emnist(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torchvision find its EMNIST here, a few images of 28 x 28 pixels whose upper half is white."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        for part, count in IMAGES.items():
+            pixels = bytes([255] * 14 * 28 + [0] * 14 * 28) * count
+            files = {
+                "images-idx3": struct.pack(">4i", 2051, count, 28, 28) + pixels,
+                "labels-idx1": struct.pack(">2i", 2049, count) + bytes(number % 10 for number in range(count)),
+            }
+            for content, data in files.items():
+                packed.writestr(f"gzip/{EMNIST.format(part=part, content=content)}.gz", gzip.compress(data))
+    hub.commit("torchvision/emnist", {"gzip.zip": archive.getvalue()})
+    monkeypatch.setattr(torchvision.datasets.EMNIST, "url", f"{hub.endpoint}/torchvision/emnist/resolve/main/gzip.zip")
+    monkeypatch.setattr(torchvision.datasets.EMNIST, "md5", hashlib.md5(archive.getvalue()).hexdigest())
+
+
+def fill(hub: LoopbackHub, tasks: Mapping[str, PublishedTask], backbone: Path) -> None:
+    """Put everything that some tasks need on the hub.
 
     Args:
         hub: where to.
-        suite: the suite.
+        tasks: the tasks.
         backbone: directory of a small one, of :func:`tiny.write_backbone`.
     """
-    for seed, task in enumerate(suite.tasks.values()):
+    for seed, task in enumerate(tasks.values()):
         push_expert(hub, task.expert, backbone, seed)
         if "hub" in task.content["data"]["test"]:
             push_data(hub, task)

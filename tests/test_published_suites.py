@@ -2,26 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from loopback_hub import LoopbackHub, point_at
-from published_hub import IMAGES, fill
-from tiny import write_backbone, write_file
+from loopback_hub import LoopbackHub
+from published_hub import IMAGES, miniature
 
 from mergekit_vision.cli.main import main
 from mergekit_vision.sources.opening import open_source
 from mergekit_vision.suites.catalog import PublishedSuite
 from mergekit_vision.suites.suite import Suite
-
-
-def miniature(hub: LoopbackHub, name: str, place: Path, monkeypatch: pytest.MonkeyPatch, **own: Any) -> Path:
-    """A suite that extends a published one with a small backbone; all else is on the hub that this process sees."""
-    pytest.importorskip("datasets")
-    write_backbone(place / "base")
-    fill(hub, PublishedSuite.load(name), place / "base")
-    point_at(hub, place / "home", monkeypatch)
-    return write_file(place, {"extends": name, "backbone": "local-dir:base", **own})
 
 
 @pytest.mark.parametrize(("name", "left_out"), [("fusion_bench/ViT-B-32-8", 0), ("tall/ViT-B-16-8", 5)])

@@ -1,6 +1,7 @@
 """Checkpoints on the Hugging Face hub."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +88,21 @@ def cached_snapshot(file: HubFile) -> Path | None:
             return fetch_snapshot(file)
     except InputError:
         return None
+
+
+def remote_bytes(file: HubFile) -> int:
+    """Size of the files that :func:`fetch_snapshot` downloads, by the hub; raises what its library does."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().model_info(file.repository, revision=file.revision, files_metadata=True).siblings or []
+    sizes = {each.rfilename: each.size or 0 for each in found}
+    if file.inside is not None:
+        return sum(size for name, size in sizes.items() if name == file.inside or name.startswith(f"{file.inside}/"))
+    for patterns in (_FILES, _OLDER_FILES):
+        chosen = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+        if any(not name.endswith(".json") for name in chosen):
+            return sum(chosen.values())
+    return 0
 
 
 def commit_of(place: Path) -> str:

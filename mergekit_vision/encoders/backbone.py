@@ -165,6 +165,16 @@ def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
         return open_clip.get_tokenizer(open_clip_name(name))  # type: ignore[no-any-return]
 
 
+def backbone_repository(name: str, pretrained: str | None = None) -> str | None:
+    """The repository of the hub that a backbone's weights come from; ``None`` where they come from a disk or another server."""
+    import open_clip
+
+    if name.startswith("hf-hub:"):
+        return HubFile.parse(name).repository
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained and not name.startswith("local-dir:") else {}
+    return "/".join(tag["hf_hub"].split("/")[:2]) if tag and tag.get("hf_hub") else None
+
+
 def open_clip_name(name: str) -> str:
     """The name by which open_clip loads a model: another one for models of transformers, and for revisions of the hub.
 

@@ -13,11 +13,15 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.sources.decoding import rgb
 from mergekit_vision.support.faults import in_one_line
+from mergekit_vision.support.files import WORK, draft_folder, move_into
 from mergekit_vision.support.fingerprints import digest, stamps
 from mergekit_vision.support.imports import import_by_path, registered
 
 GROUP = "mergekit_vision.datasets"
 """Entry points of data set classes."""
+
+_REFUSALS = (RuntimeError, OSError, ValueError, TypeError)
+"""What a data set class raises where its data is missing or its arguments are wrong."""
 
 _TORCHVISION, _OWN = "torchvision.datasets", "mergekit_vision.demo.tasks"
 
@@ -29,8 +33,8 @@ class TorchvisionImages(ImageSource):
         build = import_class(class_path, args, allow_code)
         self._where, self._args = class_path, dict(args)
         try:
-            self._data = build(**args)
-        except (RuntimeError, OSError, ValueError, TypeError) as error:
+            self._data = _built(build, class_path, args)
+        except _REFUSALS as error:
             raise InputError(f"{class_path}: {error}") from error
         names = getattr(self._data, "classes", None)
         self.names = tuple(map(str, names)) if names is not None else None
@@ -78,6 +82,21 @@ class TorchvisionImages(ImageSource):
             raise InputError(f"{self._where}: {attribute} holds {label!r}, which is no class index") from error
 
 
+def _built(build: Callable[..., Any], class_path: str, args: Mapping[str, Any]) -> Any:
+    """The data set. What torchvision downloads is put into its place once it is whole: of many classes it believes any files."""
+    root = args.get("root")
+    if not (class_path.startswith(f"{_TORCHVISION}.") and args.get("download") is True and isinstance(root, str)):
+        return build(**args)
+    here = {**args, "download": False}
+    try:
+        return build(**here)
+    except _REFUSALS:
+        with draft_folder(Path(root) / WORK) as draft:
+            build(**{**args, "root": str(draft)})
+            move_into(draft, Path(root))
+        return build(**here)
+
+
 def import_class(class_path: str, args: Mapping[str, Any], allow_code: bool = False) -> Callable[..., Any]:
     """A data set class, with arguments matched to its constructor, which is not called.
 
@@ -114,7 +133,7 @@ def import_class(class_path: str, args: Mapping[str, Any], allow_code: bool = Fa
 
 
 def is_downloaded(class_path: str, args: Mapping[str, Any], allow_code: bool = False) -> bool:
-    """Whether a data set class finds its data without downloading anything, which is tried; ``False`` for what is no such class."""
+    """Whether a data set class finds its data without a download, which is tried; ``False`` for what is no such class."""
     if args.get("root") is not None and not Path(str(args["root"])).is_dir():
         return False
     try:

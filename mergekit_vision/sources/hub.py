@@ -1,11 +1,13 @@
 """Image data sets through the ``datasets`` library: on the Hugging Face hub, in its cache, or in a local directory."""
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from PIL import Image
 
@@ -116,14 +118,42 @@ def prepared_files(config: Mapping[str, Any]) -> list[Path]:
     """The files in the cache of ``datasets`` that a split is read from without asking the hub; none where it is not there."""
     dataset, split = config["hub"], config["split"].split("[")[0]
     try:
-        datasets = _library()
-        if not (Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir():
+        if not prepared_folder(dataset).is_dir():
             return []
         with offline():
-            builder = _builder(datasets, dataset, config.get("name"), config.get("revision"))
+            builder = _builder(_library(), dataset, config.get("name"), config.get("revision"))
     except InputError:
         return []
     return sorted(Path(builder.cache_dir).glob(f"*-{split}*.arrow"))
+
+
+def download_bytes(config: Mapping[str, Any]) -> int | None:
+    """Size of the files that a data set is downloaded as, by the hub; ``None`` where that cannot be told."""
+    from huggingface_hub import HfApi
+
+    builder = _builder(_library(), config["hub"], config.get("name"), config.get("revision"))
+    files = [file for split in (getattr(builder.config, "data_files", None) or {}).values() for file in split]
+    found = [match for file in files if (match := re.fullmatch(r"hf://datasets/[^@]+@([^/]+)/(.+)", str(file)))]
+    if not found or len(found) < len(files):
+        return None
+    paths = [unquote(match[2]) for match in found]
+    entries = HfApi().get_paths_info(config["hub"], paths, repo_type="dataset", revision=found[0][1])
+    return sum(getattr(entry, "size", 0) for entry in entries)
+
+
+def prepared_folder(dataset: str) -> Path:
+    """Where ``datasets`` keeps what it makes of a data set's files.
+
+    Raises:
+        InputError: when it is not installed.
+    """
+    return Path(_library().config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
+
+
+def forget_prepared(config: Mapping[str, Any]) -> None:
+    """Remove what ``datasets`` made of a data set's files, so that it is made again."""
+    builder = _builder(_library(), config["hub"], config.get("name"), config.get("revision"))
+    shutil.rmtree(builder.cache_dir, ignore_errors=True)
 
 
 def _library() -> Any:

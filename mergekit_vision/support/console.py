@@ -88,6 +88,11 @@ def show(table: Table) -> None:
         logger.info("%s", text.get(), extra={"table": table})
 
 
+def shows_bars() -> bool:
+    """Whether this is the command line on a terminal, on which progress is a bar."""
+    return _first_process() and console.is_terminal and any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers)
+
+
 def track(items: Iterable[Item], description: str) -> Iterator[Item]:
     """Go through ``items``, showing how far it is: a bar on the command line's terminal, else one line at the end.
 
@@ -99,7 +104,7 @@ def track(items: Iterable[Item], description: str) -> Iterator[Item]:
     todo = items if isinstance(items, Sequence) else list(items)
     if not (_first_process() and logger.isEnabledFor(logging.INFO)):
         yield from todo
-    elif console.is_terminal and any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+    elif shows_bars():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

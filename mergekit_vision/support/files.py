@@ -40,7 +40,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     ('{}', 1)
     """
     target = Path(path)
-    with _draft_folder(target.parent / WORK) as folder, _named(target, folder):
+    with draft_folder(target.parent / WORK) as folder, _named(target, folder):
         draft = folder / target.name
         draft.touch()
         mode = draft.stat().st_mode
@@ -61,7 +61,7 @@ def _named(target: Path, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _draft_folder(work: Path) -> Iterator[Path]:
+def draft_folder(work: Path) -> Iterator[Path]:
     """A new folder for drafts in ``work``; neither is there afterwards."""
     folder = work / uuid.uuid4().hex
     with locked(folder, seconds=10):
@@ -71,6 +71,16 @@ def _draft_folder(work: Path) -> Iterator[Path]:
             yield folder / "draft"
         finally:
             remove_work(folder)
+
+
+def move_into(source: Path, target: Path) -> None:
+    """Move what is in a directory into another on the same file system, over older files; a directory new there goes at once."""
+    for entry in sorted(source.iterdir()):
+        there = target / entry.name
+        if entry.is_dir() and there.is_dir():
+            move_into(entry, there)
+        else:
+            entry.replace(there)
 
 
 def remove_work(folder: Path) -> None:

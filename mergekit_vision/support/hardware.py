@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_vision.support.paths import nearest
 from mergekit_vision.support.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -152,10 +153,10 @@ def disk_verdicts(places: Iterable[Path]) -> Iterator[Verdict]:
     """Space on the disks of some directories, which need not be there yet; one line for each disk."""
     seen = set()
     for place in places:
-        nearest = next(above for above in (place.absolute(), *place.absolute().parents) if above.exists())
-        if nearest.stat().st_dev in seen:
+        above = nearest(place)
+        if above.stat().st_dev in seen:
             continue
-        seen.add(nearest.stat().st_dev)
-        free = shutil.disk_usage(nearest).free
-        text = f"{free / _GB:.1f} GB free at {nearest}"
+        seen.add(above.stat().st_dev)
+        free = shutil.disk_usage(above).free
+        text = f"{free / _GB:.1f} GB free at {above}"
         yield Verdict("ok" if free >= _LITTLE_DISK else "warning", "disk", text)

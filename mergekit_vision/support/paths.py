@@ -32,6 +32,11 @@ def is_directory(path: str | os.PathLike[str]) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def nearest(path: Path) -> Path:
+    """The path itself or the nearest directory above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def read_text(path: Path, limit: int) -> str:
     """A whole file of UTF-8 text, without a byte order mark.
 

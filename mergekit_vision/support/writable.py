@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mergekit_vision.support.files import WORK
+from mergekit_vision.support.paths import nearest
 
 
 def place_fault(directory: Path, names: Iterable[str] = ()) -> str | None:
@@ -41,7 +42,7 @@ def _fault_of_links(directory: Path) -> str | None:
 
 def _fault_of_nearest(directory: Path) -> str | None:
     """What is wrong with the directory, or else with the nearest one above it that is there."""
-    nearest = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        return f"{nearest} is a file; name a directory"
-    return None if os.access(nearest, os.W_OK) else f"{nearest} cannot be written to; name another directory"
+    place = nearest(directory)
+    if not place.is_dir():
+        return f"{place} is a file; name a directory"
+    return None if os.access(place, os.W_OK) else f"{place} cannot be written to; name another directory"
