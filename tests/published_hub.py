@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import struct
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,33 +107,55 @@ def push_data(hub: LoopbackHub, task: PublishedTask) -> None:
     configuration = source.get("name", "default")
     files: dict[str, bytes | str | Path] = {}
     for split, name in {**splits, **({extra: "test"} if (extra := EXTRA_SPLITS.get(task.name)) else {})}.items():
-        files[f"{configuration}/{split}.parquet"] = parquet(task, IMAGES["test" if name == "test" else "train"])
-    listed = [(configuration, name.split("/")[1].removesuffix(".parquet")) for name in files]
-    cards = [configured(configuration, [split for _, split in listed])]
+        count = IMAGES["test" if name == "test" else "train"]
+        if task.name == "fer2013":
+            files[f"{configuration}/{split}.tar"] = webdataset(task, count)
+        else:
+            files[f"{configuration}/{split}.parquet"] = parquet(task, count)
+    cards = [configured(configuration, list(files))]
     if task.name == "svhn":  # two configurations, of which neither is the default
         files["full_numbers/test.parquet"] = parquet(task, 3)
-        cards.append(configured("full_numbers", ["test"]))
+        cards.append(configured("full_numbers", ["full_numbers/test.parquet"]))
     files["README.md"] = "\n".join(["---", "configs:", *cards, "---", ""])
     hub.commit(source["hub"], files, kind="dataset")
 
 
-def configured(name: str, splits: list[str]) -> str:
-    files = "\n".join(f"  - split: {split}\n    path: {name}/{split}.parquet" for split in splits)
-    return f"- config_name: {name}\n  data_files:\n{files}"
+def configured(name: str, files: list[str]) -> str:
+    """A configuration in a data set's card, with a split of each file's name."""
+    splits = "\n".join(f"  - split: {Path(file).stem}\n    path: {file}" for file in files)
+    return f"- config_name: {name}\n  data_files:\n{splits}"
+
+
+def webdataset(task: PublishedTask, count: int) -> bytes:
+    """A shard with an image and a text with its class in a file each, as FER2013 is published: no names of classes."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as shard:
+        for number, label in enumerate(labels_of(task, count)):
+            for suffix, data in (("cls", str(label).encode()), ("jpg", picture(number))):
+                member = tarfile.TarInfo(f"s{number:07}.{suffix}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+def labels_of(task: PublishedTask, count: int) -> list[int]:
+    """Labels that run through the classes."""
+    return [number * 7 % len(task.content["classes"]) for number in range(count)]
+
+
+def picture(number: int) -> bytes:
+    return encoded(Image.new("RGB", (20, 18), (10 * number % 256, 90, 200)))
 
 
 def parquet(task: PublishedTask, count: int) -> bytes:
-    """Images whose labels run through the classes."""
+    """Images and their labels."""
     source = task.content["data"]["test"]
     image, label = source.get("image", "image"), source.get("label", "label")
-    classes = names_in_data(task)
-    labels: list[Any] = [number * 7 % len(classes) for number in range(count)]
-    feature: dict[str, Any] = {"names": classes, "_type": "ClassLabel"}
+    labels: list[Any] = labels_of(task, count)
+    feature: dict[str, Any] = {"names": names_in_data(task), "_type": "ClassLabel"}
     if task.name == "pcam":
         labels, feature = [bool(value) for value in labels], {"dtype": "bool", "_type": "Value"}
-    elif task.name == "fer2013":
-        feature = {"dtype": "int64", "_type": "Value"}
-    cells = [{"bytes": encoded(Image.new("RGB", (20, 18), (10 * n % 256, 90, 200))), "path": None} for n in range(count)]
+    cells = [{"bytes": picture(number), "path": None} for number in range(count)]
     info = {"info": {"features": {image: {"_type": "Image"}, label: feature}}}
     table = pa.table(
         {image: pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())])), label: pa.array(labels)}

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from killing import killed_at
+from killing import killed_after, killed_at
 from loopback_hub import LoopbackHub, point_at
 from published_hub import miniature
 
@@ -168,3 +169,34 @@ def test_after_a_kill_all_is_completed(
     work = Fetching(suite, loopback_hub, tmp_path)
     assert killed_at(KILLED, work.run)
     work.check(monkeypatch)
+
+
+def afresh(work: Fetching, name: str, monkeypatch: pytest.MonkeyPatch) -> Fetching:
+    """The same with nothing on this machine."""
+    place = work.place / name
+    monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(place / "cache"))
+    point_at(work.hub, place / "home", monkeypatch)
+    return work._replace(place=place)
+
+
+@pytest.mark.slow
+def test_after_kills_at_any_moment_all_is_completed(
+    suite: Path, loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, kills = 0, 0
+    while killed_at(number, (work := afresh(Fetching(suite, loopback_hub, tmp_path), str(number), monkeypatch)).run):
+        work.check(monkeypatch)
+        number, kills = number + 23, kills + 1
+    assert kills > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_after_signals_all_is_completed(
+    by: signal.Signals, suite: Path, loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tenths in range(1, 15, 2):
+        work = afresh(Fetching(suite, loopback_hub, tmp_path), str(tenths), monkeypatch)
+        killed_after(tenths / 10, work.run, by)
+        assert not list((work.place / "cache").rglob(".mergekit-vision"))
+        work.check(monkeypatch)
