@@ -66,7 +66,7 @@ def _name_faults(names: Sequence[str] | None, classes: Sequence[str], exact: boo
     theirs = "in the task's first split" if exact else "under `classes`"
     if names is None or list(names) == list(classes):
         return []
-    missing = [f"`{name}`" for name in classes if name not in names] if exact or set(names) & set(classes) else []
+    missing = [f"`{name}`" for name in classes if name and name not in names] if exact or set(names) & set(classes) else []
     lacking = f"; {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} missing here" if missing else ""
     if len(names) != len(classes):
         return [f"the data has {len(names)} classes, but there are {len(classes)} {theirs}{lacking}"]
