@@ -23,8 +23,8 @@ def go_through(suite: Path, hub: LoopbackHub, place: Path, caplog: pytest.LogCap
     found, tasks = json.loads((results / "results.json").read_text()), Suite.load(suite).tasks
     assert list(found["tasks"]) == list(tasks)
     assert [each["n"] for each in found["tasks"].values()] == [IMAGES["test"]] * len(tasks)
-    on_hub = [name for name, task in tasks.items() if "hub" in task.data["test"]]
-    assert {task: source["split"] for task, source in found["hub"].items()} == dict.fromkeys(on_hub, "test")
+    on_hub = {name: task.data["test"]["split"] for name, task in tasks.items() if "hub" in task.data["test"]}
+    assert {task: source["split"] for task, source in found["hub"].items()} == on_hub
     for source in found["hub"].values():
         assert source["commit"] == hub.repositories["dataset", source["hub"]].refs["main"]
     warned = [record.getMessage() for record in caplog.records if "is published" in record.getMessage()]

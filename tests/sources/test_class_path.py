@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from pictures import image, numbered
 from PIL import Image
+from published_hub import EMNIST, IMAGES, serve_emnist
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import check_source
@@ -65,6 +67,29 @@ class Pairs(Squares):
 
 def test_torchvision_labels_are_read_without_decoding() -> None:
     assert open_source({"torchvision": f"{__name__}.Pairs", "args": {"root": ""}}, allow_code=True).labels() == [1, 0, 1]
+
+
+def test_a_download_of_torchvision_that_breaks_off_leaves_nothing(
+    loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_emnist(loopback_hub, monkeypatch)
+    args = {"root": str(tmp_path / "data"), "split": "digits", "train": False, "download": True}
+    source = {"torchvision": "torchvision.datasets.EMNIST", "args": args}
+
+    def break_off(archive: str, place: str) -> None:
+        name = EMNIST.format(part="test", content="images-idx3")  # torchvision asks for no more than that it is there
+        (Path(place) / name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torchvision.datasets.mnist.extract_archive", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            open_source(source)
+    assert list((tmp_path / "data").iterdir()) == []
+    assert len(open_source(source)) == IMAGES["test"]
+    loopback_hub.requests.clear()
+    assert len(open_source({**source, "args": {**args, "train": True}})) == IMAGES["train"]
+    assert loopback_hub.requests == []
 
 
 def test_a_real_torchvision_data_set() -> None:
