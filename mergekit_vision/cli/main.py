@@ -19,8 +19,8 @@ from mergekit_vision.version import __version__
 _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "command": "--"}
 _LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
 _CALLS = {"Trainer.merge": "mergekit-vision merge -o DIR"}  # what a remedy may name in Python, on the command line
-_FUNCTIONS = {name: {"methods": "list_methods", "suites": "list_suites"}.get(name, name) for name in OTHER_COMMANDS}
-"""Commands that run no trainer, which are modules beside this one -> the function of each."""
+_FUNCTIONS = {"methods": "list_methods", "suites": "list_suites"}
+"""Commands that run no trainer are modules beside this one; the function of each, where it has not the command's name."""
 _MACHINE = {  # what the machine, not the program, fails at: full disks, limits, missing rights, names that no file can have
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENODEV, errno.EMFILE, errno.ENFILE),
     *(errno.ENOENT, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT),  # what others removed meanwhile, and disks elsewhere
@@ -100,9 +100,9 @@ def _run(arguments: list[str]) -> int:
         print(f"mergekit-vision {__version__}")
         return 0
     check_command(arguments)
-    if arguments[0] in _FUNCTIONS:
-        module = import_module(f"mergekit_vision.cli.{arguments[0]}")
-        getattr(module, _FUNCTIONS[arguments[0]])(arguments[1:])
+    if (command := arguments[0]) in OTHER_COMMANDS:
+        module = import_module(f"mergekit_vision.cli.{command}")
+        getattr(module, _FUNCTIONS.get(command, command))(arguments[1:])
     else:
         from mergekit_vision.cli.program import run
 

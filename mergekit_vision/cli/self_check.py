@@ -38,21 +38,8 @@ def self_check() -> Iterator[Verdict]:
 
 
 def _command(place: str) -> list[str]:
-    options = [
-        "-s",
-        "demo",
-        "-m",
-        "ESM",
-        "--experts",
-        _TASKS,
-        "--tasks",
-        _TASKS,
-        "--devices",
-        "1",
-        "-o",
-        str(Path(place) / "out"),
-    ]
-    return [sys.executable, "-m", "mergekit_vision", "test", *options]
+    options = f"-s demo -m ESM --experts {_TASKS} --tasks {_TASKS} --devices 1 -o".split()
+    return [sys.executable, "-m", "mergekit_vision", "test", *options, str(Path(place) / "out")]
 
 
 def _environment(place: str) -> dict[str, str]:
@@ -73,6 +60,5 @@ def _judged(results: Mapping[str, dict[str, float]], seconds: float) -> Verdict:
     text = f"two experts of the demo merged and evaluated in {seconds:.1f} s, mean accuracy {100 * mean:.1f} %"
     if abs(mean - _EXPECTED) <= _TOLERANCE:
         return Verdict("ok", "self-check", text)
-    return Verdict(
-        "fault", "self-check", f"{text}, where {100 * _EXPECTED:.1f} % is right; the device or a library computes wrongly"
-    )
+    wrong = f"{text}, where {100 * _EXPECTED:.1f} % is right; the device or a library computes wrongly"
+    return Verdict("fault", "self-check", wrong)

@@ -26,7 +26,7 @@ class Needed:
 
     Attributes:
         name: what it is, and for which tasks.
-        folder: directory in which it arrives.
+        folder: directory in which it arrives; ``None`` where that is not known, or it is not downloaded at all.
         fetch: downloads what is missing of it, and opens it as a run does.
         here: tells whether it is on this machine, without asking anyone.
         size: asks how many bytes there are to download; ``None`` where nobody tells.
@@ -36,7 +36,7 @@ class Needed:
     """
 
     name: str
-    folder: Path
+    folder: Path | None
     fetch: Callable[[], object]
     here: Callable[[], bool] = lambda: False
     size: Callable[[], int | None] = lambda: None
@@ -68,7 +68,7 @@ class Needed:
         if not self.here():
             with suppress(Exception):  # whatever it is, the download itself says what is wrong
                 size = self.size()
-        if size is not None:
+        if size is not None and self.folder is not None:
             yield self.folder, max(0, size - self.started())
             if self.unpacked is not None:
                 yield self.unpacked, size
@@ -117,7 +117,7 @@ def _backbone(suite: Suite) -> Iterator[Needed]:
 def _expert(source: ExpertSource, tasks: Sequence[str]) -> Needed:
     name, file = f"expert of {', '.join(tasks)}", source.hub
     if file is None:
-        return Needed(name, Path(), lambda: open_expert(source))
+        return Needed(name, None, lambda: open_expert(source))
     folder = repository_folder(file.repository)
     return Needed(
         name,
@@ -150,7 +150,7 @@ def _name(named: _Named) -> str:
 
 
 def _local(named: _Named, allow_code: bool) -> Needed:
-    return Needed(_name(named), Path(), lambda: [open_source(config, allow_code=allow_code) for _, config in named])
+    return Needed(_name(named), None, lambda: [open_source(config, allow_code=allow_code) for _, config in named])
 
 
 def _of_hub(named: _Named, _: bool) -> Needed:
@@ -179,7 +179,7 @@ def _of_class(named: _Named, allow_code: bool) -> Needed:
     args: Mapping[str, Any] = named[0][1].get("args", {})
     return Needed(
         _name(named),
-        Path(str(args.get("root", ""))),
+        Path(args["root"]) if isinstance(args.get("root"), str) else None,
         lambda: [open_source(config, allow_code=allow_code) for _, config in named],
         here=lambda: all(source_presence(config, allow_code).here for _, config in named),
     )

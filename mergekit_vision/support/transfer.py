@@ -15,10 +15,10 @@ from mergekit_vision.support.console import console, logger, shows_bars
 _PAUSE = 0.5  # seconds between two looks
 
 
-def bytes_below(place: Path) -> int:
+def bytes_below(place: Path | None) -> int:
     """Size of all files below a directory, which may change meanwhile; what links lead to does not count."""
     total = 0
-    for directory, _, names in os.walk(place):
+    for directory, _, names in os.walk(place) if place is not None else ():
         for name in names:
             with suppress(OSError):  # gone again
                 total += Path(directory, name).lstat().st_size
@@ -38,12 +38,12 @@ class Transfer:
         self._task = None if progress is None else progress.add_task("", total=total or None)
 
     @contextmanager
-    def of(self, name: str, place: Path, expected: int) -> Iterator[None]:
+    def of(self, name: str, place: Path | None, expected: int) -> Iterator[None]:
         """Show one download while the context is open.
 
         Args:
             name: what is downloaded.
-            place: directory in which its bytes arrive.
+            place: directory in which its bytes arrive, where it is known.
             expected: how many.
         """
         start, before, ended = time.perf_counter(), bytes_below(place), threading.Event()

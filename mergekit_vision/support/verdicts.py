@@ -39,5 +39,4 @@ def verdicts(subject: str, check: Callable[[], Iterable[Verdict]], remedy: str =
     try:
         yield from check()
     except Exception as error:  # a broken library may raise anything
-        what = in_one_line(error) if type(error) is Exception else f"{type(error).__name__}: {in_one_line(error)}"
-        yield Verdict("fault", subject, f"{what:.500}" + (f"; {remedy}" if remedy else ""))
+        yield Verdict("fault", subject, f"{type(error).__name__}: {in_one_line(error):.500}" + (f"; {remedy}" if remedy else ""))
