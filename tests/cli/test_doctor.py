@@ -17,7 +17,7 @@ from mergekit_vision.support import hardware, installation
 from mergekit_vision.support.cache import Cache, json_form
 from mergekit_vision.support.verdicts import Verdict, verdicts
 
-NO_OPERATORS = "raise RuntimeError('operator torchvision::nms\\n does not exist')"
+NO_OPERATORS = "raise RuntimeError('operator torchvision::nms does not exist')"
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
