@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mergekit_vision.checkpoints import SUFFIXES, ExpertSource
 from mergekit_vision.checkpoints.hub import cached_snapshot
-from mergekit_vision.checkpoints.opening import read_json
+from mergekit_vision.checkpoints.opening import read_object
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.class_path import is_downloaded
 from mergekit_vision.sources.config import SourceConfig, kind_of
@@ -82,7 +82,7 @@ def _weights(place: Path) -> list[Path]:
 
 def _parts(index: Path) -> Iterable[Path]:
     try:
-        named = read_json(index).get("weight_map")
+        named = read_object(index).get("weight_map")
     except InputError:
         return []
     return {index.parent / str(part) for part in named.values()} if isinstance(named, dict) else []
