@@ -12,10 +12,10 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.export.card import model_card
 from mergekit_vision.export.hub_errors import hub_errors
 from mergekit_vision.export.manifest import CARD, EXPERTS, ROUTERS, read_record, write_record
+from mergekit_vision.export.results import RESULTS, read_results
 from mergekit_vision.export.sharing import shareable, without_directories
 from mergekit_vision.support.json_files import read_json, same, write_json
 
-RESULTS = "results.json"
 _OF_FILES = ("files", "sha256", "schema")  # what of a record is about its files, and not about the merge
 _CONFIGURATIONS = (CONFIG, "tokenizer_config.json")  # which may name the directory that a tokenizer was read from
 
@@ -66,7 +66,9 @@ def packed(
     names = [name for name in record.get("files", {}) if name != CARD]
     if not names:
         raise InputError(f"{directory}: merged by an earlier version, which did not record the model's files; merge again")
-    accuracies, shared = _read_results(directory, results, record), _of_merge(record)
+    if results is None and (directory / RESULTS).is_file():
+        results = directory / RESULTS
+    accuracies, shared = None if results is None else read_results(results, record), _of_merge(record)
     with tempfile.TemporaryDirectory() as place:
         draft = Path(place).resolve()
         for name in names:
@@ -137,29 +139,3 @@ def _check_repository(repository: str) -> None:
         raise InputError(f"`repo` {repository}: {' '.join(str(error).split())}", of="command") from error
     if repository.count("/") != 1:
         raise InputError(f"`repo` {repository}: name it as org/name, or your-name/name", of="command")
-
-
-def _read_results(directory: Path, path: Path | None, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The accuracies of the card, from a file that was measured on this very model.
-
-    Raises:
-        InputError: when they are of anything else.
-    """
-    if path is None and not (directory / RESULTS).is_file():
-        return None
-    path = path or directory / RESULTS
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("kind") != "evaluation" or not _is_measured(content.get("tasks")):
-        raise InputError(f"`results` {path}: not of an evaluation; name the file that test or validate wrote", of="command")
-    if not all(same(content.get(key), record.get(key)) for key in ("suite", "merger", "scale")):
-        raise InputError(f"`results` {path}: measured on another model than {directory}; test this one", of="command")
-    if content.get("route") not in (None, "router"):
-        problem = f"measured with route {content['route']}, which is not how the model chooses its experts"
-        raise InputError(f"`results` {path}: {problem}; test it with route router", of="command")
-    return content
-
-
-def _is_measured(tasks: Any) -> bool:
-    """Whether these are tasks with their accuracies and numbers of images, as an evaluation writes them."""
-    rows = list(tasks.values()) if isinstance(tasks, dict) else [None]
-    return all(isinstance(row, dict) and isinstance(row.get("accuracy"), float) and isinstance(row.get("n"), int) for row in rows)

@@ -199,9 +199,16 @@ def test_names_are_text_and_nothing_else(hub: LoopbackHub, model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "comparison"}, "not of an evaluation"),
-        ({"tasks": {"colors": {"accuracy": "high", "n": 3}}}, "not of an evaluation"),
-        ({"scale": 0.123}, "measured on another model"),
+        (
+            {"kind": "comparison"},
+            "kind: must be 'evaluation', not the str 'comparison'; name the file that test or validate wrote",
+        ),
+        (
+            {"tasks": {"colors": {"accuracy": 2, "n": 3}}},
+            "tasks.colors.accuracy: must be a number from 0 to 1, not the int 2; name",
+        ),
+        ({"tasks": {}}, "tasks: must be at least one entry long"),
+        ({"scale": 0.123}, "measured on another model, by its scale; test this one"),
         ({"route": "oracle"}, "measured with route oracle"),
     ],
 )
@@ -211,7 +218,7 @@ def test_only_accuracies_of_this_model_count(
     path = write_results(model, tmp_path / "other.json", **change)
     assert push(model, "--results", str(path)) == 1
     error = capsys.readouterr().err
-    assert f"--results {path}: {message}" in error
+    assert f"{path}: {message}" in error
     assert error.count("\n") == 1
     assert hub.requests == []
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from clip_models import huggingface_model
 from safetensors.torch import load_file
-from small_models import DYNAMIC, small_models
+from small_models import DYNAMIC, record_at, small_models
 
 from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.errors import InputError
@@ -22,6 +22,7 @@ from mergekit_vision.export.card import model_card
 from mergekit_vision.export.directory import load_experts
 from mergekit_vision.export.manifest import read_record
 from mergekit_vision.export.output import output_faults
+from mergekit_vision.export.results import read_results
 from mergekit_vision.runs import entries
 from mergekit_vision.support.cache import Form
 
@@ -49,9 +50,11 @@ FEW: list[Any] = [None, -1, [None]]
 
 @pytest.fixture(scope="module")
 def pristine(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dynamic merged model, a model of transformers, and the record of an export, in one directory each."""
+    """A dynamic merged model with its results, a model of transformers, and the record of an export, in one directory each."""
     root = tmp_path_factory.mktemp("pristine")
     small_models(tiny_suite)(root / "merged", DYNAMIC)
+    measured = {"kind": "evaluation", "split": "test", "route": "router", "tasks": {"grays": {"accuracy": 0.5, "n": 41}}}
+    (root / "merged" / "results.json").write_text(json.dumps({**record_at(DYNAMIC), **measured}))
     huggingface_model().save_pretrained(root / "theirs")
     (root / "theirs" / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3})
@@ -65,9 +68,15 @@ def read_merged(directory: Path) -> None:
     model_card(read_record(directory, verify=False), dynamic=True)
 
 
+def read_measured(directory: Path) -> None:
+    record = read_record(directory, verify=False)
+    model_card(record, dynamic=True, results=read_results(directory / "results.json", record))
+
+
 READ: dict[str, Callable[[Path], object]] = {
     "merged/merge.json": read_merged,
     "merged/experts.json": load_experts,
+    "merged/results.json": read_measured,
     "merged/open_clip_config.json": lambda directory: describe_backbone(f"local-dir:{directory}"),
     "theirs/config.json": lambda directory: describe_backbone(f"local-dir:{directory}"),
     "theirs/preprocessor_config.json": lambda directory: describe_backbone(f"local-dir:{directory}"),
