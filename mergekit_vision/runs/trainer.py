@@ -21,7 +21,7 @@ from mergekit_vision.reports.html import write_comparison
 from mergekit_vision.runs.checks import check_place
 from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.launcher import end_together
-from mergekit_vision.runs.memory import explained_memory
+from mergekit_vision.runs.memory import explained_memory, settings_of
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.processes import check_devices, check_slurm, cpu_devices
@@ -100,7 +100,7 @@ class Trainer(lightning.Trainer):
         output = Path(self.default_root_dir)
         check_output(output)
         self.merging = True
-        with self._explained("merging"):
+        with self._explained("merging", model, datamodule):
             self._set_up_only(model, datamodule)
             if self.is_global_zero:
                 model.save(output)
@@ -113,12 +113,12 @@ class Trainer(lightning.Trainer):
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's val split."""
-        with quiet_lightning(), self._explained("evaluating"):
+        with quiet_lightning(), self._explained("evaluating", model, datamodule):
             return super().validate(model, datamodule=datamodule, verbose=False)
 
     def test(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's test split."""
-        with quiet_lightning(), self._explained("evaluating"):
+        with quiet_lightning(), self._explained("evaluating", model, datamodule):
             return super().test(model, datamodule=datamodule, verbose=False)
 
     def predict(  # type: ignore[override]  # noqa: D417 (the CLI hides the others)
@@ -142,7 +142,7 @@ class Trainer(lightning.Trainer):
         model.predict_for(predictions)
         datamodule.predict_on(folder)
         try:
-            with quiet_lightning(), self._explained("predicting"):
+            with quiet_lightning(), self._explained("predicting", model, datamodule):
                 super().predict(model, datamodule=datamodule, return_predictions=False)
         finally:
             model.predict_for(None)
@@ -167,13 +167,16 @@ class Trainer(lightning.Trainer):
         if model.merger is not None or model.merged is not None:
             raise InputError("compare merges by methods of its own: give it neither `merger` nor `merged`", of="model")
         comparison = Comparison(model.recipe, default_mergers(mergers), lenient=mergers in ("all", ["all"]))
-        with self._explained("comparing"):
+        with self._explained("comparing", comparison, datamodule):
             self._set_up_only(comparison, datamodule)
         if self.is_global_zero:
             write_comparison(comparison.results, Path(self.default_root_dir))
 
-    def _explained(self, work: str) -> AbstractContextManager[None]:
-        return explained_memory(work, self.strategy.root_device)
+    def _explained(self, work: str, model: LightningModule, data: LightningDataModule) -> AbstractContextManager[None]:
+        device = self.strategy.root_device
+        sharing = self.num_devices if device.type == "cpu" else 1
+        known = cast(MergedCLIP | Comparison, model), cast(VisionTasks, data)
+        return explained_memory(work, device, lambda: settings_of(*known), sharing)
 
     def _set_up_only(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Set a module up on every process, where it does its work, and run nothing else: there are no images to predict."""
