@@ -1,6 +1,8 @@
 """Loaders of preprocessed images, and their exact sharding over processes."""
 
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.support.hardware import usable_cores
 
 _MOST_WORKERS = 16
+_LOST = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly)")
 
 
 class ExactSampler(DistributedSampler[Any]):
@@ -109,6 +112,25 @@ def decoding_processes(images: int, batch_size: int, processes: int, accelerated
     0
     """
     return max(0, min(_MOST_WORKERS, usable_cores() // processes - 1, images // (2 * batch_size))) if accelerated else 0
+
+
+@contextmanager
+def explained_workers() -> Iterator[None]:
+    """Say in one line that a worker was lost, which torch raises in the main process wherever that is just then.
+
+    Raises:
+        InputError: when a worker was killed, or ended by itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := _LOST.search(f"{error.__cause__} {error}")):  # the cause has the signal
+            raise
+        how = f"was ended by the system ({found['signal']})" if found["signal"] else "ended without a message"
+        short = "shared memory (/dev/shm)" if found["signal"] == "Bus error" else "memory"
+        problem = f"a process that decodes images {how}, as happens when {short} runs out"
+        remedy = "run fewer of them (`num_workers`; with 0, the main process decodes), or take smaller batches (`batch_size`)"
+        raise InputError(f"{problem}; {remedy}", of="data") from error
 
 
 @dataclass(frozen=True)

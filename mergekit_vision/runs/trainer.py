@@ -1,7 +1,7 @@
 """Lightning's Trainer with the subcommands of the command line."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
@@ -14,6 +14,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.data.loader import explained_workers
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.directory import check_output
 from mergekit_vision.registry import default_mergers
@@ -172,11 +173,14 @@ class Trainer(lightning.Trainer):
         if self.is_global_zero:
             write_comparison(comparison.results, Path(self.default_root_dir))
 
-    def _explained(self, work: str, model: LightningModule, data: LightningDataModule) -> AbstractContextManager[None]:
+    @contextmanager
+    def _explained(self, work: str, model: LightningModule, data: LightningDataModule) -> Iterator[None]:
+        """Say in one line what the machine lacks."""
         device = self.strategy.root_device
         sharing = self.num_devices if device.type == "cpu" else 1
         known = cast(MergedCLIP | Comparison, model), cast(VisionTasks, data)
-        return explained_memory(work, device, lambda: settings_of(*known), sharing)
+        with explained_memory(work, device, lambda: settings_of(*known), sharing), explained_workers():
+            yield
 
     def _set_up_only(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Set a module up on every process, where it does its work, and run nothing else: there are no images to predict."""

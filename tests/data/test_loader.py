@@ -1,6 +1,8 @@
 """Loaders: the same batches on every pass, from the data or from the cache, on the device they are for."""
 
 import gc
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from tiny import encoded, picture
 from torch.utils.data import DataLoader
 
 from mergekit_vision.data.datamodule import VisionTasks
-from mergekit_vision.data.loader import ExactSampler, decoding_processes
+from mergekit_vision.data.loader import ExactSampler, decoding_processes, explained_workers
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.metric import TaskMetric
 from mergekit_vision.sources.parquet import ParquetImages
@@ -131,3 +133,28 @@ def test_a_damaged_image_stops_with_its_name_alone(root: Path, workers: int) -> 
     with pytest.raises(InputError, match=rf"^{place}/b/2\.png: not a readable image") as caught:
         list(data.loader("colors", "test"))
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_is_killed_is_one_line(tiny_suite: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    parent = os.getpid()
+
+    def killed(*_: object) -> None:
+        assert os.getpid() != parent
+        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ParquetImages, "__getitem__", killed)
+    loader = VisionTasks(str(tiny_suite), batch_size=8, num_workers=1).loader("grays", "test")
+    with pytest.raises(InputError) as caught, explained_workers():
+        list(loader)
+    message = str(caught.value)
+    assert f"ended by the system ({signal.strsignal(number)})" in message
+    assert ("shared memory (/dev/shm) runs out" in message) == (number == signal.SIGBUS)
+    assert "`num_workers`" in message
+    assert (caught.value.of, message.count("\n")) == ("data", 0)
+
+
+def test_other_errors_of_workers_are_not_explained() -> None:
+    with pytest.raises(RuntimeError, match="Caught ValueError"), explained_workers():
+        raise RuntimeError("Caught ValueError in DataLoader worker process 0.")
