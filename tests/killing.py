@@ -1,4 +1,4 @@
-"""Work in a process that is killed on the way."""
+"""Work in a process that is killed, or asked to end, on the way."""
 
 import os
 import signal
@@ -18,20 +18,20 @@ def files_in(directory: Path) -> dict[str, bytes]:
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
     """Run work in a process that is killed right before its ``number``-th file operation, from 0; whether it was."""
-    count = -1
+    return _ended_by_signal(_started(lambda: (_signal_at(number, signal.SIGKILL), work())))
 
-    def count_down(event: str, _: object) -> None:
-        nonlocal count
-        if event in _CHANGES:
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
 
-    def prepared() -> None:
-        sys.addaudithook(count_down)
-        work()
+def signaled_at(number: int, sent: signal.Signals, work: Callable[[], int], within: str) -> int:
+    """Run work in a process that gets a signal right before its ``number``-th operation on a path with some part; its status."""
+    return _status(_started(lambda: (_signal_at(number, sent, within), os._exit(work()))))
 
-    return _ended_by_signal(_started(prepared))
+
+def signaled_after(seconds: float, sent: signal.Signals, work: Callable[[], int]) -> int:
+    """Run work in a process that gets a signal after a while; the status that it ends with."""
+    child = _started(lambda: os._exit(work()))
+    time.sleep(seconds)
+    os.kill(child, sent)
+    return _status(child)
 
 
 def killed_after(seconds: float, work: Callable[[], object], by: signal.Signals = signal.SIGKILL) -> bool:
@@ -47,6 +47,20 @@ def at_once(*works: Callable[[], object]) -> None:
     children = [_started(work) for work in works]
     ended = [_ended_by_signal(child) for child in children]
     assert not any(ended)
+
+
+def _signal_at(number: int, sent: signal.Signals, within: str = "") -> None:
+    """Have this process send itself a signal at one of its file operations."""
+    count = -1
+
+    def count_down(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal count
+        if event in _CHANGES and within in str(arguments):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), sent)
+
+    sys.addaudithook(count_down)
 
 
 def _started(work: Callable[[], object]) -> int:
@@ -68,3 +82,7 @@ def _ended_by_signal(child: int) -> bool:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
+
+
+def _status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
