@@ -19,6 +19,7 @@ from mergekit_vision.sources.footer import check_columns, check_row_groups, clas
 from mergekit_vision.support.faults import in_one_line
 from mergekit_vision.support.fingerprints import digest, fingerprint
 
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last for names that are no text
 _AGAIN = "copy or download the file again"
 
 
@@ -133,7 +134,7 @@ def _read(group: _Group, column: str) -> Any:
         if len(found) != group.rows:
             raise pa.ArrowInvalid(f"{len(found)} rows instead of {group.rows}")
         return found
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             f"{group.path}, row group {group.number}: damaged ({in_one_line(error)}); copy or download the file again"
         ) from error
@@ -142,7 +143,7 @@ def _read(group: _Group, column: str) -> Any:
 def _open(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a readable Parquet file ({in_one_line(error)})") from error
 
 
