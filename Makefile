@@ -13,9 +13,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/$(PYTEST)
 
-# the slow ones too
+# the slow ones too, and more random examples
 test-all: .venv/ready
-	$(BIN)/$(PYTEST) -m 'slow or not slow'
+	$(BIN)/$(PYTEST) -m 'slow or not slow' --hypothesis-profile long
 
 # the README's launch by torchrun, as two processes
 test-launch: .venv/ready

@@ -11,11 +11,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the tests run side by side, each proc
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from loopback_hub import LoopbackHub
 from tiny import write_suite
 
 if TYPE_CHECKING:
     from mergekit_vision.merging.workbench import Workbench
+
+# an example is written over the one before, so that fixtures of a function serve all of them
+settings.register_profile(
+    "short",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("long", settings.get_profile("short"), max_examples=1500, derandomize=False, print_blob=True)
+settings.load_profile("short")
 
 ZOO = Path(os.environ.get("MERGEKIT_VISION_ZOO") or Path(__file__).parents[2] / "shared" / "zoo")
 """Directory of the real experts: ``$MERGEKIT_VISION_ZOO``, else beside the checkout."""

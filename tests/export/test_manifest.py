@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from killing import files_in
 from small_models import DYNAMIC, Save, record_at
@@ -66,7 +66,6 @@ def test_a_manifest_vouches_for_all_files(small: Path) -> None:
     assert {*files_of(small), "merge.json"} == {path.name for path in small.iterdir()}
 
 
-@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_one_byte_changed_in_any_file_is_noticed(small: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(small.iterdir())))
@@ -87,7 +86,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("any")
 
 
-@settings(max_examples=100, deadline=None)
 @given(content=st.one_of(st.binary(max_size=200), st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists)))
 def test_any_other_content_of_the_record_is_one_clear_error(place: Path, content: object) -> None:
     (place / "merge.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())

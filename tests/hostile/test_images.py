@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile.outcomes import outcome
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -133,7 +133,6 @@ def test_a_name_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
     assert len(folder.fingerprint()) == 64
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     form=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO", "TGA", "DDS", "SGI", "PCX"]),
     cut=st.integers(0, 2000),

@@ -3,23 +3,21 @@
 A case is a change of a sound suite's content and what its message says.
 """
 
-import copy
 import datetime
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hostile.contents import Place, places, put, spliced
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import content_of, write_file
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.suites.suite import Suite
-
-Place = tuple[str, ...]
 
 CASES: dict[str, tuple[Place, Any, str]] = {
     "a list for all": ((), [], "the file: must be a mapping with the keys backbone, tasks, not the list []"),
@@ -71,18 +69,6 @@ CASES: dict[str, tuple[Place, Any, str]] = {
 }
 
 
-def put(content: dict[str, Any], place: Place, value: Any) -> Any:
-    """A suite's content with one part replaced."""
-    if not place:
-        return value
-    content = copy.deepcopy(content)
-    part = content
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
-    return content
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_each_mistake_is_named(root: Path, case: str) -> None:
     place, value, message = CASES[case]
@@ -105,14 +91,6 @@ def test_thousands_of_faults_are_counted_at_once(root: Path) -> None:
     assert lines[0].endswith(": 3000 faults")
     assert lines[1].startswith("  tasks.t0: unknown key `x0`")
     assert lines[-1] == "  … and 2980 more"
-
-
-def places(content: Any, above: Place = ()) -> Iterator[Place]:
-    """Of every part of some content."""
-    yield above
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from places(value, (*above, key))
 
 
 SCALARS: Sequence[st.SearchStrategy[Any]] = (
@@ -149,7 +127,6 @@ def sound(root: Path) -> dict[str, Any]:
     return content
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_value_in_any_place_gives_a_suite_or_an_error_that_names_the_file(root: Path, data: st.DataObject) -> None:
     content = sound(root) if not (root / "sound").exists() else yaml.safe_load((root / "sound").read_text())
@@ -160,13 +137,11 @@ def test_any_value_in_any_place_gives_a_suite_or_an_error_that_names_the_file(ro
     assert message is None or message.startswith(f"{path}: ")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_file_with_any_bytes_changed_gives_a_suite_or_an_error(root: Path, data: st.DataObject) -> None:
     path = root / "suite.yaml"
     whole = path.read_bytes() if not (root / "whole").exists() else (root / "whole").read_bytes()
     (root / "whole").write_bytes(whole)
-    start = data.draw(st.integers(0, len(whole)))
-    path.write_bytes(whole[:start] + data.draw(st.binary(max_size=8)) + whole[start + data.draw(st.integers(0, 8)) :])
+    path.write_bytes(data.draw(spliced(whole)))
     message = refusal(path)
     assert message is None or message.startswith(f"{path}: ")
