@@ -4,7 +4,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-launch test-kernels test-oldest lint style docs clean
+.PHONY: demo test test-all test-launch test-kernels test-oldest lint audit style docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -37,6 +37,11 @@ lint: .venv/ready
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
+
+# asks PyPI for advisories about the installed versions; lint needs no network
+audit: .venv/ready
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 # fixes what lint finds, where that is automatic
 style: .venv/ready
