@@ -1,15 +1,19 @@
 """Backbones of transformers, against its own embeddings of images and texts."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from clip_models import huggingface_model, images, their_embeddings
+from killing import at_once, files_in
 
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
+from mergekit_vision.encoders.huggingface import as_open_clip
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.files import CACHE_VARIABLE
 
 transformers = pytest.importorskip("transformers", reason="needs the library transformers")
 
@@ -85,3 +89,22 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot be written .*backbone is kept there"):
         describe_backbone(f"local-dir:{tmp_path / 'model'}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+def test_two_conversions_at_once_are_one(
+    saved: tuple[Any, Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several rounds: each process ends with the whole directory, whichever of them wrote it."""
+    alone = files_in(as_open_clip(saved[1]))
+    for number in range(10):
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / str(number)))
+
+        def convert() -> None:
+            assert files_in(as_open_clip(saved[1])) == alone
+
+        at_once(*[convert] * 3)
+        (place,) = (tmp_path / str(number) / "backbones").iterdir()
+        assert files_in(place) == alone
+        assert {path.name for path in place.iterdir()} == alone.keys()
