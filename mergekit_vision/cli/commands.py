@@ -1,8 +1,14 @@
 """The commands and the program's help."""
 
+import os
+import re
+from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import closest_file
+from mergekit_vision.support.paths import expanded
 
 COMMANDS = {
     "merge": "merge the experts of a suite into one encoder and write it as a directory",
@@ -60,3 +66,19 @@ def check_command(arguments: list[str]) -> None:
     near = get_close_matches(first, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(f"{first}: not a command{hint}; the commands are {', '.join(known)}")
+
+
+def check_suite_file(arguments: Sequence[str]) -> None:
+    """Refuse a suite file that is not there, before seconds are spent on imports; what else is wrong is found later.
+
+    Raises:
+        InputError: when one is named that does not exist, and neither help nor a configuration file may make it irrelevant.
+    """
+    options = [argument.partition("=")[0] for argument in arguments]
+    if any(option in ("-h", "-c", "--config", "--print_config") or option.endswith("help") for option in options):
+        return
+    for argument, following in pairwise([*arguments, ""]):
+        option, equals, value = argument.partition("=")
+        value = value if equals else following
+        if option in ("-s", "--suite") and re.search(r"\.ya?ml$", value) and not os.path.lexists(file := expanded(value)):
+            raise InputError(f"{file.absolute()}: cannot be read (no such file){closest_file(file)}")

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from typing import TextIO, cast
 
-from mergekit_vision.cli.commands import HELP, OTHER_COMMANDS, check_command
+from mergekit_vision.cli.commands import HELP, OTHER_COMMANDS, check_command, check_suite_file
 from mergekit_vision.cli.short import shortened
 from mergekit_vision.cli.signals import Terminated, terminable
 from mergekit_vision.errors import FailedElsewhereError, InputError
@@ -104,6 +104,7 @@ def _run(arguments: list[str]) -> int:
         module = import_module(f"mergekit_vision.cli.{command}")
         getattr(module, _FUNCTIONS.get(command, command))(arguments[1:])
     else:
+        check_suite_file(arguments[1:])
         from mergekit_vision.cli.program import run
 
         run(arguments)

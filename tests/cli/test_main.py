@@ -102,3 +102,20 @@ def test_nothing_beside_the_user_is_imported_but_a_merger(tiny_suite: Path, tmp_
     subprocess.run([*program, "test", *options], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert '"mine.Half"' in (tmp_path / "out" / "results.json").read_text()
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_suite_file_that_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").touch()
+    script = (
+        "import sys; from mergekit_vision.cli.main import main; status = main(['merge', '-m', 'TIES', '-s', 'suit.yaml']); "
+        "sys.exit(status + 10 * ('torch' in sys.modules or 'lightning' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("suit.yaml: cannot be read (no such file) (did you mean `suite.yaml`?)\n")
+
+
+def test_help_needs_no_suite(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "-s", "none.yaml", "--help"])
+    assert "options that matter" in capsys.readouterr().out
