@@ -8,9 +8,9 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from _pytest.mark import ParameterSet
 from killing import at_once, files_in, killed_after, signaled_after, signaled_at
 from pictures import image
 from small_models import STATIC, small_models
@@ -34,7 +34,7 @@ COMMANDS: dict[str, list[str]] = {
 OF_TIME = ("seconds", "files", "sha256")  # of merge.json, the card's checksum
 
 
-def some_quick(*quick: str) -> list[ParameterSet | str]:
+def some_quick(*quick: str) -> list[Any]:
     """All commands, of which only some are tried in every run of the tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
 
@@ -80,7 +80,7 @@ def without_times(content: object) -> object:
 @pytest.mark.parametrize("command", some_quick("compare", "export"))
 def test_killed_at_any_moment(place: Path, command: str, times: int) -> None:
     def interrupt(moment: float, run: Callable[[], int]) -> None:
-        killed_after(moment, run)
+        killed_after(moment, lambda: os._exit(run()))
 
     ends_old_or_new(place, command, times, interrupt)
 
