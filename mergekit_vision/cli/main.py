@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from contextlib import redirect_stdout
@@ -51,26 +52,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _status(arguments: list[str], debug: bool) -> int:
     """The exit status of a run, after everything that ended it was said."""
+    received = set[int]()
     try:
-        with terminable():
+        with terminable(received):
             return _run(arguments)
     except FailedElsewhereError:
         return 1
-    except InputError as error:
-        return _end(in_options(error), 1, debug)
-    except KeyboardInterrupt:
-        print("mergekit-vision: interrupted; completed results are on disk, no file is partial", file=sys.stderr)
-        return 130
-    except Terminated:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of the run are terminated too
-            print("mergekit-vision: terminated; completed results are on disk, no file is partial", file=sys.stderr)
-        return 143
+    except (KeyboardInterrupt, Terminated) as error:
+        return _asked_to_end(isinstance(error, KeyboardInterrupt))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _MACHINE:
-            return _end(f"{error.filename or 'a file'}: {error.strerror}", 1, debug)
-        first = (str(error).splitlines() or [""])[0]
-        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        return _end(f"{what}; this is a bug, please report it with {_traceback_file()}", 70, debug)
+        if received:
+            return _asked_to_end(signal.SIGINT in received)
+        return _failed(error, debug)
+
+
+def _asked_to_end(by_user: bool) -> int:
+    """Say that the run was interrupted or terminated; the status."""
+    if by_user or os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a terminated run are terminated too
+        how = "interrupted" if by_user else "terminated"
+        print(f"mergekit-vision: {how}; completed results are on disk, no file is partial", file=sys.stderr)
+    return 130 if by_user else 143
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Say what a run failed at; the status."""
+    if isinstance(error, InputError):
+        return _end(in_options(error), 1, debug)
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        return _end(f"{error.filename or 'a file'}: {error.strerror}", 1, debug)
+    first = (str(error).splitlines() or [""])[0]
+    what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return _end(f"{what}; this is a bug, please report it with {_traceback_file()}", 70, debug)
 
 
 def in_options(error: InputError) -> str:

@@ -129,6 +129,27 @@ def test_a_terminated_run_says_so_and_leaves_nothing(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize(("sent", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_that_a_library_swallows_is_no_fault(
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    sent: signal.Signals,
+    word: str,
+) -> None:
+    def swallow(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), sent)
+            time.sleep(60)
+        except BaseException as error:
+            raise ValueError("could not determine the shape of an object") from error
+
+    monkeypatch.setattr(Average, "merge", swallow)
+    assert command() == 128 + sent
+    assert capsys.readouterr().err.endswith(f"mergekit-vision: {word}; completed results are on disk, no file is partial\n")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def leave(*_: object) -> None:
     sys.exit(0)
 
