@@ -27,11 +27,19 @@ def signaled_at(number: int, sent: signal.Signals, work: Callable[[], int], with
 
 
 def signaled_after(seconds: float, sent: signal.Signals, work: Callable[[], int]) -> int:
-    """Run work in a process that gets a signal after a while; the status that it ends with."""
-    child = _started(lambda: os._exit(work()))
+    """Run work in a process that gets a signal after a while, perhaps before or after the work; the status as a shell has it."""
+
+    def whole() -> None:
+        try:
+            os._exit(work())
+        except KeyboardInterrupt:
+            os._exit(128 + signal.SIGINT)
+
+    child = _started(whole)
     time.sleep(seconds)
     os.kill(child, sent)
-    return _status(child)
+    status = _status(child)
+    return status if status >= 0 else 128 - status
 
 
 def killed_after(seconds: float, work: Callable[[], object], by: signal.Signals = signal.SIGKILL) -> bool:
