@@ -22,6 +22,7 @@ COMMANDS = {
 OTHER_COMMANDS = {
     "methods": "list the installed merging methods",
     "suites": "list the published suites that come with the package, and what each needs",
+    "plan": "show what a run on a suite would download, take and need, and every fault of the suite",
     "fetch": "download everything that a suite needs, so that it runs offline",
     "inspect": "show what a checkpoint holds, and whether it can be an expert",
     "export": "write a merged model for transformers, peft, open_clip, ONNX or torch.export",

@@ -76,7 +76,7 @@ class SuiteChecks:
         if not experts and not any(splits.values()):
             return []
         backbone = self._backbone()
-        return suite_faults(self._suite, backbone.shapes, splits, experts, backbone.activation)
+        return suite_faults(self._suite, backbone.shapes, splits, None if experts else (), backbone.activation)
 
     def _proxy_faults(self) -> list[str]:
         """Faults of where the proxies come from that concern no single task."""

@@ -129,6 +129,28 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def made_up_clip(name: str, blocks: int) -> nn.Module:
+    """A model with the first blocks of each tower and with small random weights, for measurements; no weights are read.
+
+    Raises:
+        InputError: as :func:`describe_backbone`.
+    """
+    import open_clip
+
+    name = open_clip_name(name)
+    describe_backbone(name)
+    with _loading(name), torch.device("meta"):
+        model: nn.Module = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+    for tower in (model.visual, getattr(model, "text", model)):
+        del tower.transformer.resblocks[blocks:]  # type: ignore[union-attr, union-attr]
+    mask = getattr(model, "text", model).attn_mask
+    model = model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        torch.nn.init.normal_(value, std=0.02)
+    getattr(model, "text", model).attn_mask = None if mask is None else torch.zeros(mask.shape)
+    return model.eval().requires_grad_(False)
+
+
 class BackboneWeights(Mapping[str, Tensor]):
     """Weights of a backbone's vision tower by open_clip key, float32 on the CPU, loaded when the first of them is read."""
 

@@ -53,6 +53,11 @@ def part_indices(images: int, part: str, cap: bool = True) -> list[int]:
     >>> part_indices(8144, "val")[:3]
     [4911, 3784, 4704]
     """
-    held_out = min(images // 10, _CAP) if cap else images // 10
+    held_out = val_size(images, cap)
     order: list[int] = torch.randperm(images, generator=torch.Generator().manual_seed(0)).tolist()
     return order[images - held_out :] if part == "val" else order[: images - held_out]
+
+
+def val_size(images: int, cap: bool = True) -> int:
+    """How many of ``images`` rows the part ``val`` has; arguments as of :func:`part_indices`."""
+    return min(images // 10, _CAP) if cap else images // 10

@@ -102,6 +102,30 @@ def expert_bytes() -> Mapping[str, int]:
     return {task.expert: round(suite.expert_gb * 1e9) for suite in suites for task in suite.tasks.values()}
 
 
+def published_images(source: Mapping[str, Any]) -> int | None:
+    """Number of images of a split that a published suite has too, be it divided there or not; ``None`` for any other.
+
+    >>> from mergekit_vision.suites.catalog import published_images
+    >>> published_images({"hub": "tanganke/sun397", "split": "train"})
+    19850
+    """
+    return _images().get(_data_set(source))
+
+
+@cache
+def _images() -> Mapping[tuple[str, ...], int]:
+    """Data set and split -> number of images, of every task."""
+    tasks = [_json(f"tasks/{file.name}") for file in (_ROOT / "tasks").glob("*.json")]
+    return {_data_set(_rooted(task["data"][split])): task["images"][split] for task in tasks for split in ("train", "test")}
+
+
+def _data_set(source: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells one split of a data set from others; revisions have the same images."""
+    own = ("hub", "name", "split") if "hub" in source else ("torchvision",)
+    args = {key: value for key, value in source.get("args", {}).items() if key not in ("root", "download")}
+    return (*(str(source.get(key, "")) for key in own), repr(sorted(args.items())))
+
+
 def _task(name: str, family: Mapping[str, Any], backbone: Mapping[str, Any]) -> PublishedTask:
     own, facts = family["tasks"][name], _json(f"tasks/{name}.json")
     variant = facts.get("variants", {}).get(own.get("variant"), {})

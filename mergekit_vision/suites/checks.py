@@ -30,31 +30,41 @@ def check_suite(
     Raises:
         InputError: with every fault found, one a line.
     """
-    raise_faults(suite.path, suite_faults(suite, shapes, dict.fromkeys(suite.tasks, splits), experts, activation))
+    needed = None if experts else ()
+    raise_faults(suite.path, suite_faults(suite, shapes, dict.fromkeys(suite.tasks, splits), needed, activation))
 
 
 def suite_faults(
     suite: Suite,
     shapes: Shapes,
     splits: Mapping[str, Collection[str]],
-    experts: bool = True,
+    experts: Collection[str] | None = None,
     activation: str | None = None,
 ) -> list[str]:
-    """What :func:`check_suite` raises, one text a fault, with other ``splits`` (task -> those it must have) for each task."""
-    shared = _shared_faults(suite, shapes, activation) if experts else []
+    """What :func:`check_suite` raises, one text a fault.
+
+    Args:
+        suite: what is checked.
+        shapes: of the backbone's vision tower.
+        splits: task -> splits that it must have.
+        experts: tasks whose experts are looked at; all where ``None``.
+        activation: of the backbone.
+    """
+    experts = suite.tasks if experts is None else experts
+    shared = _shared_faults(suite, shapes, experts, activation)
     faults = [f"backbone: {fault}" for fault in shared]
     for task in suite.tasks.values():
-        if experts and not shared:
+        if task.name in experts and not shared:
             faults += [f"tasks.{task.name}.expert: {fault}" for fault in _expert_faults(suite, task, shapes, activation)]
         for split in dict.fromkeys(splits.get(task.name, ())):
             faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(suite, task, split)]
     return faults
 
 
-def _shared_faults(suite: Suite, shapes: Shapes, activation: str | None) -> list[str]:
+def _shared_faults(suite: Suite, shapes: Shapes, experts: Collection[str], activation: str | None) -> list[str]:
     """What keeps all experts alike from fitting the backbone, which then is another than theirs; none of a single expert."""
     try:
-        found = [expert_faults(expert, "each expert", shapes, activation) for expert in suite.experts.values()]
+        found = [expert_faults(suite.experts[task], "each expert", shapes, activation) for task in suite.tasks if task in experts]
     except InputError:  # one cannot be opened
         return []
     return found[0] if len(found) > 1 and all(faults == found[0] for faults in found) else []

@@ -12,7 +12,8 @@ from mergekit_vision.sources.class_path import is_downloaded
 from mergekit_vision.sources.config import SourceConfig, kind_of
 from mergekit_vision.sources.footer import matching
 from mergekit_vision.sources.hub import prepared_files
-from mergekit_vision.suites.catalog import expert_bytes
+from mergekit_vision.sources.part import val_size
+from mergekit_vision.suites.catalog import expert_bytes, published_images
 
 _INDEX = "*.index.json"
 
@@ -67,6 +68,19 @@ def source_presence(config: SourceConfig, allow_code: bool = False) -> Presence:
     else:
         files = _files(Path(place))
     return Presence(bool(files), _size(files) if files else None, place)
+
+
+def known_images(config: SourceConfig) -> int | None:
+    """Number of images of a source as published suites have it; ``None`` where they do not have it.
+
+    >>> known_images({"hub": "tanganke/sun397", "split": "train", "part": "val"})
+    1985
+    """
+    images = published_images(config)
+    if images is None or config.get("part") is None:
+        return images
+    held_out = val_size(images, config.get("cap", True))
+    return held_out if config["part"] == "val" else images - held_out
 
 
 def _weights(place: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from suite_notes import notes, texts_of
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.config import config_faults
@@ -13,7 +14,6 @@ from mergekit_vision.suites.catalog import PublishedSuite, published
 from mergekit_vision.suites.layout import locate
 from mergekit_vision.suites.suite import Suite
 
-NOTES = Path(__file__).parents[3] / "shared" / "suites"
 FAMILIES = ("fusion_bench", "tall")
 
 HASHES: dict[str, dict[str, str]] = {
@@ -69,24 +69,6 @@ every_suite = pytest.mark.parametrize("name", published())
 
 def largest(family: str) -> Suite:
     return Suite.load(f"{family}/ViT-B-32-20")
-
-
-def notes(name: str) -> Any:
-    """What the notes say of a task."""
-    if not NOTES.is_dir():
-        pytest.skip(f"no notes in {NOTES}")
-    return json.loads((NOTES / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def texts_of(family: str, name: str) -> dict[str, list[str]]:
-    """Classes and templates by the notes, in the order of the labels of the hub's data."""
-    found = notes(name)
-    variants = found["variants"]
-    own = variants.get("tall" if family == "tall" else "fusion_bench_SWAPPED", {})
-    classes, templates = (list(own.get(key, found[key])) for key in ("classes", "templates"))
-    if (family, name) == ("tall", "food101"):  # the notes have it in the order of torchvision's labels
-        classes[16], classes[17] = classes[17], classes[16]
-    return {"classes": classes, "templates": templates}
 
 
 def test_there_are_eighteen() -> None:

@@ -1,0 +1,375 @@
+"""What merging methods compute, counted from the sizes of the encoder alone: no weight is read.
+
+Counted is what dominates: traffic of task vectors, products, decompositions of matrices, forward passes. A machine's speed at
+each, measured by :mod:`mergekit_vision.runs.speed`, turns a count into seconds. How methods work is in :data:`METHODS`, with their
+default parameters; of a method that is not listed there nothing is known.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from mergekit_vision.functional.linalg import GRAM_BLOCK
+from mergekit_vision.functional.newton import SIDE
+from mergekit_vision.merger import Merger
+
+Unit = Literal["bytes", "calls", "float32", "float64", "eigh", "polar", "random", "ranked", "images"]
+"""What is counted: bytes moved by elementwise operations; calls of torch; floating-point operations of matrix products of each
+precision; cubed sides of eigendecompositions in float64, and of polar factors of large float32 matrices; random numbers; numbers
+that are sorted or selected by rank; images through the vision tower."""
+
+Work = Counter[Unit]
+"""Unit -> how many."""
+
+_LINEAR = re.compile(
+    r"visual\.transformer\.resblocks\.\d+\.(attn\.in_proj_weight|(attn\.out_proj|mlp\.c_fc|mlp\.c_proj)\.weight)"
+)
+_LOADED = 28
+"""Bytes moved for each number of a task vector: it is read and checked, and what the backbone has is subtracted."""
+_CALLS = 75
+"""Calls of torch for each tensor of an expert."""
+
+_WIDTH = 768
+"""Of the encoder for which :attr:`Method.routing` holds."""
+
+
+class Matrix(NamedTuple):
+    """A matrix that is merged.
+
+    Attributes:
+        rows: ``d_out``.
+        columns: ``d_in``.
+        tasks: experts that are merged.
+        inputs: rows of layer inputs that proxy images give, for each task.
+    """
+
+    rows: int
+    columns: int
+    tasks: int
+    inputs: int
+
+    @property
+    def side(self) -> int:
+        """The smaller side."""
+        return min(self.rows, self.columns)
+
+    @property
+    def length(self) -> int:
+        """The larger side."""
+        return max(self.rows, self.columns)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the cost of a merge depends on.
+
+    Attributes:
+        linears: ``(d_out, d_in)`` of each Linear layer of the blocks.
+        outside: shapes of the matrices outside of them.
+        parameters: numbers in the vision tower.
+        tensors: in how many tensors.
+        tokens: of an image.
+        tasks: experts that are merged.
+        proxies: proxy images a task.
+    """
+
+    linears: tuple[tuple[int, int], ...]
+    outside: tuple[tuple[int, int], ...]
+    parameters: int
+    tensors: int
+    tokens: int
+    tasks: int
+    proxies: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], tasks: int, proxies: int) -> "Sizes":
+        """Sizes of a vision tower with these shapes, by open_clip's keys."""
+        pairs = {key: (shape[0], shape[1]) for key, shape in shapes.items() if len(shape) == 2}
+        linears = tuple(pair for key, pair in pairs.items() if _LINEAR.fullmatch(key))
+        outside = tuple(pair for key, pair in pairs.items() if not _LINEAR.fullmatch(key))
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        tokens = shapes["visual.positional_embedding"][0]
+        return cls(linears, outside, numbers, len(shapes), tokens, tasks, proxies)
+
+    def matrices(self, everywhere: bool = False) -> list[Matrix]:
+        """The matrices of the blocks or, ``everywhere``, all."""
+        pairs = (*self.linears, *(self.outside if everywhere else ()))
+        return [Matrix(rows, columns, self.tasks, self.proxies * self.tokens) for rows, columns in pairs]
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest matrix."""
+        return max((rows * columns for rows, columns in self.linears), default=0)
+
+
+# ------------------------------------------------------------------------------------------------ building blocks
+
+
+def product(m: int, k: int, n: int, unit: Unit = "float64") -> Work:
+    """Matrix product ``[m, k] @ [k, n]``.
+
+    >>> product(2, 3, 4)["float64"]
+    48
+    """
+    return Work({unit: 2 * m * k * n, "calls": 1})
+
+
+def gram(rows: int, side: int) -> Work:
+    """``Aᵀ A`` of ``A [rows, side]``, of which little more than one triangle is computed; float64."""
+    return Work({"float64": rows * side * (side + min(side, GRAM_BLOCK)), "calls": 2 * math.ceil(side / GRAM_BLOCK)})
+
+
+def eigh(side: int) -> Work:
+    """Eigendecomposition of a symmetric matrix, float64."""
+    return Work({"eigh": side**3, "calls": 4})
+
+
+def svd(m: int, n: int, k: int) -> Work:
+    """``k`` leading singular triplets of ``[m, n]``, through the smaller Gram matrix."""
+    side, length = sorted((m, n))
+    return gram(length, side) + eigh(side) + product(length, side, k) + Work({"calls": 120})
+
+
+def polar(m: int, n: int, columns: int) -> Work:
+    """Inverse root of the smaller Gram matrix of ``[m, n]``, times a matrix of so many columns; float64."""
+    side, length = sorted((m, n))
+    applied = product(side, side, side) + product(side, side, columns)
+    return gram(length, side) + eigh(side) + applied + Work({"calls": 120})
+
+
+def polar_product(m: int, p: int, n: int, single: bool) -> Work:
+    """Product of the polar factors of ``[m, p]`` and ``[p, n]``; ``single`` where they are float32."""
+    right = polar(p, n, max(p, n))
+    if single and min(m, p) >= SIDE:
+        return right + Work({"polar": min(m, p) ** 3}) + product(m, p, n, "float32")
+    return right + polar(m, p, n) + product(m, p, n)
+
+
+def times(work: Work, count: float) -> Work:
+    """So many times the work."""
+    return Work({unit: round(count * amount) for unit, amount in work.items()})
+
+
+def total(parts: Iterable[Work]) -> Work:
+    """The work of all parts."""
+    found = Work()
+    for part in parts:
+        found.update(part)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- what a matrix costs
+
+
+def _tsvm(x: Matrix) -> Work:
+    k = x.side // x.tasks
+    return times(svd(x.rows, x.columns, k), x.tasks) + polar_product(x.rows, k * x.tasks, x.columns, single=False)
+
+
+def _essential(x: Matrix) -> Work:
+    """Steps 1 to 6 of ESM: the essential subspace of each task, and their merge."""
+    k = x.rows // x.tasks
+    merged = times(product(k, x.rows, x.columns, "float32"), 2) + Work({"calls": 30})
+    return times(_shift(x, k) + merged, x.tasks) + polar_product(x.rows, min(k, x.side) * x.tasks, x.columns, single=True)
+
+
+def _shift(x: Matrix, k: int) -> Work:
+    """The essential subspace of one task vector, from the layer's inputs."""
+    if x.rows <= x.columns:
+        seen = product(x.inputs, x.columns, x.rows, "float32") + gram(x.inputs, x.rows)
+        return seen + eigh(x.rows) + Work({"calls": 150})
+    root = Work({"float64": x.columns**3 // 3}) + product(x.rows, x.columns, x.columns, "float32")
+    through = gram(x.rows, x.columns) + eigh(x.columns) + product(x.columns, x.columns, min(k, x.columns))
+    return gram(x.inputs, x.columns) + root + through + Work({"calls": 200})
+
+
+def _iso_c(x: Matrix) -> Work:
+    return polar(x.rows, x.columns, x.length)
+
+
+def _iso_cts(x: Matrix) -> Work:
+    common = round(0.8 * x.side)
+    own = x.side - common
+    first = svd(x.rows, x.columns, common)
+    if x.rows <= x.columns:  # what the common directions leave, in coordinates of its own
+        part = product(own, x.rows, x.columns) + svd(own, x.columns, own // x.tasks)
+    else:
+        part = times(product(x.rows, common, x.columns), 2) + svd(x.rows, x.columns, own // x.tasks)
+    return first + times(part, x.tasks) + polar_product(x.rows, x.side, x.columns, single=False)
+
+
+def _cart(x: Matrix) -> Work:
+    k = max(1, int(0.08 * x.side))
+    return times(svd(x.rows, x.columns, k), x.tasks) + product(x.rows, k * x.tasks, x.columns)
+
+
+def _dc(x: Matrix) -> Work:
+    k = x.side // x.tasks
+    coordinates = product(x.side, x.rows, k) + product(k, x.columns, x.side) + product(x.side, k, x.side)
+    each = svd(x.rows, x.columns, k) + coordinates + Work({"ranked": x.side**2, "calls": 20})
+    both = polar(x.rows, x.side, x.rows) + polar(x.side, x.columns, x.columns)
+    back = product(x.rows, x.side, x.side) + product(x.rows, x.side, x.columns)
+    return times(each, x.tasks) + both + back
+
+
+def _opcm(x: Matrix) -> Work:
+    turned = product(x.side, x.rows, x.columns) + product(x.rows, x.side, x.side) + product(x.rows, x.side, x.columns)
+    closed = times(product(x.side, x.columns, x.side), 0.3)
+    return times(svd(x.rows, x.columns, x.side) + turned + closed + Work({"calls": 15}), x.tasks - 1)
+
+
+def _swudi(x: Matrix) -> Work:
+    each = gram(x.rows, x.columns) + product(x.rows, x.columns, x.columns) + Work({"calls": 8, "bytes": 24 * x.columns**2})
+    return times(each, x.tasks) + eigh(x.columns) + times(product(x.rows, x.columns, x.columns), 3)
+
+
+def _smile(x: Matrix) -> Work:
+    return times(svd(x.rows, x.columns, 32), x.tasks)
+
+
+def _truncated(x: Matrix, share: float) -> Work:
+    k = max(1, round(share * x.side))
+    return times(svd(x.rows, x.columns, x.side) + product(x.rows, k, x.columns), x.tasks)
+
+
+def _reshaped(x: Matrix) -> Work:
+    return svd(x.rows, x.columns, x.side) + product(x.rows, x.side, x.columns)
+
+
+def _calibrated(x: Matrix) -> Work:
+    rows = times(product(x.side, x.rows, x.columns) + Work({"calls": 12, "bytes": 24 * x.side * x.columns}), x.tasks)
+    return _reshaped(x) + rows
+
+
+def _regression(x: Matrix) -> Work:
+    moments = Work({"bytes": 12 * x.inputs * x.columns + 40 * x.columns**2, "calls": 100})
+    each = gram(x.inputs, x.columns) + product(x.columns, x.columns, x.rows) + moments
+    return times(each, x.tasks) + _solved(x.columns, x.rows)
+
+
+def _solved(side: int, columns: int) -> Work:
+    """A positive definite system with so many right-hand sides, by Cholesky."""
+    return Work({"float64": side**3 // 3 + 2 * side**2 * columns, "bytes": 40 * side**2, "calls": 10})
+
+
+def _calibration(x: Matrix) -> Work:
+    """FeatCal's fit of one layer."""
+    moments = Work({"bytes": 60 * x.inputs * x.columns + 80 * x.columns**2, "calls": 300})
+    seen = gram(x.inputs, x.columns) + product(x.columns, x.inputs, x.columns)
+    each = seen + times(product(x.columns, x.columns, x.rows), 2) + moments
+    return times(each, x.tasks) + _solved(x.columns, x.rows)
+
+
+def _routed(x: Matrix) -> Work:
+    """The low-rank experts of ESM++ in one layer."""
+    return times(_shift(x, 32), x.tasks)
+
+
+def _routed_by_moments(x: Matrix) -> Work:
+    """The same, with the moments of tokens that its Bayes router takes."""
+    seen = times(product(x.columns, x.inputs, x.columns), x.tasks)
+    return _routed(x) + seen + eigh(x.columns) + times(eigh(2 * x.columns), 0.5)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method works, as far as its cost shows.
+
+    Attributes:
+        blocks: cost of a Linear layer's weight.
+        kinds: which of a block's layers that is of: by their place in forward order, of ``in_proj``, ``out_proj``, ``c_fc`` and
+            ``c_proj``.
+        others: cost of the blocks' other matrices, and of those outside.
+        outside: whether matrices outside of the blocks are merged so too: like ``others`` where those are given.
+        passes: over all task vectors.
+        random: random numbers for each of their numbers.
+        ranked: how often each of their numbers is sorted or ranked.
+        forwards: of each proxy image through the tower.
+        base: name of the method that it builds on by default.
+        scaled: whether a scaling coefficient is searched.
+        routing: how much longer than a plain encoder's the resulting model's forward pass takes, as a share of it, at a width of
+            768; the share is larger for narrower ones.
+    """
+
+    blocks: Callable[[Matrix], Work] | None = None
+    kinds: tuple[int, ...] = (0, 1, 2, 3)
+    others: Callable[[Matrix], Work] | None = None
+    outside: bool = True
+    passes: float = 1.0
+    random: float = 0.0
+    ranked: float = 0.0
+    forwards: float = 0.0
+    base: str = ""
+    scaled: bool = True
+    routing: float = 0.0
+
+    def work(self, sizes: Sizes) -> Work:
+        """What the method does itself, without its base."""
+        numbers, tensors = sizes.parameters * sizes.tasks, sizes.tensors * sizes.tasks
+        found = Work({"bytes": round(self.passes * _LOADED * numbers), "calls": round(self.passes * _CALLS * tensors)})
+        found += Work({"random": round(self.random * numbers), "ranked": round(self.ranked * numbers)})
+        found += Work({"images": round(self.forwards * sizes.proxies * sizes.tasks)})
+        for place, matrix in enumerate(sizes.matrices()):
+            cost = self.blocks if place % 4 in self.kinds else self.others
+            found.update(cost(matrix) if cost else {})
+        if (cost := self.others or self.blocks) and self.outside:
+            found.update(total(map(cost, sizes.matrices(everywhere=True)[len(sizes.linears) :])))
+        return found
+
+    def slower(self, sizes: Sizes) -> float:
+        """Time of the resulting model's forward pass, relative to the plain encoder's."""
+        width = min(min(pair) for pair in sizes.linears)
+        return 1 + self.routing * float((_WIDTH / width) ** 0.7)
+
+
+METHODS: Mapping[str, Method] = {
+    "Average": Method(),
+    "TaskArithmetic": Method(),
+    "TIES": Method(passes=2.5),
+    "Trim": Method(passes=3.0, base="TaskArithmetic"),
+    "Breadcrumbs": Method(ranked=2.0, passes=0.5, base="TaskArithmetic"),
+    "ConsensusTA": Method(passes=2.0),
+    "DARE": Method(random=1.0, passes=0.5, base="TaskArithmetic"),
+    "DELLA": Method(random=1.0, ranked=4.0, passes=1.0, base="TaskArithmetic"),
+    "CART": Method(_cart, outside=False, passes=2.0, scaled=False),
+    "STAR": Method(lambda x: _truncated(x, 0.3), passes=0.2, base="TaskArithmetic"),
+    "EnergyRank": Method(lambda x: _truncated(x, 0.9), outside=False, passes=0.2, base="TaskArithmetic"),
+    "SVC": Method(_calibrated, base="TaskArithmetic"),
+    "SubspaceBoosting": Method(_reshaped, passes=0.1, base="TaskArithmetic"),
+    "Isotropize": Method(_iso_c, passes=0.1, base="TaskArithmetic"),
+    "LiNeS": Method(base="TaskArithmetic"),
+    "TSVM": Method(_tsvm),
+    "IsoC": Method(_iso_c),
+    "IsoCTS": Method(_iso_cts),
+    "DCMerge": Method(_dc),
+    "OPCM": Method(_opcm, outside=False, passes=1.5),
+    "SWUDI": Method(_swudi, outside=False, passes=1.5),
+    "RegMean": Method(_regression, outside=False, passes=3.0, forwards=1.0, scaled=False),
+    "FeatCal": Method(_calibration, outside=False, passes=4.0, forwards=2.0, base="TaskArithmetic", scaled=False),
+    "ESM": Method(_essential, kinds=(0, 2, 3), others=_tsvm, passes=2.0, forwards=1.0),
+    "ESMPP": Method(_routed, kinds=(0, 2), outside=False, forwards=1.0, base="ESM", scaled=False, routing=0.13),
+    "ESMPPBayes": Method(_routed_by_moments, kinds=(0, 2), outside=False, forwards=3.0, base="ESM", scaled=False, routing=0.4),
+    "SMILE": Method(_smile, outside=False, scaled=False, routing=0.52),
+}
+"""The package's own methods, with their default parameters."""
+
+
+def method_of(merger: Merger) -> Method | None:
+    """How a method works; ``None`` where nothing is known of it."""
+    own = type(merger).__module__.startswith("mergekit_vision.plugins.")
+    return METHODS.get(type(merger).__name__) if own else None
+
+
+def merge_work(merger: Merger, sizes: Sizes) -> Work | None:
+    """What merging costs by a method and those that it builds on; ``None`` where nothing is known of one of them."""
+    method, base = method_of(merger), getattr(merger, "base", None)
+    if method is None:
+        return None
+    if isinstance(base, Merger):
+        below = merge_work(base, sizes)
+    else:
+        below = METHODS[method.base].work(sizes) if method.base else Work()
+    return None if below is None else method.work(sizes) + below

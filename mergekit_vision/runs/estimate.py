@@ -1,0 +1,127 @@
+"""How long merging, the search of a coefficient and evaluation take on this machine, and in how much memory: estimates."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_vision.encoders.backbone import Backbone
+from mergekit_vision.merger import Merger
+from mergekit_vision.merging.costs import Matrix, Method, Sizes, merge_work, method_of
+from mergekit_vision.runs.speed import Speed
+
+TRIED = 9
+"""Coefficients that a search tries, one more or less."""
+_NUMBER = 4  # bytes of a weight, pixel value or activation
+_ACTIVATIONS = 14  # numbers a token has at once in a block, in units of the width
+_IDLE = 480 << 20  # bytes that Python and the libraries take
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of a suite, all tasks together.
+
+    Attributes:
+        val: of the splits ``val``; ``None`` where a task's number is not known.
+        test: of the splits ``test``.
+        decoding: seconds to decode those of each, once.
+        prompts: texts of all zero-shot heads.
+    """
+
+    val: int | None
+    test: int | None
+    decoding: Mapping[str, float]
+    prompts: int
+
+
+def estimate(
+    mergers: Mapping[str, Merger], backbone: Backbone, sizes: Sizes, images: Images, speed: Speed, batch_size: int, cache: int
+) -> dict[str, Any]:
+    """What a run costs: ``once`` for all methods, and for each of the ``methods``; seconds and bytes, ``None`` where unknown.
+
+    Args:
+        mergers: name -> method.
+        backbone: the model.
+        sizes: of the merge.
+        images: of the suite.
+        speed: of this machine.
+        batch_size: images a batch.
+        cache: bytes of the cache of pixels.
+    """
+    one = speed.seconds["images"]
+
+    def passes(count: float, split: int | None) -> float | None:
+        return None if split is None else count * split * one
+
+    def decoded(split: str, number: int | None) -> float | None:
+        seconds = passes(1, number)
+        return None if seconds is None else seconds + images.decoding[split]
+
+    found = {}
+    for name, merger in mergers.items():
+        work, method = merge_work(merger, sizes), method_of(merger) or Method()
+        found[name] = {
+            "merge": None if work is None else speed.of(work),
+            "search": passes(TRIED, images.val) if method.scaled else 0.0,
+            "evaluation": passes(method.slower(sizes), images.test),
+            "peak_bytes": peak_bytes(merger, backbone, sizes, images, batch_size, cache) if work is not None else None,
+        }
+    once = {"heads": images.prompts * speed.prompt, "experts_val": decoded("val", images.val)}
+    return {"once": {**once, "experts_test": decoded("test", images.test)}, "methods": found}
+
+
+def peak_bytes(merger: Merger, backbone: Backbone, sizes: Sizes, images: Images, batch_size: int, cache: int) -> int:
+    """Memory at the peak of a run that merges, searches and evaluates, without files that are mapped.
+
+    It is that of Python and the libraries, of the whole backbone, of the update and the merged weights, of decoded pixels, and of
+    what merging or an evaluation takes, whichever is more.
+    """
+    side = backbone.tower["image_size"]
+    pixels = 3 * (side * side if isinstance(side, int) else math.prod(side))
+    kept = min(cache, pixels * ((images.val or 0) + (images.test or 0) + sizes.tasks * sizes.proxies))
+    width = max(min(pair) for pair in sizes.linears)
+    batch = min(batch_size, max(images.test or batch_size, 1))
+    evaluating = batch * (_NUMBER * _ACTIVATIONS * width * sizes.tokens + 2 * _NUMBER * pixels)
+    stack, decomposed = sizes.tasks * sizes.largest * _NUMBER, 6 * sizes.largest * 8
+    merging = max(2 * stack, stack + decomposed) + _statistics(merger, sizes)
+    return _IDLE + (parameters(backbone) + 2 * sizes.parameters) * _NUMBER + kept + max(merging, evaluating)
+
+
+def parameters(backbone: Backbone) -> int:
+    """Numbers in both towers of a backbone."""
+    text = backbone.model.get("text_cfg", {})
+    width, layers = text.get("width", 512), text.get("layers", 12)
+    embedded = (text.get("vocab_size", 49408) + text.get("context_length", 77) + backbone.model["embed_dim"]) * width
+    vision = sum(math.prod(shape) for shape in backbone.shapes.values())
+    return vision + embedded + 12 * width * width * layers
+
+
+def _statistics(merger: Merger, sizes: Sizes) -> int:
+    """Bytes of what a method keeps of its layers' inputs."""
+    name, base = type(merger).__name__, getattr(merger, "base", None)
+    below = _statistics(base, sizes) if isinstance(base, Merger) else 0
+    if name in _KEPT:
+        of_matrix, at_once = _KEPT[name]
+        matrices = sizes.matrices()
+        return below + max(sum(map(of_matrix, matrices[at:][:at_once])) for at in range(0, len(matrices), at_once or 1))
+    return below
+
+
+def _subspaces(x: Matrix) -> int:
+    """Of all tasks one Linear's directions, and of the task at work its Gram matrix."""
+    return x.tasks * x.rows // x.tasks * min(x.rows, x.columns) * _NUMBER + 8 * x.side**2
+
+
+def _normals(x: Matrix) -> int:
+    """Of up to eight tasks and their sum the normal equations of one Linear, and of each task the tokens."""
+    return (min(x.tasks, 8) + 1) * 8 * (x.columns**2 + x.rows * x.columns) + x.tasks * x.inputs * x.side * _NUMBER // 4
+
+
+_EVERYTHING = 1 << 20
+_KEPT: Mapping[str, tuple[Callable[[Matrix], int], int]] = {  # method -> bytes for a Linear, and how many are at work at once
+    "ESM": (_subspaces, _EVERYTHING),
+    "ESMPP": (_subspaces, _EVERYTHING),
+    "ESMPPBayes": (_subspaces, _EVERYTHING),
+    "RegMean": (_normals, 4),
+    "FeatCal": (_normals, 4),
+}
