@@ -104,7 +104,7 @@ def _presence(one: Mapping[str, Any]) -> str:
     """Whether an expert or a split is here, and else where it is from."""
     if one["here"]:
         return "here"
-    return one["place"] + (", not here" if one["bytes"] is None else f", {size(one['bytes'])}")
+    return str(one["place"]) + (", not here" if one["bytes"] is None else f", {size(one['bytes'])}")
 
 
 def _number(images: int | None) -> str:
@@ -125,7 +125,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """So many bytes, in units of 10^6 or 10^9.
 
     >>> from mergekit_vision.cli.plan import size

@@ -142,12 +142,13 @@ def made_up_clip(name: str, blocks: int) -> nn.Module:
     with _loading(name), torch.device("meta"):
         model: nn.Module = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
     for tower in (model.visual, getattr(model, "text", model)):
-        del tower.transformer.resblocks[blocks:]  # type: ignore[union-attr, union-attr]
-    mask = getattr(model, "text", model).attn_mask
-    model = model.to_empty(device="cpu")
-    for value in model.state_dict().values():
-        torch.nn.init.normal_(value, std=0.02)
-    getattr(model, "text", model).attn_mask = None if mask is None else torch.zeros(mask.shape)
+        resblocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", None)
+        if resblocks is not None:
+            del resblocks[blocks:]
+    model.to_empty(device="cpu")
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point():
+            torch.nn.init.normal_(value, std=0.02)
     return model.eval().requires_grad_(False)
 
 

@@ -1,8 +1,9 @@
 """What merging methods compute, counted from the sizes of the encoder alone: no weight is read.
 
 Counted is what dominates: traffic of task vectors, products, decompositions of matrices, forward passes. A machine's speed at
-each, measured by :mod:`mergekit_vision.runs.speed`, turns a count into seconds. How methods work is in :data:`METHODS`, with their
-default parameters; of a method that is not listed there nothing is known.
+each, measured by :mod:`mergekit_vision.runs.speed`, turns a count into seconds. How methods work is in :data:`METHODS`, with
+their default parameters; of a method that is not listed there nothing is known. After a change of a kernel,
+``python -m benchmarks.planning`` shows whether the counts still hold.
 """
 
 import math
@@ -29,6 +30,8 @@ _LINEAR = re.compile(
 )
 _LOADED = 28
 """Bytes moved for each number of a task vector: it is read and checked, and what the backbone has is subtracted."""
+_SCATTERED = 1.5
+"""Time of layer inputs' products, which are small and for each block of one task, relative to one large product."""
 _CALLS = 75
 """Calls of torch for each tensor of an expert."""
 
@@ -247,7 +250,7 @@ def _calibrated(x: Matrix) -> Work:
 def _regression(x: Matrix) -> Work:
     moments = Work({"bytes": 12 * x.inputs * x.columns + 40 * x.columns**2, "calls": 100})
     each = gram(x.inputs, x.columns) + product(x.columns, x.columns, x.rows) + moments
-    return times(each, x.tasks) + _solved(x.columns, x.rows)
+    return times(each, _SCATTERED * x.tasks) + _solved(x.columns, x.rows)
 
 
 def _solved(side: int, columns: int) -> Work:
@@ -260,7 +263,7 @@ def _calibration(x: Matrix) -> Work:
     moments = Work({"bytes": 60 * x.inputs * x.columns + 80 * x.columns**2, "calls": 300})
     seen = gram(x.inputs, x.columns) + product(x.columns, x.inputs, x.columns)
     each = seen + times(product(x.columns, x.columns, x.rows), 2) + moments
-    return times(each, x.tasks) + _solved(x.columns, x.rows)
+    return times(each, _SCATTERED * x.tasks) + _solved(x.columns, x.rows)
 
 
 def _routed(x: Matrix) -> Work:
@@ -368,8 +371,7 @@ def merge_work(merger: Merger, sizes: Sizes) -> Work | None:
     method, base = method_of(merger), getattr(merger, "base", None)
     if method is None:
         return None
+    below: Work | None = METHODS[method.base].work(sizes) if method.base else Work()
     if isinstance(base, Merger):
         below = merge_work(base, sizes)
-    else:
-        below = METHODS[method.base].work(sizes) if method.base else Work()
     return None if below is None else method.work(sizes) + below

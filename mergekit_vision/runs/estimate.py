@@ -89,9 +89,9 @@ def peak_bytes(merger: Merger, backbone: Backbone, sizes: Sizes, images: Images,
 
 def parameters(backbone: Backbone) -> int:
     """Numbers in both towers of a backbone."""
-    text = backbone.model.get("text_cfg", {})
-    width, layers = text.get("width", 512), text.get("layers", 12)
-    embedded = (text.get("vocab_size", 49408) + text.get("context_length", 77) + backbone.model["embed_dim"]) * width
+    sizes = {"width": 512, "layers": 12, "vocab_size": 49408, "context_length": 77, **backbone.model.get("text_cfg", {})}
+    width, layers, words, length = (int(sizes[name]) for name in ("width", "layers", "vocab_size", "context_length"))
+    embedded = (words + length + int(backbone.model["embed_dim"])) * width
     vision = sum(math.prod(shape) for shape in backbone.shapes.values())
     return vision + embedded + 12 * width * width * layers
 

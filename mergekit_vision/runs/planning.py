@@ -1,6 +1,6 @@
 """What a run on a suite would do, read and take, found out without downloading anything."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mergekit_vision.merging.costs import Sizes
 from mergekit_vision.runs.estimate import Images, estimate, parameters
 from mergekit_vision.runs.speed import Clock, Speed, decoding_seconds, measure
 from mergekit_vision.sources.base import ImageSource
+from mergekit_vision.sources.hub import library_fault
 from mergekit_vision.sources.opening import open_source
 from mergekit_vision.suites.checks import suite_faults
 from mergekit_vision.suites.presence import Presence, expert_presence, known_images, source_presence
@@ -68,26 +69,31 @@ class Planning:
 
     def _opened(self, task: str, splits: Mapping[str, Presence]) -> Iterator[tuple[str, ImageSource]]:
         for split in (split for split, presence in splits.items() if presence.here):
+            config = dict(self._suite.tasks[task].data[split])
+            if "download" in config.get("args", {}):
+                config["args"] = {**config["args"], "download": False}
             try:
-                yield split, open_source(self._suite.tasks[task].data[split], allow_code=self._suite.allow_code)
+                with offline():
+                    source = open_source(config, allow_code=self._suite.allow_code)
+                yield split, source
             except InputError:  # a fault, which is found by the checks
                 continue
 
     def faults(self) -> list[str]:
         """Everything that is wrong with the suite, as far as what is here tells; one text each."""
         away = self._suite.backbone.startswith("hf-hub:") and not self._weights.here
-        found = [f"backbone: {self._unknown}"] if self._unknown and not away else []
-        proxies = [name for name, merger in self._mergers.items() if merger.needs != "none"]
+        found = [self._unknown] if self._unknown and not away else []
+        needed = (TEST, VAL) if any(merger.needs != "none" for merger in self._mergers.values()) else (TEST,)
         wanted = {}
         for name, task in self._suite.tasks.items():
             here = [split for split, presence in self._data[name].items() if presence.here or not _from_hub(task.data[split])]
-            missing = [split for split in (TEST, *([VAL] if proxies else [])) if split not in task.data]
-            wanted[name] = [*here, *missing]
+            wanted[name] = [*here, *(split for split in needed if split not in task.data)]
+            if len(here) < len(task.data) and (fault := library_fault()) and fault not in found:
+                found.append(fault)
         shapes = {} if self._backbone is None else self._backbone.shapes
         readable = [name for name, task in self._suite.tasks.items() if self._experts[name].here or task.expert.hub is None]
+        experts, activation = ([], None) if self._backbone is None else (readable, self._backbone.activation)
         with offline():
-            experts = readable if self._backbone is not None else []
-            activation = None if self._backbone is None else self._backbone.activation
             return found + suite_faults(self._suite, shapes, wanted, experts, activation)
 
     def content(self, clock: Clock | None = None) -> dict[str, Any]:
@@ -188,3 +194,9 @@ def _splits(suite: Suite, task: Task) -> dict[str, Presence]:
 
 def _from_hub(source: Mapping[str, Any]) -> bool:
     return "hub" in source and not Path(source["hub"]).is_dir()
+
+
+def _sum(numbers: Collection[int | None]) -> int | None:
+    """The sum; ``None`` where one is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None

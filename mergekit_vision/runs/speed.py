@@ -34,6 +34,7 @@ BLOCKS = 2
 PHOTO = (500, 375)
 """Pixels of the photograph that stands for data that is not here."""
 _NUMBERS = 1 << 20
+_TRAFFIC = 1 << 23  # numbers that no cache holds
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def measure(backbone: Backbone, sizes: Sizes, batch_size: int, clock: Clock = ti
     """
     with _seeded(), torch.inference_mode():
         model = made_up_clip(backbone.name, BLOCKS)
-        width = model.visual.conv1.out_channels  # type: ignore[union-attr]
-        kernels = _kernels(width, max(max(pair) for pair in sizes.linears))
+        kernels = _kernels(backbone.tower["width"], max(max(pair) for pair in sizes.linears))
         found: dict[Unit, float] = {}
         for unit in track(list(kernels), "measuring this machine"):
             amount, run = kernels[unit]
@@ -78,12 +78,12 @@ def _kernels(width: int, largest: int) -> dict[Unit, tuple[float, Callable[[], o
     """Unit -> how many of it a measurement has, and the measurement."""
     single, small = torch.randn(4 * width, width), torch.randn(width, width)
     double, square = single.double(), torch.randn(min(width, LARGEST_SIDE), min(width, LARGEST_SIDE)).double()
-    symmetric, flat, one = square.T @ square, single.flatten(), torch.zeros(8)
-    other, numbers = flat.clone(), torch.randn(_NUMBERS)
+    symmetric, one = square.T @ square, torch.zeros(8)
+    numbers, many = torch.randn(_NUMBERS), torch.randn(2, _TRAFFIC)
     side = min(largest, SIDE + SIDE // 4)
     left, right = torch.randn(side, side), torch.randn(side, 8)
     return {
-        "bytes": (12 * flat.numel(), lambda: flat - other),
+        "bytes": (12 * _TRAFFIC, lambda: many[0] - many[1]),
         "calls": (300, lambda: [bool(torch.stack((one, one)).sub_(one).isfinite().all()) for _ in range(60)]),
         "float32": (8 * width**3, lambda: single @ small),
         "float64": (8 * width**3, lambda: double @ small.double()),
@@ -96,7 +96,7 @@ def _kernels(width: int, largest: int) -> dict[Unit, tuple[float, Callable[[], o
 
 def _seconds(run: Callable[[], object], clock: Clock, budget: float = BUDGET) -> float:
     """Seconds of one of some repetitions, by their median without the first."""
-    times, begin = [], clock()
+    times, begin = list[float](), clock()
     while len(times) < 2 or clock() - begin < budget:
         start = clock()
         run()

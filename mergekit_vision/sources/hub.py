@@ -156,6 +156,15 @@ def forget_prepared(config: Mapping[str, Any]) -> None:
     shutil.rmtree(builder.cache_dir, ignore_errors=True)
 
 
+def library_fault() -> str | None:
+    """Why no data set of the hub can be read here, if that is so."""
+    try:
+        _library()
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def _library() -> Any:
     try:
         import datasets
