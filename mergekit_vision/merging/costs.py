@@ -1,7 +1,7 @@
 """What merging methods compute, counted from the sizes of the encoder alone: no weight is read.
 
 Counted is what dominates: traffic of task vectors, products, decompositions of matrices, forward passes. A machine's speed at
-each, measured by :mod:`mergekit_vision.runs.speed`, turns a count into seconds. How methods work is in :data:`METHODS`, with
+each, measured by :mod:`mergekit_vision.merging.speed`, turns a count into seconds. How methods work is in :data:`METHODS`, with
 their default parameters; of a method that is not listed there nothing is known. After a change of a kernel,
 ``python -m benchmarks.planning`` shows whether the counts still hold.
 """
@@ -30,6 +30,8 @@ _LINEAR = re.compile(
 )
 _LOADED = 28
 """Bytes moved for each number of a task vector: it is read and checked, and what the backbone has is subtracted."""
+APART = 1.15
+"""Time of the same operations in a merge, which goes from tensor to tensor, relative to one that is repeated for a measurement."""
 _SCATTERED = 1.5
 """Time of layer inputs' products, which are small and for each block of one task, relative to one large product."""
 _CALLS = 75
@@ -287,7 +289,8 @@ class Method:
             ``c_proj``.
         others: cost of the blocks' other matrices, and of those outside.
         outside: whether matrices outside of the blocks are merged so too: like ``others`` where those are given.
-        passes: over all task vectors.
+        passes: over all task vectors, by the bytes that are moved.
+        visits: the same by the calls that are made; ``passes`` where ``None``.
         random: random numbers for each of their numbers.
         ranked: how often each of their numbers is sorted or ranked.
         forwards: of each proxy image through the tower.
@@ -302,6 +305,7 @@ class Method:
     others: Callable[[Matrix], Work] | None = None
     outside: bool = True
     passes: float = 1.0
+    visits: float | None = None
     random: float = 0.0
     ranked: float = 0.0
     forwards: float = 0.0
@@ -312,7 +316,8 @@ class Method:
     def work(self, sizes: Sizes) -> Work:
         """What the method does itself, without its base."""
         numbers, tensors = sizes.parameters * sizes.tasks, sizes.tensors * sizes.tasks
-        found = Work({"bytes": round(self.passes * _LOADED * numbers), "calls": round(self.passes * _CALLS * tensors)})
+        visits = self.passes if self.visits is None else self.visits
+        found = Work({"bytes": round(self.passes * _LOADED * numbers), "calls": round(visits * _CALLS * tensors)})
         found += Work({"random": round(self.random * numbers), "ranked": round(self.ranked * numbers)})
         found += Work({"images": round(self.forwards * sizes.proxies * sizes.tasks)})
         for place, matrix in enumerate(sizes.matrices()):
@@ -331,10 +336,10 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "Average": Method(),
     "TaskArithmetic": Method(),
-    "TIES": Method(passes=2.5),
-    "Trim": Method(passes=3.0, base="TaskArithmetic"),
+    "TIES": Method(passes=1.2, visits=3.5),
+    "Trim": Method(passes=2.0, visits=2.5, base="TaskArithmetic"),
     "Breadcrumbs": Method(ranked=2.0, passes=0.5, base="TaskArithmetic"),
-    "ConsensusTA": Method(passes=2.0),
+    "ConsensusTA": Method(passes=2.0, visits=1.7),
     "DARE": Method(random=1.0, passes=0.5, base="TaskArithmetic"),
     "DELLA": Method(random=1.0, ranked=4.0, passes=1.0, base="TaskArithmetic"),
     "CART": Method(_cart, outside=False, passes=2.0, scaled=False),

@@ -11,8 +11,9 @@ from mergekit_vision.encoders.presence import pretrained_place
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Sizes
+from mergekit_vision.merging.speed import Clock, measure
+from mergekit_vision.runs.decoding import decoding_seconds
 from mergekit_vision.runs.estimate import Images, estimate, parameters
-from mergekit_vision.runs.speed import Clock, Speed, decoding_seconds, measure
 from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.sources.hub import library_fault
 from mergekit_vision.sources.opening import open_source
@@ -69,7 +70,7 @@ class Planning:
 
     def _opened(self, task: str, splits: Mapping[str, Presence]) -> Iterator[tuple[str, ImageSource]]:
         for split in (split for split, presence in splits.items() if presence.here):
-            config = dict(self._suite.tasks[task].data[split])
+            config: dict[str, Any] = dict(self._suite.tasks[task].data[split])
             if "download" in config.get("args", {}):
                 config["args"] = {**config["args"], "download": False}
             try:
@@ -146,7 +147,7 @@ class Planning:
         if self._backbone is None:
             return None
         sizes = Sizes.of(self._backbone.shapes, len(self._suite.tasks), self._options.proxies)
-        speed: Speed = measure(self._backbone, sizes, self._options.batch_size, **clock)
+        speed = measure(self._backbone, sizes, self._options.batch_size, **clock)
         preprocess = eval_transform(self._backbone.preprocess)
         numbers = {split: self._numbers(split) for split in (VAL, TEST)}
         decoding = {split: self._decoding(split, numbers[split], preprocess, **clock) for split in (VAL, TEST)}

@@ -12,8 +12,8 @@ from tiny import SIZES, TASKS, content_of, write_file
 
 from mergekit_vision.cli.main import main
 from mergekit_vision.merging.costs import Unit
+from mergekit_vision.merging.speed import Speed
 from mergekit_vision.runs import planning
-from mergekit_vision.runs.speed import Speed
 from mergekit_vision.suites.catalog import PublishedSuite, published
 
 Plan = Callable[..., dict[str, Any]]

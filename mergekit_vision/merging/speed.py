@@ -1,25 +1,20 @@
 """How fast this machine does what merging and evaluation consist of, measured in a few seconds."""
 
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from mergekit_vision.data.preprocess import Preprocess, eval_transform
+from mergekit_vision.data.preprocess import eval_transform
 from mergekit_vision.encoders.backbone import Backbone, made_up_clip
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.functional.linalg import polar_product
 from mergekit_vision.functional.newton import SIDE
-from mergekit_vision.merging.costs import Sizes, Unit, Work
-from mergekit_vision.sources.base import ImageSource
-from mergekit_vision.sources.decoding import decode
+from mergekit_vision.merging.costs import APART, Sizes, Unit, Work
 from mergekit_vision.support.console import track
 
 Clock = Callable[[], float]
@@ -31,8 +26,6 @@ LARGEST_SIDE = 768
 """Of the eigendecomposition that is measured; the time of larger ones grows like the cube."""
 BLOCKS = 2
 """Of the towers whose passes are measured; the other blocks take as long."""
-PHOTO = (500, 375)
-"""Pixels of the photograph that stands for data that is not here."""
 _NUMBERS = 1 << 20
 _TRAFFIC = 1 << 23  # numbers that no cache holds
 
@@ -50,8 +43,8 @@ class Speed:
     prompt: float
 
     def of(self, work: Work) -> float:
-        """Seconds of some work."""
-        return sum(amount * self.seconds[unit] for unit, amount in work.items())
+        """Seconds of some work of a merge."""
+        return APART * sum(amount * self.seconds[unit] for unit, amount in work.items())
 
 
 def measure(backbone: Backbone, sizes: Sizes, batch_size: int, clock: Clock = time.perf_counter) -> Speed:
@@ -69,7 +62,7 @@ def measure(backbone: Backbone, sizes: Sizes, batch_size: int, clock: Clock = ti
         found: dict[Unit, float] = {}
         for unit in track(list(kernels), "measuring this machine"):
             amount, run = kernels[unit]
-            found[unit] = _seconds(run, clock) / amount
+            found[unit] = seconds_of(run, clock) / amount
         found["images"] = _per_image(model, backbone, batch_size, clock)
         return Speed(found, _per_prompt(model, backbone, clock))
 
@@ -94,7 +87,7 @@ def _kernels(width: int, largest: int) -> dict[Unit, tuple[float, Callable[[], o
     }
 
 
-def _seconds(run: Callable[[], object], clock: Clock, budget: float = BUDGET) -> float:
+def seconds_of(run: Callable[[], object], clock: Clock, budget: float = BUDGET) -> float:
     """Seconds of one of some repetitions, by their median without the first."""
     times, begin = list[float](), clock()
     while len(times) < 2 or clock() - begin < budget:
@@ -120,7 +113,7 @@ def _per_image(model: nn.Module, backbone: Backbone, batch_size: int, clock: Clo
 
 def _whole(run: Callable[[], object], count: int, blocks: int, layers: int, clock: Clock) -> float:
     """Seconds of one of ``count`` inputs in a tower of ``layers`` blocks, of which ``blocks`` are there."""
-    return _seconds(run, clock, 2 * BUDGET) / count * layers / blocks
+    return seconds_of(run, clock, 2 * BUDGET) / count * layers / blocks
 
 
 def _per_prompt(model: nn.Module, backbone: Backbone, clock: Clock) -> float:
@@ -129,30 +122,6 @@ def _per_prompt(model: nn.Module, backbone: Backbone, clock: Clock) -> float:
     layers = config.get("layers", 12)
     tokens = torch.ones(8, config.get("context_length", 77), dtype=torch.int64)
     return _whole(lambda: model.encode_text(tokens), len(tokens), min(BLOCKS, layers), layers, clock)  # type: ignore[operator]
-
-
-def decoding_seconds(source: ImageSource | None, preprocess: Preprocess, clock: Clock = time.perf_counter) -> float:
-    """Seconds to decode and resize one image of a source, or a photograph in its stead."""
-    if source is None:
-        encoded = _photo()
-        return _seconds(lambda: preprocess.geometry(decode(encoded, "photograph")), clock, BUDGET / 4)
-    chosen = range(min(len(source), 24))
-    preprocess.geometry(source[0][0])
-    start = clock()
-    for index in chosen:
-        preprocess.geometry(source[index][0])
-    return (clock() - start) / max(1, len(chosen))
-
-
-def _photo() -> bytes:
-    """A JPEG with the smooth and the rough of a photograph."""
-    random, (width, height) = np.random.RandomState(0), PHOTO
-    coarse = Image.fromarray(random.randint(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)).resize(PHOTO)
-    noise = random.randint(-8, 9, (height, width, 3))
-    pixels = np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=90)
-    return content.getvalue()
 
 
 @contextmanager
