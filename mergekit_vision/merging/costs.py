@@ -31,7 +31,7 @@ _LINEAR = re.compile(
 _LOADED = 28
 """Bytes moved for each number of a task vector: it is read and checked, and what the backbone has is subtracted."""
 APART = 1.15
-"""Time of the same operations in a merge, which goes from tensor to tensor, relative to one that is repeated for a measurement."""
+"""Time of the same operations in a merge, which goes from tensor to tensor, relative to a measurement that repeats one."""
 _SCATTERED = 1.5
 """Time of layer inputs' products, which are small and for each block of one task, relative to one large product."""
 _CALLS = 75
