@@ -7,8 +7,9 @@ from typing import Any
 
 from mergekit_vision.encoders.backbone import Backbone
 from mergekit_vision.merger import Merger
-from mergekit_vision.merging.costs import Matrix, Method, Sizes, merge_work, method_of
+from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
+from mergekit_vision.merging.work import Matrix, Sizes
 
 TRIED = 9
 """Coefficients that a search tries, one more or less."""

@@ -10,8 +10,8 @@ from mergekit_vision.encoders.backbone import Backbone, describe_backbone
 from mergekit_vision.encoders.presence import pretrained_place
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
-from mergekit_vision.merging.costs import Sizes
 from mergekit_vision.merging.speed import Clock, measure
+from mergekit_vision.merging.work import Sizes
 from mergekit_vision.runs.decoding import decoding_seconds
 from mergekit_vision.runs.estimate import Images, estimate, parameters
 from mergekit_vision.sources.base import ImageSource

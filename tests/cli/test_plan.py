@@ -11,8 +11,8 @@ from suite_notes import texts_of
 from tiny import SIZES, TASKS, content_of, write_file
 
 from mergekit_vision.cli.main import main
-from mergekit_vision.merging.costs import Unit
 from mergekit_vision.merging.speed import Speed
+from mergekit_vision.merging.work import Unit
 from mergekit_vision.runs import planning
 from mergekit_vision.suites.catalog import PublishedSuite, published
 

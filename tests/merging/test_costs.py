@@ -5,7 +5,8 @@ import pytest
 from mergekit_vision import registry
 from mergekit_vision.functional.newton import SIDE
 from mergekit_vision.merger import Merged, MergeInputs, Merger
-from mergekit_vision.merging.costs import METHODS, Matrix, Sizes, Work, eigh, gram, merge_work, polar_product, product, svd
+from mergekit_vision.merging.costs import METHODS, merge_work
+from mergekit_vision.merging.work import Matrix, Sizes, Work, eigh, gram, polar_product, product, svd
 from mergekit_vision.plugins.average import Average
 from mergekit_vision.plugins.dare import DARE
 from mergekit_vision.plugins.esm import ESM
