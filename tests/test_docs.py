@@ -33,6 +33,7 @@ from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.registry import mergers
+from mergekit_vision.runs.variant_files import read_variants
 from mergekit_vision.sources.config import config_faults
 from mergekit_vision.suites.catalog import PublishedSuite
 from mergekit_vision.suites.layout import read_suite, suite_schema
@@ -321,10 +322,13 @@ def check_package_command(words: list[str]) -> None:
 def test_layouts_are_read(page: str, tmp_path: Path) -> None:
     for number, block in enumerate(blocks(page, "yaml")):
         content = yaml.safe_load(block)
-        if isinstance(content, list):
+        path = tmp_path / f"{number}.yaml"
+        if isinstance(content, list) and "merger" in content[0]:
+            path.write_text(block)
+            assert [row.name for row in read_variants(path)] == [row["name"] for row in content]
+        elif isinstance(content, list):
             assert all(not config_faults(source) for source in content), block
         else:
-            path = tmp_path / f"{number}.yaml"
             path.write_text(re.sub(r"^\w+_root: .*\n", "", block, flags=re.MULTILINE))  # of directories that are not here
             inherited = PublishedSuite.load(content["extends"]).tasks if "extends" in content else {}
             tasks = content.get("tasks", {})

@@ -90,7 +90,18 @@ def merger_names(arguments: Sequence[str]) -> list[str]:
             found += re.findall(r"[\w.]+", value)
         elif option == "--config":
             found += _named_in(value)
+        elif option == "--variants":
+            found += _named_in_variants(value)
     return found
+
+
+def _named_in_variants(file: str) -> Iterator[str]:
+    """Names of methods in a file of variants; none where it cannot be read, which is said when it is needed."""
+    try:
+        for variant in read_yaml(Path(file)):
+            yield from _class_paths(variant["merger"])
+    except (ValueError, KeyError, TypeError):
+        return
 
 
 def _named_in(config: str) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """The data module: one exact loader a task, and the unlabeled proxy images."""
 
+import copy
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -92,6 +94,14 @@ class VisionTasks(LightningDataModule):
             raise InputError(f"`tasks`: not in the suite: {wrong}; it has {', '.join(self.suite.tasks)}", of="data")
         return tuple(name for name in self.suite.tasks if name in self._chosen)
 
+    def variant(self, proxies: Proxies, tasks: Sequence[str]) -> "VisionTasks":
+        """The same suite with other proxy images and other tasks to evaluate; what was opened or decoded serves both."""
+        other = copy.copy(self)
+        other.proxies, other._chosen = proxies, list(tasks)
+        other.__dict__ |= {"_images": self._images.with_proxies(proxies), "_cache": self._cache}
+        other.__dict__.pop("_checks", None)
+        return other
+
     def check(self, needs: Needs) -> None:
         """Check that the suite has what a run needs, before anything heavy; the model says what that is.
 
@@ -157,7 +167,8 @@ class VisionTasks(LightningDataModule):
         Raises:
             InputError: when there are none.
         """
-        return self._loader(Subset(*self._images.proxy_images(task)), ("proxies", task), images_only=True)
+        key = ("proxies", task, repr(self.proxies))
+        return self._loader(Subset(*self._images.proxy_images(task)), key, images_only=True)
 
     def val_dataloader(self) -> "list[DataLoader[Batch]]":
         """Loaders of the split ``val``, one a task in the order of :attr:`task_names`."""

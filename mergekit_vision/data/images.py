@@ -10,8 +10,7 @@ from mergekit_vision.sources.config import resolve
 from mergekit_vision.sources.opening import open_source
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.faults import closest
-
-_ELSEWHERE = ("", "proxies")
+from mergekit_vision.support.json_files import to_json
 
 
 class SuiteImages:
@@ -25,6 +24,12 @@ class SuiteImages:
     def __init__(self, suite: Suite, proxies: Proxies) -> None:
         self.suite, self.proxies = suite, proxies
         self._sources: dict[tuple[str, str], ImageSource] = {}
+
+    def with_proxies(self, proxies: Proxies) -> "SuiteImages":
+        """The same images with other proxies among them; what is open, and what either of the two opens, serves both."""
+        other = SuiteImages(self.suite, proxies)
+        other._sources = self._sources
+        return other
 
     def split(self, task: str, split: str) -> ImageSource:
         """One split of one task. What had to be fetched first can only be checked now.
@@ -51,13 +56,13 @@ class SuiteImages:
 
     def elsewhere(self) -> ImageSource:
         """The one out-of-domain source that all tasks' proxy images are drawn from."""
-        if _ELSEWHERE not in self._sources:
-            if self.proxies.source is None:
-                raise ValueError("the proxy images come from the suite's own splits")
-            config = resolve(self.proxies.source, self.suite.root)
-            labeled = self.proxies.label is not None
-            self._sources[_ELSEWHERE] = open_source(config, labeled, self.suite.allow_code)
-        return self._sources[_ELSEWHERE]
+        if self.proxies.source is None:
+            raise ValueError("the proxy images come from the suite's own splits")
+        config, labeled = resolve(self.proxies.source, self.suite.root), self.proxies.label is not None
+        key = "", to_json([config, labeled])
+        if key not in self._sources:
+            self._sources[key] = open_source(config, labeled, self.suite.allow_code)
+        return self._sources[key]
 
     def proxy_images(self, task: str) -> tuple[ImageSource, Sequence[int]]:
         """Where a task's proxy images are, and which they are.

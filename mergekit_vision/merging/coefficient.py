@@ -125,7 +125,8 @@ def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, expe
         teachers.warn_below_backbone(found[max(found)])
         return curve
 
-    return _remembered(bench, merged, (search, "agreement", tuple(experts)), run)
+    conditions = (search, "agreement", tuple(experts), repr(bench.evaluator.data.proxies))
+    return _remembered(bench, merged, conditions, run)
 
 
 def _remembered(bench: Workbench, merged: Merged, conditions: tuple[Any, ...], run: Callable[[], Curve]) -> Curve:

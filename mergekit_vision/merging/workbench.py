@@ -1,7 +1,7 @@
 """Runs mergers on one encoder: the bridge between weights, images and the contract."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +56,10 @@ class Workbench:
         own = base if merged is None else BackboneWeights(describe_backbone(suite.backbone, suite.pretrained))
         evaluator = Evaluator(encoder, LazyHeads(build), data, backbone, runtime, own)
         return cls(evaluator, base, text_weights(clip))
+
+    def on(self, data: VisionTasks) -> "Workbench":
+        """The same encoder and backbone on a variant of the data; what is found of a model counts for both."""
+        return replace(self, evaluator=replace(self.evaluator, data=data))
 
     def inputs(self, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None) -> MergeInputs:
         """What a merger gets of some experts, task -> weights; see :meth:`merge`."""

@@ -1,81 +1,17 @@
 """Pictures of results."""
 
-import io
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from math import nan
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_vision.support.files import replacing
+from mergekit_vision.reports.style import COLORS, GRAY, INK, LINES, RULE, WIDTH, empty_figure, named
 from mergekit_vision.support.terminal import harmless
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, GRAY, RULE = "#24292f", "#6b7280", "#d5d9e0"
-COLORS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "experts": "#2d7d5f"}
-_LINES = ("#3a6ea5", "#d07a2d", "#2d7d5f", "#a5487a", "#7a6bb8", "#8a7a2d", "#4aa5a5", "#b8483a", "#6b7280")
 _DIVERGENCE = "divergence from the experts on proxy images, nats"
-_WIDTH = 5.2  # inches: readable when it is shrunk to a phone's width
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": GRAY,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,  # a name with $ in it is no formula
-    "svg.hashsalt": "mergekit-vision",  # the same picture, the same file
-}
-_LONGEST_NAME = 24  # letters; more leave no room for what is drawn
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator["Figure"]:
-    """An empty figure in inches, and its style while it is filled."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """How a figure is written. Letters that the font lacks become boxes, without a word."""
-    import matplotlib
-
-    with warnings.catch_warnings(), matplotlib.rc_context({key: _STYLE[key] for key in ("svg.hashsalt", "text.parse_math")}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def _named(name: str) -> str:
-    """A name as it stands in a figure, where there is room for a few letters."""
-    name = harmless(name)
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
-
-
-def save_png(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
-    with replacing(path) as draft, _drawing():
-        figure.savefig(draft, dpi=150)
-
-
-def as_svg(figure: "Figure") -> bytes:
-    """A figure as an SVG document."""
-    buffer = io.BytesIO()
-    with _drawing():
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -84,7 +20,7 @@ def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     Args:
         rows: those of a comparison, in the order to draw from below; accuracies in [0, 1].
     """
-    with _figure(_WIDTH, 1.1 + 0.33 * len(rows)) as figure:
+    with empty_figure(WIDTH, 1.1 + 0.33 * len(rows)) as figure:
         axes = figure.add_subplot()
         for position, row in enumerate(rows):
             mean, kept = 100 * row["mean"]["accuracy"], row["mean"]["normalized"]
@@ -92,7 +28,7 @@ def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             axes.text(mean + 1.5, position, f"{mean:.1f}", va="center", weight="bold")
             if kept is not None and row["kind"] != "experts":
                 axes.text(mean + 14, position, f"({100 * kept:.0f})", va="center", color=GRAY)
-        axes.set_yticks(range(len(rows)), [_named(row["name"]) for row in rows])
+        axes.set_yticks(range(len(rows)), [named(row["name"]) for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 126)
         axes.set_xticks(range(0, 101, 20))
@@ -120,15 +56,23 @@ def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         rows: those of a comparison, from top to bottom; accuracies in [0, 1].
     """
     tasks = list(rows[0]["tasks"])
-    values = [[100 * row["tasks"][task]["accuracy"] for task in tasks] for row in rows]
-    shares = [[row["tasks"][task]["normalized"] for task in tasks] for row in rows]
-    shades = [[100.0 if share is None else 100 * share for share in line] for line in shares]
+    cells = [[row["tasks"].get(task) for task in tasks] for row in rows]  # a row may be of fewer tasks
+    values = [[100 * cell["accuracy"] if cell else nan for cell in line] for line in cells]
+    shades = [[_shade(cell) for cell in line] for line in cells]
+    known = [shade for line in shades for shade in line if shade == shade]
     methods = [line for row, line in zip(rows, values, strict=True) if row["kind"] in ("static", "dynamic")]
-    best = [max(column) for column in zip(*methods, strict=True)]
+    best = [max((value for value in column if value == value), default=nan) for column in zip(*methods, strict=True)]
     bold = [[line in methods and value == best[column] for column, value in enumerate(line)] for line in values]
-    low = min(90.0, 10 * (min(min(line) for line in shades) // 10))
+    low = min(90.0, 10 * (min(known) // 10))
     table = _Table([row["name"] for row in rows], tasks, values, shades, bold)
-    return _heat_map(table, "accuracy, %\n(shade: % of the task's own expert)", low, max(100.0, *map(max, shades)))
+    return _heat_map(table, "accuracy, %\n(shade: % of the task's own expert)", low, max(100.0, *known))
+
+
+def _shade(cell: Mapping[str, Any] | None) -> float:
+    """Share of the task's own expert, in %."""
+    if cell is None:
+        return nan
+    return 100.0 if cell["normalized"] is None else 100.0 * float(cell["normalized"])
 
 
 def draw_similarity(tasks: Sequence[str], cosine: Sequence[Sequence[float]]) -> "Figure":
@@ -166,11 +110,11 @@ class _Table(NamedTuple):
 def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
     from matplotlib import colormaps
 
-    table = table._replace(rows=list(map(_named, table.rows)), columns=list(map(_named, table.columns)))
+    table = table._replace(rows=list(map(named, table.rows)), columns=list(map(named, table.columns)))
     width, height = len(table.columns), len(table.rows)
     cell, size = (0.46, 9) if width <= 16 else (0.32, 8)
-    names = 0.085 * max(len(name) for name in table.rows)
-    with _figure(max(0.5 + names + cell * width, 3.6), 1.4 + 0.1 * max(map(len, table.columns)) / 2 + 0.31 * height) as figure:
+    left, below = (max(map(len, names)) for names in (table.rows, table.columns))
+    with empty_figure(max(0.5 + 0.085 * left + cell * width, 3.6), 1.4 + 0.05 * below + 0.31 * height) as figure:
         axes = figure.add_subplot()
         shade = colormaps["YlGnBu"]
         picture = axes.imshow(table.shades, vmin=low, vmax=high, cmap=shade, aspect="auto")
@@ -210,13 +154,13 @@ def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Map
     """
     labeled = any("normalized" in point for points in curves.values() for point in points)
     key, factor, label = ("normalized", 100, "share of the experts on val, %") if labeled else ("divergence", 1, _DIVERGENCE)
-    with _figure(_WIDTH, 4.0) as figure:
+    with empty_figure(WIDTH, 4.0) as figure:
         axes = figure.add_subplot()
-        for (name, points), color in zip(_joined(curves).items(), cycle(_LINES), strict=False):
+        for (names, points), color in zip(_joined(curves), cycle(LINES), strict=False):
             x = [point["coefficient"] for point in points]
             y = [factor * point[key] for point in points]
-            axes.plot(x, y, color=color, linewidth=1.6, marker=".", markersize=4, label=harmless(name))
-            best = x.index(chosen[name.split(", ")[0]])
+            axes.plot(x, y, color=color, linewidth=1.6, marker=".", markersize=4, label=harmless(", ".join(names)))
+            best = x.index(chosen[names[0]])
             axes.plot(x[best], y[best], marker="o", markersize=8, color=color, markeredgecolor="white")
         ticks = [0.125, 0.25, 0.5, 1, 2, 3]
         axes.set_xscale("log", base=2)
@@ -229,12 +173,12 @@ def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Map
     return figure
 
 
-def _joined(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Sequence[Mapping[str, float]]]:
-    """Equal curves once: a method that builds on another one searches with it."""
+def _joined(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[tuple[list[str], Sequence[Mapping[str, float]]]]:
+    """Equal curves once, with the names of all: a method that builds on another one searches with it."""
     names: dict[str, list[str]] = {}
     for name, points in curves.items():
         names.setdefault(repr(points), []).append(name)
-    return {", ".join(same): curves[same[0]] for same in names.values()}
+    return [(same, curves[same[0]]) for same in names.values()]
 
 
 def draw_energy(energy: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Mapping[str, Any]]) -> "Figure":
@@ -249,7 +193,7 @@ def draw_energy(energy: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Ma
     kinds = list(dict.fromkeys(layers[name]["kind"] for name in energy))
     blocks = list(dict.fromkeys(layers[name]["block"] for name in energy))
     colors = dict(zip(blocks, ("#7fb3c8", "#3a6ea5", "#1d2f55"), strict=False))
-    with _figure(_WIDTH, 0.9 + 2.0 * ((len(kinds) + 1) // 2)) as figure:
+    with empty_figure(WIDTH, 0.9 + 2.0 * ((len(kinds) + 1) // 2)) as figure:
         panels = figure.subplots((len(kinds) + 1) // 2, 2, squeeze=False, sharey=True).flatten()
         for panel in panels[len(kinds) :]:
             panel.set_visible(False)

@@ -1,11 +1,13 @@
 """The report of a comparison: ``results.json``, pictures, and one HTML file that needs nothing else."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.reports import figures
+from mergekit_vision.reports.curves import Curve, curves, draw_curves
+from mergekit_vision.reports.style import as_svg, save_png
 from mergekit_vision.reports.tables import comparison_table, count, percent
 from mergekit_vision.support.console import logger, show
 from mergekit_vision.support.files import replacing
@@ -50,8 +52,8 @@ def write_comparison(results: Results, directory: Path) -> None:
         directory: made when missing.
     """
     write_json(directory / "results.json", results)
-    figures.save_png(figures.draw_methods(results["rows"]), directory / "methods.png")
-    figures.save_png(figures.draw_tasks(results["rows"]), directory / "tasks.png")
+    save_png(figures.draw_methods(results["rows"]), directory / "methods.png")
+    save_png(figures.draw_tasks(results["rows"]), directory / "tasks.png")
     with replacing(directory / "report.html") as draft:
         draft.write_text(render(results), encoding="utf-8", errors="xmlcharrefreplace")
     show(comparison_table(results))
@@ -70,7 +72,7 @@ def render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": readable}
+    environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": readable, "differing": _differing}
     page = environment.get_template("report.html").render(
         results=results,
         rows=results["rows"],
@@ -78,6 +80,7 @@ def render(results: Results) -> str:
         summary=summary(results),
         best=_best(results),
         pictures=_pictures(results),
+        curves={name: _curves(name, found) for name, found in curves(results["rows"]).items()},
         routing={row["name"]: _routing(row, results["layers"]) for row in _methods(results) if row["routing"]},
     )
     return str(page)
@@ -87,7 +90,8 @@ def summary(results: Results) -> str:
     """What came out, in two or three sentences.
 
     >>> from mergekit_vision.reports.html import NARROW, summary
-    >>> row = {"name": "ESM", "kind": "static", "mean": {"accuracy": 0.7, "normalized": 0.93}, "extra_parameters": 0}
+    >>> mean = {"accuracy": 0.7, "normalized": 0.93}
+    >>> row = {"name": "ESM", "kind": "static", "mean": mean, "tasks": {"mnist": mean}, "extra_parameters": 0}
     >>> summary({"rows": [row], "parameters": 10}).replace(NARROW, " ")
     'ESM keeps 93 % of the experts’ accuracy in one model of the same size.'
     """
@@ -112,10 +116,12 @@ def _methods(results: Results) -> list[Mapping[str, Any]]:
 
 
 def _best(results: Results) -> dict[str, Mapping[str, Any]]:
-    """The row with the highest mean accuracy of each kind."""
+    """The row with the highest mean accuracy of each kind, among those on all tasks."""
     found: dict[str, Mapping[str, Any]] = {}
+    most = max(len(row["tasks"]) for row in results["rows"])
     for row in results["rows"]:
-        if row["kind"] not in found or row["mean"]["accuracy"] > found[row["kind"]]["mean"]["accuracy"]:
+        before = found.get(row["kind"])
+        if len(row["tasks"]) == most and (before is None or row["mean"]["accuracy"] > before["mean"]["accuracy"]):
             found[row["kind"]] = row
     return found
 
@@ -154,6 +160,17 @@ def _top(points: list[Any]) -> float:
     return float(best["coefficient"])
 
 
+def _differing(row: Mapping[str, Any]) -> str:
+    """What is otherwise with a row than by default."""
+    return "; ".join(f"{name} = {readable(row['settings'][name])}" for name in row.get("differs", ()))
+
+
+def _curves(name: str, found: Sequence[Curve]) -> Picture:
+    """Accuracy by one setting."""
+    words = "; ".join(f"{curve.label} from {_whole(curve.points[0].y)} to {_whole(curve.points[-1].y)}" for curve in found)
+    return _picture(draw_curves(name, found), f"Line chart of the accuracy by {name}. {words}.")
+
+
 def _routing(row: Mapping[str, Any], layers: Layers) -> Picture:
     shares = [share for layer in row["routing"].values() for share in layer.values()]
     words = f"On average {_whole(sum(shares) / len(shares))} of the images pick their own task’s expert."
@@ -162,7 +179,7 @@ def _routing(row: Mapping[str, Any], layers: Layers) -> Picture:
 
 
 def _picture(figure: "Figure", alt: str) -> Picture:
-    svg = base64.b64encode(figures.as_svg(figure)).decode()
+    svg = base64.b64encode(as_svg(figure)).decode()
     width, height = (_PIXELS * side for side in figure.get_size_inches())
     long = bool(width > _WIDEST)
     enlarged = 1.0 if long else 1.2  # where there is room

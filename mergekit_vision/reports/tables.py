@@ -33,8 +33,9 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["rows"]:
         method, worst = row["kind"] in ("static", "dynamic"), row["worst"]
+        fewer = f" ({len(row['tasks'])} tasks)" if len(row["tasks"]) < len(results["tasks"]) else ""
         table.add_row(
-            as_markup(row["name"]),
+            as_markup(row["name"] + fewer),
             percent(row["mean"]["accuracy"]),
             percent(row["mean"]["normalized"]),
             "–" if row["kind"] == "experts" else f"{as_markup(worst)} {percent(row['tasks'][worst]['normalized'])}",

@@ -24,7 +24,8 @@ from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import MergedModel, Recipe, expert_sources
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
-from mergekit_vision.reports.figures import draw_routing, save_png
+from mergekit_vision.reports.figures import draw_routing
+from mergekit_vision.reports.style import save_png
 from mergekit_vision.reports.summary import own_expert_shares, summarize
 from mergekit_vision.reports.tables import results_table
 from mergekit_vision.runs.checks import check_alike, check_merged, check_processes

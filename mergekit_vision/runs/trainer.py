@@ -27,6 +27,7 @@ from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.processes import check_devices, check_slurm, cpu_devices
 from mergekit_vision.runs.runtime import runtime_of
+from mergekit_vision.runs.variant_files import read_variants
 from mergekit_vision.sources.folder import FlatFolder
 from mergekit_vision.support.console import console, logger, quiet_lightning
 from mergekit_vision.support.faults import closest
@@ -154,7 +155,11 @@ class Trainer(lightning.Trainer):
             predictions.write(Path(self.default_root_dir) / "predictions.csv")
 
     def compare(  # noqa: D417 (the CLI hides the others)
-        self, model: LightningModule, datamodule: LightningDataModule, mergers: list[str] | str = "all"
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        mergers: list[str] | str | None = None,
+        variants: str | None = None,
     ) -> None:
         """Merge with many methods, evaluate each on every task's test split, and write a report.
 
@@ -162,12 +167,17 @@ class Trainer(lightning.Trainer):
         ``report.html`` are written.
 
         Args:
-            mergers: names or class paths of methods, with their default parameters; ``all`` for every installed one.
+            mergers: names or class paths of methods, with their default parameters; ``all``, the default without ``variants``,
+                for every installed one.
+            variants: a file (YAML) that lists methods with parameters, and what else differs from row to row.
         """
         model = cast(MergedCLIP, model)
         if model.merger is not None or model.merged is not None:
             raise InputError("compare merges by methods of its own: give it neither `merger` nor `merged`", of="model")
-        comparison = Comparison(model.recipe, default_mergers(mergers), lenient=mergers in ("all", ["all"]))
+        chosen = "all" if mergers is None and variants is None else mergers
+        methods = {} if chosen is None else default_mergers(chosen)
+        rows = [] if variants is None else read_variants(Path(variants))
+        comparison = Comparison(model.recipe, methods, lenient=chosen in ("all", ["all"]), variants=rows)
         with self._explained("comparing", comparison, datamodule):
             self._set_up_only(comparison, datamodule)
         if self.is_global_zero:

@@ -16,8 +16,9 @@ from rich.console import Console
 from mergekit_vision.cli.main import main
 from mergekit_vision.cli.methods import markdown_table
 from mergekit_vision.registry import Method
-from mergekit_vision.reports.figures import as_svg, draw_methods, draw_routing, draw_similarity, draw_tasks, save_png
+from mergekit_vision.reports.figures import draw_methods, draw_routing, draw_similarity, draw_tasks
 from mergekit_vision.reports.html import render, write_comparison
+from mergekit_vision.reports.style import as_svg, save_png
 from mergekit_vision.reports.tables import comparison_table, results_table
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.support.terminal import harmless

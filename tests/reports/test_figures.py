@@ -12,15 +12,14 @@ from matplotlib.text import Text
 from PIL import Image
 
 from mergekit_vision.reports.figures import (
-    as_svg,
     draw_energy,
     draw_methods,
     draw_routing,
     draw_search,
     draw_similarity,
     draw_tasks,
-    save_png,
 )
+from mergekit_vision.reports.style import as_svg, save_png
 
 SEARCH = {
     "Plain": [{"coefficient": c, "normalized": n} for c, n in ((0.5, 0.9), (1.0, 0.7))],

@@ -1,0 +1,107 @@
+"""Rows of a comparison that differ in one number, as curves."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_vision.reports.style import LINES, RULE, WIDTH, empty_figure
+from mergekit_vision.support.json_files import readable, to_json
+from mergekit_vision.support.terminal import harmless
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LEAST = 3  # points of a curve
+_DECADES = 8  # times the smallest number, above which the axis is logarithmic
+TASKS = "tasks"
+
+
+class Point(NamedTuple):
+    """A row on a curve.
+
+    Attributes:
+        x: the number in which it differs.
+        y: mean accuracy; of numbers of tasks the normalized one, since tasks are of different difficulty. In [0, 1].
+    """
+
+    x: float
+    y: float
+
+
+class Curve(NamedTuple):
+    """Rows of one method that differ in one number.
+
+    Attributes:
+        label: the method, and what else is otherwise than by default.
+        points: by their number, ascending.
+    """
+
+    label: str
+    points: Sequence[Point]
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
+    """Name of a setting -> the curves of rows that differ in it alone.
+
+    >>> from mergekit_vision.reports.curves import curves
+    >>> def row(rank, mean):
+    ...     settings = {"rank": rank, "route": "router"}
+    ...     merger = {"name": "SMILE", "class_path": "plugins.SMILE"}
+    ...     return {"merger": merger, "settings": settings, "differs": ["rank"], "mean": {"accuracy": mean}}
+    >>> curves([row(8, 0.6), row(4, 0.5), row(16, 0.7)])["rank"][0].points[0]
+    Point(x=4.0, y=0.5)
+    """
+    methods = [row for row in rows if "settings" in row]
+    names = dict.fromkeys(name for row in methods for name in row["settings"])
+    found = {name: list(_curves_of(name, methods)) for name in names if not name.endswith("seed")}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def _curves_of(name: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if _is_number(row["settings"].get(name)):
+            others = {key: value for key, value in row["settings"].items() if key != name}
+            groups.setdefault(to_json([row["merger"]["class_path"], others]), []).append(row)
+    for group in groups.values():
+        points = {float(row["settings"][name]): row["mean"][_scored(name)] for row in group}
+        if len(points) >= _LEAST and all(value is not None for value in points.values()):
+            yield Curve(_label(name, group), [Point(x, points[x]) for x in sorted(points)])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _scored(name: str) -> str:
+    return "normalized" if name == TASKS else "accuracy"
+
+
+def _label(name: str, group: Sequence[Mapping[str, Any]]) -> str:
+    differing = dict.fromkeys(key for row in group for key in row["differs"] if key != name)
+    settings = group[0]["settings"]
+    return ", ".join([group[0]["merger"]["name"], *(f"{key} {readable(settings[key])}" for key in differing)])
+
+
+def draw_curves(name: str, lines: Sequence[Curve]) -> "Figure":
+    """Mean accuracy by a setting, one line a method.
+
+    Args:
+        name: of the setting.
+        lines: the curves.
+    """
+    with empty_figure(WIDTH, 3.4 + 0.22 * len(lines)) as figure:
+        axes = figure.add_subplot()
+        for line, color in zip(lines, cycle(LINES), strict=False):
+            x, y = [point.x for point in line.points], [100 * point.y for point in line.points]
+            axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=harmless(line.label))
+        ticks = sorted({point.x for line in lines for point in line.points})
+        if ticks[0] > 0 and ticks[-1] > _DECADES * ticks[0]:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(color=RULE, linewidth=0.7)
+        axes.set_xlabel(harmless(name))
+        axes.set_ylabel("mean over tasks, % of the experts" if name == TASKS else "mean accuracy over tasks, %")
+        figure.legend(loc="outside upper left", ncols=1, frameon=False, fontsize=9)
+    return figure
