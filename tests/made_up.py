@@ -51,6 +51,7 @@ def made_up() -> dict[str, Any]:
         "search": {"low": 0.0, "high": 3.0, "first": 0.125, "halvings": 2},
         "route": "router",
         "proxies": {"n": 32, "split": "val", "seed": 0, "label": None, "source": None},
+        "draws": 1,
         "seed": 0,
         "precision": "32-true",
         "device": "cpu",

@@ -34,6 +34,7 @@ SHORT = (
     Short(("--merged",), "--model.merged", "DIR", "a model merged before, instead of --merger", _MERGING[1:]),
     Short(("--mergers",), "--mergers", "LIST", "methods to compare: '[TIES, ESM]'; all unless given", ("compare",)),
     Short(("--variants",), "--variants", "FILE", "methods with parameters, and what else differs by row (YAML)", ("compare",)),
+    Short(("--seeds",), "--seeds", "N", "draws of proxy images to average over; 1 unless given", ("compare",)),
     Short(("--task",), "--task", "NAME", "task whose classes are predicted", ("predict",)),
     Short(("--images",), "--images", "PATH", "directory of images, or one image", ("predict",)),
     Short(("--scale",), "--model.scale", "VALUE", "coefficient: a number, merger (the method's own), search or agreement"),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_vision.reports.noise import deviation
 from mergekit_vision.reports.style import LINES, RULE, WIDTH, empty_figure
 from mergekit_vision.support.json_files import readable, to_json
 from mergekit_vision.support.terminal import harmless
@@ -22,10 +23,12 @@ class Point(NamedTuple):
     Attributes:
         x: the number in which it differs.
         y: mean accuracy; of numbers of tasks the normalized one, since tasks are of different difficulty. In [0, 1].
+        deviation: of the mean accuracy over draws of proxy images; 0 where there was one.
     """
 
     x: float
     y: float
+    deviation: float = 0.0
 
 
 class Curve(NamedTuple):
@@ -49,7 +52,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
     ...     merger = {"name": "SMILE", "class_path": "plugins.SMILE"}
     ...     return {"merger": merger, "settings": settings, "differs": ["rank"], "mean": {"accuracy": mean}}
     >>> curves([row(8, 0.6), row(4, 0.5), row(16, 0.7)])["rank"][0].points[0]
-    Point(x=4.0, y=0.5)
+    Point(x=4.0, y=0.5, deviation=0.0)
     """
     methods = [row for row in rows if "settings" in row]
     names = dict.fromkeys(name for row in methods for name in row["settings"])
@@ -64,9 +67,14 @@ def _curves_of(name: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
             others = {key: value for key, value in row["settings"].items() if key != name}
             groups.setdefault(to_json([row["merger"]["class_path"], others]), []).append(row)
     for group in groups.values():
-        points = {float(row["settings"][name]): row["mean"][_scored(name)] for row in group}
-        if len(points) >= _LEAST and all(value is not None for value in points.values()):
-            yield Curve(_label(name, group), [Point(x, points[x]) for x in sorted(points)])
+        known = [row for row in group if row["mean"][_scored(name)] is not None]
+        points = {point.x: point for point in (_point(name, row) for row in known)}
+        if len(points) >= _LEAST:
+            yield Curve(_label(name, group), [points[x] for x in sorted(points)])
+
+
+def _point(name: str, row: Mapping[str, Any]) -> Point:
+    return Point(float(row["settings"][name]), row["mean"][_scored(name)], (deviation(row) or 0.0) if name != TASKS else 0.0)
 
 
 def _is_number(value: object) -> bool:
@@ -94,7 +102,10 @@ def draw_curves(name: str, lines: Sequence[Curve]) -> "Figure":
         axes = figure.add_subplot()
         for line, color in zip(lines, cycle(LINES), strict=False):
             x, y = [point.x for point in line.points], [100 * point.y for point in line.points]
-            axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=harmless(line.label))
+            spread = [100 * point.deviation for point in line.points] if any(point.deviation for point in line.points) else None
+            axes.errorbar(
+                x, y, spread, color=color, linewidth=1.6, marker="o", markersize=4, capsize=3, label=harmless(line.label)
+            )
         ticks = sorted({point.x for line in lines for point in line.points})
         if ticks[0] > 0 and ticks[-1] > _DECADES * ticks[0]:
             axes.set_xscale("log", base=2)

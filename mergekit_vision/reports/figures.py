@@ -5,6 +5,7 @@ from itertools import cycle
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_vision.reports.noise import leads
 from mergekit_vision.reports.style import COLORS, GRAY, INK, LINES, RULE, WIDTH, empty_figure, named
 from mergekit_vision.support.terminal import harmless
 
@@ -50,7 +51,9 @@ def _key(figure: "Figure", kinds: Sequence[str]) -> None:
 
 
 def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Heat map of accuracies, methods by tasks, in %; the shade is the share of the task's own expert, the best is bold.
+    """Heat map of accuracies, methods by tasks, in %; the shade is the share of the task's own expert.
+
+    The method that is better on a task than all others, by more than noise, is bold.
 
     Args:
         rows: those of a comparison, from top to bottom; accuracies in [0, 1].
@@ -60,12 +63,16 @@ def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     values = [[100 * cell["accuracy"] if cell else nan for cell in line] for line in cells]
     shades = [[_shade(cell) for cell in line] for line in cells]
     known = [shade for line in shades for shade in line if shade == shade]
-    methods = [line for row, line in zip(rows, values, strict=True) if row["kind"] in ("static", "dynamic")]
-    best = [max((value for value in column if value == value), default=nan) for column in zip(*methods, strict=True)]
-    bold = [[line in methods and value == best[column] for column, value in enumerate(line)] for line in values]
+    bold = [[_leads(row, rows, task) for task in tasks] for row in rows]
     low = min(90.0, 10 * (min(known) // 10))
     table = _Table([row["name"] for row in rows], tasks, values, shades, bold)
     return _heat_map(table, "accuracy, %\n(shade: % of the task's own expert)", low, max(100.0, *known))
+
+
+def _leads(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], task: str) -> bool:
+    """Whether a method is the best of all on a task."""
+    methods = [other for other in rows if other["kind"] in ("static", "dynamic") and task in other["tasks"]]
+    return row in methods and leads(row, (other for other in methods if other is not row), task)
 
 
 def _shade(cell: Mapping[str, Any] | None) -> float:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.reports import figures
 from mergekit_vision.reports.curves import Curve, curves, draw_curves
+from mergekit_vision.reports.noise import is_better
 from mergekit_vision.reports.style import as_svg, save_png
-from mergekit_vision.reports.tables import comparison_table, count, percent
+from mergekit_vision.reports.tables import comparison_table, count, mean_percent, percent
 from mergekit_vision.support.console import logger, show
 from mergekit_vision.support.files import replacing
 from mergekit_vision.support.json_files import readable, write_json
@@ -72,6 +73,7 @@ def render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"mean": mean_percent, "coefficient": _coefficient}
     environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": readable, "differing": _differing}
     page = environment.get_template("report.html").render(
         results=results,
@@ -96,14 +98,24 @@ def summary(results: Results) -> str:
     'ESM keeps 93 % of the experts’ accuracy in one model of the same size.'
     """
     best, sentences = _best(results), []
-    if "static" in best:
-        sentences.append(f"{best['static']['name']} {_reaches(best['static'])} in one model of the same size.")
-    if "dynamic" in best:
-        extra = _whole(best["dynamic"]["extra_parameters"] / results["parameters"])
-        sentences.append(f"{best['dynamic']['name']} {_reaches(best['dynamic'])} with {extra} more parameters and a router.")
-    if "backbone" in best:
-        sentences.append(f"The pre-trained model alone, zero-shot, {_reaches(best['backbone'])}.")
+    if found := best.get("static"):
+        sentences.append(f"{found.row['name']} {_reaches(found.row)} in one model of the same size{_rivals(found)}.")
+    if found := best.get("dynamic"):
+        extra = _whole(found.row["extra_parameters"] / results["parameters"])
+        what = f"with {extra} more parameters and a router"
+        sentences.append(f"{found.row['name']} {_reaches(found.row)} {what}{_rivals(found)}.")
+    if found := best.get("backbone"):
+        sentences.append(f"The pre-trained model alone, zero-shot, {_reaches(found.row)}.")
     return " ".join(sentences)
+
+
+def _rivals(best: "Best") -> str:
+    """Those that may be as good."""
+    if len(best.rivals) > 2:
+        return f" ({len(best.rivals)} others are within the noise of it)"
+    return (
+        f" ({' and '.join(best.rivals)} {'is' if len(best.rivals) == 1 else 'are'} within the noise of it)" if best.rivals else ""
+    )
 
 
 def _reaches(row: Mapping[str, Any]) -> str:
@@ -115,15 +127,30 @@ def _methods(results: Results) -> list[Mapping[str, Any]]:
     return [row for row in results["rows"] if row["kind"] in ("static", "dynamic")]
 
 
-def _best(results: Results) -> dict[str, Mapping[str, Any]]:
-    """The row with the highest mean accuracy of each kind, among those on all tasks."""
-    found: dict[str, Mapping[str, Any]] = {}
+class Best(NamedTuple):
+    """The row of a kind with the highest mean accuracy.
+
+    Attributes:
+        row: the row.
+        rivals: names of those of its kind that are behind it by no more than noise.
+    """
+
+    row: Mapping[str, Any]
+    rivals: Sequence[str]
+
+
+def _best(results: Results) -> dict[str, Best]:
+    """The best row of each kind, among those on all tasks."""
     most = max(len(row["tasks"]) for row in results["rows"])
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in results["rows"]:
-        before = found.get(row["kind"])
-        if len(row["tasks"]) == most and (before is None or row["mean"]["accuracy"] > before["mean"]["accuracy"]):
-            found[row["kind"]] = row
-    return found
+        if len(row["tasks"]) == most:
+            kinds.setdefault(row["kind"], []).append(row)
+    found = {kind: max(rows, key=lambda row: float(row["mean"]["accuracy"])) for kind, rows in kinds.items()}
+    return {
+        kind: Best(row, [other["name"] for other in kinds[kind] if other is not row and not is_better(row, other)])
+        for kind, row in found.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -158,6 +185,15 @@ def _top(points: list[Any]) -> float:
     """Coefficient with the best score."""
     best = min(points, key=lambda point: point["divergence"] if "divergence" in point else -point["normalized"])
     return float(best["coefficient"])
+
+
+def _coefficient(row: Mapping[str, Any]) -> str:
+    """At which coefficient a method was used; from the smallest to the largest where draws of proxy images led to several."""
+    found = [draw["scale"] for draw in row.get("draws", ())] or [row["scale"]]
+    if None in found:
+        return "–"
+    low, high = min(found), max(found)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
 def _differing(row: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mergekit_vision.reports.noise import deviation
 from mergekit_vision.support.console import as_markup
 
 
@@ -36,7 +37,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
         fewer = f" ({len(row['tasks'])} tasks)" if len(row["tasks"]) < len(results["tasks"]) else ""
         table.add_row(
             as_markup(row["name"] + fewer),
-            percent(row["mean"]["accuracy"]),
+            mean_percent(row),
             percent(row["mean"]["normalized"]),
             "–" if row["kind"] == "experts" else f"{as_markup(worst)} {percent(row['tasks'][worst]['normalized'])}",
             f"{row['seconds']['merge']:.1f}" if method else "–",
@@ -46,6 +47,17 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
     table.caption = "normalized: relative to each task's own expert · extra: parameters besides one encoder"
     table.caption_justify = "left"
     return table
+
+
+def mean_percent(row: Mapping[str, Any]) -> str:
+    """A row's mean accuracy in percent, with the standard deviation over draws of proxy images where there were several.
+
+    >>> from mergekit_vision.reports.tables import mean_percent
+    >>> mean_percent({"mean": {"accuracy": 0.5}, "draws": [{"mean": {"accuracy": 0.49}}, {"mean": {"accuracy": 0.51}}]})
+    '50.0 ± 1.4'
+    """
+    spread = deviation(row)
+    return percent(row["mean"]["accuracy"]) + ("" if spread is None else f" ± {percent(spread)}")
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -29,6 +30,7 @@ from mergekit_vision.support.console import logger, track
 from mergekit_vision.support.source_code import code_fingerprint, versions
 from mergekit_vision.support.team import Team
 
+_MOST_SEEDS = 1000
 _PROXIES = Needs(experts=False, proxies=True)
 
 
@@ -40,21 +42,29 @@ class Comparison(LightningModule):
         mergers: name -> method.
         lenient: leave out a method that refuses the suite, and say so, instead of ending with its error.
         variants: more rows, each a method and what is done otherwise than ``recipe`` and the data module say.
+        seeds: draws of the proxy images, each with a seed of its own, over which the rows that see any are averaged.
 
     Attributes:
         results: what ``results.json`` holds, once the comparison has run.
 
     Raises:
-        InputError: when two rows have one name.
+        InputError: when two rows have one name, or there is to be no draw.
     """
 
     def __init__(
-        self, recipe: Recipe, mergers: Mapping[str, Merger], lenient: bool = False, variants: Sequence[Variant] = ()
+        self,
+        recipe: Recipe,
+        mergers: Mapping[str, Merger],
+        lenient: bool = False,
+        variants: Sequence[Variant] = (),
+        seeds: int = 1,
     ) -> None:
         super().__init__()
         if twice := [row.name for row in variants if row.name in mergers]:
             raise InputError(f"`variants`: {twice[0]} is the name of one of `mergers` too; name it otherwise", of="command")
-        self.recipe, self.rows, self.lenient = recipe, [*of_mergers(mergers), *variants], lenient
+        if not 1 <= seeds <= _MOST_SEEDS:
+            raise InputError(f"`seeds` must lie in 1 to {_MOST_SEEDS}, not {seeds}", of="command")
+        self.recipe, self.rows, self.lenient, self.seeds = recipe, [*of_mergers(mergers), *variants], lenient, seeds
         self.results: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -128,12 +138,10 @@ class Comparison(LightningModule):
     def _methods(self, measuring: Measuring) -> tuple[list[Measured], dict[str, str]]:
         """What was measured of each method, and why others were left out."""
         found, left_out = list[Measured](), dict[str, str]()
-        data = measuring.bench.evaluator.data
         for number, row in enumerate(self.rows, start=1):
             place, before = f"[{number}/{len(self.rows)}] {row.name}", measuring.measured
-            recipe, images = row.recipe(self.recipe, data.suite), row.data(data)
             try:
-                entry = measuring.method(row.merger, recipe, images, place)
+                found.append(self._measured(measuring, row, place))
             except EvaluationError:
                 raise
             except InputError as error:
@@ -142,10 +150,27 @@ class Comparison(LightningModule):
                 left_out[row.name] = str(error)
                 logger.info("%s is left out: %s", place, error)
                 continue
-            found.append(Measured(row.name, entry, settings(row, recipe, images), differing(row)))
             known = ", known from an earlier run" if measuring.measured == before else ""
-            logger.info("%s: %.2f %% on %s%s", place, 100 * found[-1].mean, TEST, known)
+            mean = 100 * fmean(found[-1].accuracy.values())
+            logger.info("%s: %.2f %% on %s%s%s", place, mean, TEST, self._repeated(row), known)
         return found, left_out
+
+    def _measured(self, measuring: Measuring, row: Variant, place: str) -> Measured:
+        """One row: a draw of its proxy images after the other, or one run where it sees none."""
+        run = measuring.bench.evaluator.data
+        recipe, draws = row.recipe(self.recipe, run.suite), self.seeds if row.sees_proxies(self.recipe) else 1
+        data = [row.data(run, draw) for draw in range(draws)]
+        found = {
+            images.proxies.seed: measuring.method(row.merger, recipe, images, f"{place}, draw {draw}" if draws > 1 else place)
+            for draw, images in enumerate(data, start=1)
+        }
+        return Measured(row.name, found, settings(row, recipe, data[0]), differing(row))
+
+    def _repeated(self, row: Variant) -> str:
+        """How often a row was measured, where there is something to say of it."""
+        if self.seeds == 1:
+            return ""
+        return f", mean of {self.seeds} draws" if row.sees_proxies(self.recipe) else ", once: it sees no proxy images"
 
     def _setting(self, bench: Workbench) -> dict[str, Any]:
         """How the comparison was made."""
@@ -166,6 +191,7 @@ class Comparison(LightningModule):
             "search": asdict(recipe.search) if recipe.scale in ("search", "agreement") else None,
             "route": recipe.route,
             "proxies": asdict(data.proxies),
+            "draws": self.seeds,
             "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")),
             "precision": runtime.precision_name,
             "device": runtime.device.type,

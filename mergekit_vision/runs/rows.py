@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from mergekit_vision.merging.workbench import Workbench
@@ -16,21 +17,39 @@ class Measured:
 
     Attributes:
         name: of the row.
-        entry: what was measured.
+        entries: what was measured, by the seed of the proxy images; with more than one seed, in the order of the draws.
         settings: everything that makes it what it is, by name.
         differs: names among these of what is otherwise than by default.
     """
 
     name: str
-    entry: Entry
+    entries: Mapping[int, Entry]
     settings: Mapping[str, Any]
     differs: Sequence[str] = ()
 
     @property
-    def mean(self) -> float:
-        """Mean accuracy over its tasks, in [0, 1]."""
-        accuracy = self.entry["accuracy"].values()
-        return float(sum(accuracy) / len(accuracy))
+    def first(self) -> Entry:
+        """What was measured with the first draw."""
+        return next(iter(self.entries.values()))
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Mean accuracy over the draws, by task, in [0, 1]."""
+        return {task: fmean(entry["accuracy"][task] for entry in self.entries.values()) for task in self.first["accuracy"]}
+
+    @property
+    def draws(self) -> list[dict[str, Any]]:
+        """What was found with each draw; nothing where there was one."""
+        found = [
+            {
+                "seed": seed,
+                "scale": entry["scale"],
+                "tasks": {task: {"accuracy": value} for task, value in entry["accuracy"].items()},
+                "mean": {"accuracy": fmean(entry["accuracy"].values())},
+            }
+            for seed, entry in self.entries.items()
+        ]
+        return found if len(found) > 1 else []
 
 
 def table_rows(
@@ -50,9 +69,10 @@ def table_rows(
         return {"name": name, "kind": kind, **summary, "worst": worst, **found}
 
     def method(found: Measured) -> dict[str, Any]:
-        entry = {key: value for key, value in found.entry.items() if key != "dynamic"}
-        kind = "dynamic" if found.entry["dynamic"] else "static"
-        return row(found.name, kind, **entry, settings=dict(found.settings), differs=list(found.differs))
+        kind = "dynamic" if found.first["dynamic"] else "static"
+        entry = {key: value for key, value in found.first.items() if key not in ("dynamic", "accuracy")}
+        more = {"settings": dict(found.settings), "differs": list(found.differs), "draws": found.draws}
+        return row(found.name, kind, found.accuracy, **entry, **more)
 
     return [
         row("zero-shot", "backbone", zero_shot, extra_parameters=0),

@@ -160,6 +160,7 @@ class Trainer(lightning.Trainer):
         datamodule: LightningDataModule,
         mergers: list[str] | str | None = None,
         variants: str | None = None,
+        seeds: int = 1,
     ) -> None:
         """Merge with many methods, evaluate each on every task's test split, and write a report.
 
@@ -170,6 +171,7 @@ class Trainer(lightning.Trainer):
             mergers: names or class paths of methods, with their default parameters; ``all``, the default without ``variants``,
                 for every installed one.
             variants: a file (YAML) that lists methods with parameters, and what else differs from row to row.
+            seeds: draws of the proxy images, over which a method that sees them is averaged.
         """
         model = cast(MergedCLIP, model)
         if model.merger is not None or model.merged is not None:
@@ -177,7 +179,7 @@ class Trainer(lightning.Trainer):
         chosen = "all" if mergers is None and variants is None else mergers
         methods = {} if chosen is None else default_mergers(chosen)
         rows = [] if variants is None else read_variants(Path(variants))
-        comparison = Comparison(model.recipe, methods, lenient=chosen in ("all", ["all"]), variants=rows)
+        comparison = Comparison(model.recipe, methods, lenient=chosen in ("all", ["all"]), variants=rows, seeds=seeds)
         with self._explained("comparing", comparison, datamodule):
             self._set_up_only(comparison, datamodule)
         if self.is_global_zero:

@@ -45,8 +45,12 @@ class Variant:
         scale, route = run.scale if self.scale is None else self.scale, self.route or run.route
         return replace(run, scale=scale, route=route, experts=experts)
 
-    def data(self, run: VisionTasks) -> VisionTasks:
+    def data(self, run: VisionTasks, draw: int = 0) -> VisionTasks:
         """The images of this row.
+
+        Args:
+            run: those of the run.
+            draw: of how many draws of the proxy images; each has a seed of its own, from the row's on.
 
         Raises:
             InputError: when none of its tasks is evaluated.
@@ -57,7 +61,13 @@ class Variant:
             tasks = tuple(task for task in tasks if task in merged)
             if not tasks:
                 raise InputError(f"variant {self.name}: none of its tasks is evaluated; it has {', '.join(merged)}")
-        return run.variant(replace(run.proxies, **self.proxies), tasks)
+        proxies = replace(run.proxies, **self.proxies)
+        return run.variant(replace(proxies, seed=(proxies.seed + draw) % 2**32), tasks)
+
+    def sees_proxies(self, run: Recipe) -> bool:
+        """Whether the result depends on proxy images."""
+        scale = run.scale if self.scale is None else self.scale
+        return scale == "agreement" or any(merger.needs != "none" for merger in _composed(self.merger))
 
     def _tasks_of(self, suite: Suite) -> tuple[str, ...]:
         known = list(suite.tasks)
@@ -68,6 +78,14 @@ class Variant:
         if unknown := [name for name in self.tasks or () if name not in known]:
             raise InputError(f"variant {self.name}: `tasks`: not in the suite: {unknown[0]}{closest(unknown[0], known)}")
         return self.tasks or ()
+
+
+def _composed(merger: Merger) -> Iterator[Merger]:
+    """A method and those that it is composed of."""
+    yield merger
+    for value in vars(merger).values():
+        if isinstance(value, Merger):
+            yield from _composed(value)
 
 
 def settings(row: Variant, recipe: Recipe, data: VisionTasks) -> dict[str, Any]:

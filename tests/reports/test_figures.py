@@ -49,11 +49,11 @@ def test_methods_are_bars_with_their_numbers(results: dict[str, Any]) -> None:
     assert "(100)" not in written(figure)
 
 
-def test_tasks_are_a_heat_map_whose_best_methods_are_bold(results: dict[str, Any]) -> None:
+def test_tasks_are_a_heat_map_whose_clearly_best_methods_are_bold(results: dict[str, Any]) -> None:
     figure = draw_tasks(results["rows"])
     cells = [text for text in figure.axes[0].texts if text.get_text().isdigit()]
     assert [cell.get_text() for cell in cells] == ["50", "40", "60", "60", "80", "70", "90", "80"]
-    assert [cell.get_weight() for cell in cells] == ["normal"] * 4 + ["bold"] * 2 + ["normal"] * 2
+    assert [cell.get_weight() for cell in cells] == ["normal"] * 4 + ["bold"] + ["normal"] * 3, "0.7 of 50 images may be 0.6"
     assert set(TASKS) <= written(figure)
 
 

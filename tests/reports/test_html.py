@@ -129,6 +129,35 @@ def test_summary_names_the_best_of_each_kind(results: dict[str, Any]) -> None:
     )
 
 
+def test_a_lead_within_the_noise_is_no_win(results: dict[str, Any]) -> None:
+    other = json.loads(json.dumps(results["rows"][1] | {"name": "Alike"}))
+    other["mean"]["accuracy"] += 0.01
+    results["rows"].insert(2, other)
+    assert (
+        "Alike keeps 71 % of the experts’ accuracy in one model of the same size (Plain is within the noise of it)."
+        in summary(results).replace(NARROW, " ")
+    )
+    text = render(results)
+    assert text.count('"number top"') == 2, "the dynamic model's two cells"
+    assert "highest plain encoder: Alike" in text
+    for row in results["rows"]:
+        for task in row["tasks"].values():
+            task["n"] = 100_000
+    assert render(results).count('"number top"') == 4
+
+
+def test_draws_show_their_deviation(results: dict[str, Any]) -> None:
+    results["draws"] = 2
+    results["rows"][1]["draws"] = [
+        {"seed": 0, "scale": 0.5, "tasks": results["rows"][1]["tasks"], "mean": {"accuracy": 0.59}},
+        {"seed": 1, "scale": 1.0, "tasks": results["rows"][1]["tasks"], "mean": {"accuracy": 0.61}},
+    ]
+    page = check(render(results))
+    assert page.tables[0][2][1] == "60.0 ± 1.4"
+    assert page.tables[0][2][4] == "0.5–1"
+    assert "seeds 0 to 1" in page.text
+
+
 def test_files_of_a_comparison(results: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="mergekit_vision"):
         write_comparison(results, tmp_path / "out")

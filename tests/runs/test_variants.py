@@ -10,6 +10,7 @@ import pytest
 
 from mergekit_vision import InputError, Merger, Proxies, VisionTasks
 from mergekit_vision.merging.recipe import Recipe
+from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.plugins.average import Average
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
@@ -32,8 +33,10 @@ FILE = """
 def compare(tiny_suite: Path, tmp_path: Path) -> Compare:
     """Compare variants; gives the rows by name."""
 
-    def run(variants: list[Variant], data: dict[str, Any] | None = None, **recipe: Any) -> dict[str, dict[str, Any]]:
-        comparison = Comparison(Recipe(**recipe), {}, variants=variants)
+    def run(
+        variants: list[Variant], data: dict[str, Any] | None = None, seeds: int = 1, **recipe: Any
+    ) -> dict[str, dict[str, Any]]:
+        comparison = Comparison(Recipe(**recipe), {}, variants=variants, seeds=seeds)
         trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
         trainer.predict(comparison, VisionTasks(str(tiny_suite), **(data or {})), return_predictions=False)
         return {row["name"]: row for row in json.loads(json.dumps(comparison.results))["rows"]}
@@ -114,7 +117,7 @@ def test_every_fault_of_a_file_is_told(text: str, faults: list[str], tmp_path: P
     ("variants", "message"),
     [
         ([Variant("a", Average(), tasks=4)], "variant a: `tasks` is 4, but the suite has 3"),
-        ([Variant("a", Average(), tasks=("greys",))], "variant a: .*did you mean `grays`"),
+        ([Variant("a", Average(), tasks=("gray",))], "variant a: .*did you mean `grays`"),
         ([Variant("a", Average()), Variant("b", ESM(), proxies={"label": 77})], "variant b: (.|\n)*no image has the label 77"),
         ([Variant("a", ESM(), proxies={"split": "tset"})], "variant a: (.|\n)*did you mean `test`"),
     ],
@@ -130,3 +133,27 @@ def test_what_does_not_fit_the_suite_is_told_before_any_work(
 def test_no_two_rows_have_one_name() -> None:
     with pytest.raises(InputError, match="name of one of `mergers` too"):
         Comparison(Recipe(), {"ESM": ESM()}, variants=[Variant("ESM", ESM())])
+
+
+def test_draws_of_proxy_images_are_averaged(compare: Compare, merges: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        Variant("ESM", ESM(), proxies={"n": 3, "seed": 4}),
+        Variant("Average", Average()),
+        Variant("mean", Average(), "agreement"),
+    ]
+    with caplog.at_level("INFO", logger="mergekit_vision"):
+        found = compare(rows, seeds=2, search=ScaleSearch(high=0.5, halvings=0))
+    assert merges == ["ESM", "ESM", "Average", "Average", "Average"], "agreement is on proxy images too"
+    assert "Average: " in caplog.text
+    assert "once: it sees no proxy images" in caplog.text
+    each = [compare([Variant("ESM", ESM())], {"proxies": Proxies(n=3, seed=seed)})["ESM"] for seed in (4, 5)]
+    assert len(merges) == 5, "each draw is remembered as the run that it is"
+    assert [draw["seed"] for draw in found["ESM"]["draws"]] == [4, 5]
+    for task, values in found["ESM"]["tasks"].items():
+        assert values["accuracy"] == pytest.approx(sum(row["tasks"][task]["accuracy"] for row in each) / 2)
+    assert found["Average"]["draws"] == []
+
+
+def test_there_is_at_least_one_draw() -> None:
+    with pytest.raises(InputError, match="`seeds` must lie in 1 to"):
+        Comparison(Recipe(), {}, seeds=0)
