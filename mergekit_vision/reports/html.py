@@ -9,7 +9,7 @@ from mergekit_vision.reports import figures
 from mergekit_vision.reports.curves import Curve, curves, draw_curves
 from mergekit_vision.reports.noise import is_better
 from mergekit_vision.reports.style import as_svg, save_png
-from mergekit_vision.reports.tables import comparison_table, count, mean_percent, percent
+from mergekit_vision.reports.tables import comparison_table, count, mean_percent, percent, published
 from mergekit_vision.support.console import logger, show
 from mergekit_vision.support.files import replacing
 from mergekit_vision.support.json_files import readable, write_json
@@ -73,7 +73,7 @@ def render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"mean": mean_percent, "coefficient": _coefficient}
+    environment.filters |= {"mean": mean_percent, "coefficient": _coefficient, "published": published}
     environment.filters |= {"percent": percent, "count": count, "seconds": _seconds, "plain": readable, "differing": _differing}
     page = environment.get_template("report.html").render(
         results=results,
@@ -81,6 +81,7 @@ def render(results: Results) -> str:
         methods=_methods(results),
         summary=summary(results),
         best=_best(results),
+        papers=_papers(results),
         pictures=_pictures(results),
         curves={name: _curves(name, found) for name, found in curves(results["rows"]).items()},
         routing={row["name"]: _routing(row, results["layers"]) for row in _methods(results) if row["routing"]},
@@ -121,6 +122,34 @@ def _rivals(best: "Best") -> str:
 def _reaches(row: Mapping[str, Any]) -> str:
     kept, mean = row["mean"]["normalized"], row["mean"]["accuracy"]
     return f"has a mean accuracy of {_whole(mean)}" if kept is None else f"keeps {_whole(kept)} of the experts’ accuracy"
+
+
+class Papers(NamedTuple):
+    """Where the papers' numbers in the table are from.
+
+    Attributes:
+        source: who reports them.
+        experts: for which experts they hold.
+        note: what holds for all of them.
+        remarks: name of a row -> what was done otherwise.
+    """
+
+    source: str
+    experts: str
+    note: str
+    remarks: Mapping[str, str]
+
+
+def _papers(results: Results) -> list[Papers]:
+    """The sources of the papers' numbers in the table."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in results["rows"]:
+        if number := row.get("published"):
+            remarks = found.setdefault((number["source"], number["experts"], number["note"]), {})
+            scale = f"at the coefficient {number['scale']:g}" if number["scale"] is not None else ""
+            if remark := "; ".join(filter(None, (scale, number["remark"]))):
+                remarks[row["name"]] = remark
+    return [Papers(*source, remarks) for source, remarks in found.items()]
 
 
 def _methods(results: Results) -> list[Mapping[str, Any]]:

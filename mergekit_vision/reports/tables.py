@@ -30,7 +30,9 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
         title=as_markup(f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split"), title_justify="left"
     )
     table.add_column("method", no_wrap=True)
-    for name in ("mean\n%", "normalized\n%", "worst task,\nnormalized %", "merge\ns", "extra"):
+    papers = any(row.get("published") for row in results["rows"])
+    columns = ("mean\n%", *(["papers\n%"] if papers else []), "normalized\n%", "worst task,\nnormalized %", "merge\ns", "extra")
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["rows"]:
         method, worst = row["kind"] in ("static", "dynamic"), row["worst"]
@@ -38,6 +40,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
         table.add_row(
             as_markup(row["name"] + fewer),
             mean_percent(row),
+            *([published(row)] if papers else []),
             percent(row["mean"]["normalized"]),
             "–" if row["kind"] == "experts" else f"{as_markup(worst)} {percent(row['tasks'][worst]['normalized'])}",
             f"{row['seconds']['merge']:.1f}" if method else "–",
@@ -58,6 +61,19 @@ def mean_percent(row: Mapping[str, Any]) -> str:
     """
     spread = deviation(row)
     return percent(row["mean"]["accuracy"]) + ("" if spread is None else f" ± {percent(spread)}")
+
+
+def published(row: Mapping[str, Any]) -> str:
+    """The mean accuracy that a paper reports for a row, in percent; in brackets the normalized one, where it does.
+
+    >>> from mergekit_vision.reports.tables import published
+    >>> published({"published": {"accuracy": 0.886, "normalized": 0.954}}), published({})
+    ('88.6 (95.4)', '–')
+    """
+    number = row.get("published")
+    if not number:
+        return "–"
+    return percent(number["accuracy"]) + (f" ({percent(number['normalized'])})" if number["normalized"] is not None else "")
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -21,10 +21,12 @@ from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.runs import conditions, entries
 from mergekit_vision.runs.checks import check_alike
 from mergekit_vision.runs.measuring import Measuring
+from mergekit_vision.runs.papers import with_papers
 from mergekit_vision.runs.rows import Measured, table_rows
 from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.runs.variants import Variant, differing, of_mergers, settings
 from mergekit_vision.suites.expectations import departures
+from mergekit_vision.suites.papers import published_numbers
 from mergekit_vision.suites.splits import TEST, VAL
 from mergekit_vision.support.console import logger, track
 from mergekit_vision.support.source_code import code_fingerprint, versions
@@ -97,7 +99,7 @@ class Comparison(LightningModule):
             "kind": "comparison",
             "schema": 1,
             **self._setting(bench),
-            "rows": table_rows(bench, zero_shot, own, found),
+            "rows": self._with_papers(data, table_rows(bench, zero_shot, own, found)),
             "left_out": left_out,
             **analysis,
         }
@@ -129,6 +131,12 @@ class Comparison(LightningModule):
         for name, other in self._other_proxies(data):
             with _of_variant(name):
                 other.check(_PROXIES)
+
+    def _with_papers(self, data: VisionTasks, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with the papers' numbers, which are of all experts of a published suite."""
+        suite = data.suite
+        whole = set(self.recipe.chosen(suite)) == set(suite.tasks)
+        return with_papers(rows, len(suite.tasks), published_numbers(suite) if whole else [])
 
     def _merged_experts(self, data: VisionTasks) -> dict[str, Expert]:
         """The experts that some row merges."""

@@ -13,6 +13,8 @@ from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.faults import closest
 
+_OF_THE_RUN = ("scale", "route", "tasks", "proxies")  # a method's own parameter of such a name is told apart
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -96,9 +98,14 @@ def settings(row: Variant, recipe: Recipe, data: VisionTasks) -> dict[str, Any]:
         recipe: of the row.
         data: of the row.
     """
-    found = {name: value for name, value, _ in _parameters(row.merger)}
+    found = parameters(row.merger)
     proxies = {f"proxies.{name}": value for name, value in asdict(data.proxies).items()}
     return {**found, "scale": recipe.scale, "route": recipe.route, **proxies, "tasks": len(data.task_names)}
+
+
+def parameters(merger: Merger) -> dict[str, Any]:
+    """Parameters of a method and, with dots, of the methods that it is composed of."""
+    return {name: value for name, value, _ in _parameters(merger)}
 
 
 def differing(row: Variant) -> list[str]:
@@ -117,11 +124,12 @@ def _parameters(merger: Merger, before: str = "") -> Iterator[tuple[str, Any, bo
     for name, value in vars(merger).items():
         if name.startswith("_"):
             continue
+        shown = f"{before}{name}" if before or name not in _OF_THE_RUN else f"init_args.{name}"
         if isinstance(value, Merger):
-            yield f"{before}{name}", type(value).__name__, type(usual.get(name)) is type(value)
-            yield from _parameters(value, f"{before}{name}.")
+            yield shown, type(value).__name__, type(usual.get(name)) is type(value)
+            yield from _parameters(value, f"{shown}.")
         else:
-            yield f"{before}{name}", value, name in usual and usual[name] == value
+            yield shown, value, name in usual and usual[name] == value
 
 
 def _defaults(merger: type[Merger]) -> dict[str, Any]:

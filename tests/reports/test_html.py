@@ -188,3 +188,20 @@ def test_layers_are_named_by_what_the_encoder_says_of_them(results: dict[str, An
             row["routing"] = {renamed[name]: shares for name, shares in row["routing"].items()}
     assert render(other) == render(results)
     assert "0 in_proj" in render(results)
+
+
+def test_papers_numbers_stand_beside_ours_with_their_source(results: dict[str, Any]) -> None:
+    number = {
+        "accuracy": 0.612,
+        "normalized": 0.7,
+        "scale": 0.3,
+        "remark": "",
+        "source": "A & B",
+        "experts": "theirs",
+        "note": "N.",
+    }
+    results["rows"][1]["published"] = number
+    page = check(render(results))
+    assert [line[3] for line in page.tables[0][1:]] == ["–", "61.2 (70.0)", "–", "–"]
+    assert "are from A & B, for theirs. N. Plain: at the coefficient 0.3." in page.text
+    assert "papers" not in check(render(made_up())).text.lower()

@@ -40,6 +40,13 @@ def test_a_comparison_says_what_the_results_say(results: dict[str, Any]) -> None
     assert ["experts", "85.0", "100.0", "–", "–", "1", "M"] in lines
 
 
+def test_papers_numbers_have_a_column(results: dict[str, Any]) -> None:
+    assert "papers" not in printed(comparison_table(results))
+    results["rows"][1]["published"] = {"accuracy": 0.612, "normalized": None}
+    lines = [line.replace("│", " ").split() for line in printed(comparison_table(results), width=120).splitlines()]
+    assert ["Plain", "60.0", "61.2", "70.8", "glyphs", "66.7", "1.2", "0"] in lines
+
+
 def test_an_evaluation_is_one_row_a_task_and_the_mean(results: dict[str, Any]) -> None:
     row = results["rows"][1]
     text = printed(results_table({"tasks": row["tasks"], "mean": row["mean"]}, "Plain [at] 0.5"))

@@ -18,6 +18,7 @@ from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.variant_files import read_variants
 from mergekit_vision.runs.variants import Variant, differing
+from mergekit_vision.suites.papers import PublishedNumber
 
 Compare = Callable[..., dict[str, dict[str, Any]]]
 
@@ -152,6 +153,13 @@ def test_draws_of_proxy_images_are_averaged(compare: Compare, merges: list[str],
     for task, values in found["ESM"]["tasks"].items():
         assert values["accuracy"] == pytest.approx(sum(row["tasks"][task]["accuracy"] for row in each) / 2)
     assert found["Average"]["draws"] == []
+
+
+def test_papers_numbers_are_of_all_experts(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = PublishedNumber("experts", 0.9, None, None, {}, "", "a paper", "their experts", "")
+    monkeypatch.setattr("mergekit_vision.runs.comparison.published_numbers", lambda suite: [number])
+    assert compare([Variant("Average", Average())])["experts"]["published"]["accuracy"] == 0.9
+    assert compare([Variant("Average", Average())], experts=("grays", "colors"))["experts"]["published"] is None
 
 
 def test_there_is_at_least_one_draw() -> None:
