@@ -1,20 +1,21 @@
 """Rows of a comparison that differ in one number, as curves."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.reports.noise import deviation
-from mergekit_vision.reports.style import LINES, RULE, WIDTH, empty_figure
+from mergekit_vision.reports.style import RULE, WIDTH, empty_figure, legend, named, strokes
 from mergekit_vision.support.json_files import readable, to_json
-from mergekit_vision.support.terminal import harmless
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEAST = 3  # points of a curve
 _DECADES = 8  # times the smallest number, above which the axis is logarithmic
+_LABEL = 64  # letters of a line's name
 TASKS = "tasks"
+TITLES = {"proxies.n": "proxy images per task", TASKS: "number of tasks", "scale": "scaling coefficient"}
+"""What some settings are called in words."""
 
 
 class Point(NamedTuple):
@@ -98,21 +99,20 @@ def draw_curves(name: str, lines: Sequence[Curve]) -> "Figure":
         name: of the setting.
         lines: the curves.
     """
-    with empty_figure(WIDTH, 3.4 + 0.22 * len(lines)) as figure:
+    labels = [named(line.label, _LABEL) for line in lines]
+    with empty_figure(WIDTH, 3.6) as figure:
         axes = figure.add_subplot()
-        for line, color in zip(lines, cycle(LINES), strict=False):
+        for line, label, stroke in zip(lines, labels, strokes(), strict=False):
             x, y = [point.x for point in line.points], [100 * point.y for point in line.points]
             spread = [100 * point.deviation for point in line.points] if any(point.deviation for point in line.points) else None
-            axes.errorbar(
-                x, y, spread, color=color, linewidth=1.6, marker="o", markersize=4, capsize=3, label=harmless(line.label)
-            )
+            axes.errorbar(x, y, spread, **stroke, linewidth=1.6, marker="o", markersize=4, capsize=3, label=label)
         ticks = sorted({point.x for line in lines for point in line.points})
         if ticks[0] > 0 and ticks[-1] > _DECADES * ticks[0]:
             axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(color=RULE, linewidth=0.7)
-        axes.set_xlabel(harmless(name))
+        axes.set_xlabel(named(TITLES.get(name, name)))
         axes.set_ylabel("mean over tasks, % of the experts" if name == TASKS else "mean accuracy over tasks, %")
-        figure.legend(loc="outside upper left", ncols=1, frameon=False, fontsize=9)
+        legend(figure, labels)
     return figure

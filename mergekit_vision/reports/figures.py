@@ -1,18 +1,20 @@
 """Pictures of results."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.reports.noise import leads
-from mergekit_vision.reports.style import COLORS, GRAY, INK, LINES, RULE, WIDTH, empty_figure, named
-from mergekit_vision.support.terminal import harmless
+from mergekit_vision.reports.style import COLORS, GRAY, INK, RULE, WIDTH, empty_figure, legend, named, strokes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DIVERGENCE = "divergence from the experts on proxy images, nats"
+_WIDE = 16  # columns of a heat map, above which its cells are smaller
+_LABEL = 64  # letters of a line's name
+_BELOW = 24  # letters of a column's name
+_BESIDE_BARS, _SHORT = 28, 20  # letters of a bar's name, and up to how many there is room for larger ones
 
 
 def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -26,12 +28,15 @@ def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         for position, row in enumerate(rows):
             mean, kept = 100 * row["mean"]["accuracy"], row["mean"]["normalized"]
             axes.barh(position, mean, height=0.68, color=COLORS[row["kind"]])
-            axes.text(mean + 1.5, position, f"{mean:.1f}", va="center", weight="bold")
+            beside: dict[str, Any] = {"xy": (mean, position), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{mean:.1f}", xytext=(4, 0), weight="bold", **beside)
             if kept is not None and row["kind"] != "experts":
-                axes.text(mean + 14, position, f"({100 * kept:.0f})", va="center", color=GRAY)
-        axes.set_yticks(range(len(rows)), [named(row["name"]) for row in rows])
+                axes.annotate(f"({100 * kept:.0f})", xytext=(36, 0), color=GRAY, **beside)
+        names = [named(row["name"], _BESIDE_BARS) for row in rows]
+        axes.set_yticks(range(len(rows)), names, fontsize=10 if max(map(len, names)) <= _SHORT else 9)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, 126)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xticks(range(0, 101, 20))
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_axisbelow(True)
@@ -117,15 +122,17 @@ class _Table(NamedTuple):
 def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
     from matplotlib import colormaps
 
-    table = table._replace(rows=list(map(named, table.rows)), columns=list(map(named, table.columns)))
+    table = table._replace(rows=list(map(named, table.rows)), columns=[named(name, _BELOW) for name in table.columns])
     width, height = len(table.columns), len(table.rows)
-    cell, size = (0.46, 9) if width <= 16 else (0.32, 8)
+    cell, size = (0.46, 9) if width <= _WIDE else (0.32, 8)
     left, below = (max(map(len, names)) for names in (table.rows, table.columns))
-    with empty_figure(max(0.5 + 0.085 * left + cell * width, 3.6), 1.4 + 0.05 * below + 0.31 * height) as figure:
+    sides = 0.085 * left * (2 if width > _WIDE else 1)
+    with empty_figure(max(0.5 + sides + cell * width, 1.6 + sides, 3.6), 1.4 + 0.05 * below + 0.31 * height) as figure:
         axes = figure.add_subplot()
         shade = colormaps["YlGnBu"]
         picture = axes.imshow(table.shades, vmin=low, vmax=high, cmap=shade, aspect="auto")
         axes.set_yticks(range(height), table.rows)
+        axes.tick_params(labelright=width > _WIDE)  # where a phone shows one end at a time
         axes.set_xticks(range(width), table.columns, rotation=45, ha="right", rotation_mode="anchor")
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
@@ -142,7 +149,7 @@ def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
                     text = table.form.format(value)
                     shown = axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size, weight=weight)
                     shown.set_in_layout(False)  # inside its cell: measuring hundreds of them takes most of the time
-        bar = figure.colorbar(picture, ax=axes, location="top", aspect=40, anchor=(0.0, 0.0), ticks=[low, high])
+        bar = figure.colorbar(picture, ax=axes, location="top", aspect=40, pad=0.1 / height, anchor=(0.0, 0.0), ticks=[low, high])
         ends = bar.ax.set_xticklabels([table.form.format(low), table.form.format(high)])
         ends[0].set_horizontalalignment("left")
         ends[1].set_horizontalalignment("right")
@@ -161,14 +168,15 @@ def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Map
     """
     labeled = any("normalized" in point for points in curves.values() for point in points)
     key, factor, label = ("normalized", 100, "share of the experts on val, %") if labeled else ("divergence", 1, _DIVERGENCE)
-    with empty_figure(WIDTH, 4.0) as figure:
+    joined = _joined(curves)
+    with empty_figure(WIDTH, 3.6) as figure:
         axes = figure.add_subplot()
-        for (names, points), color in zip(_joined(curves), cycle(LINES), strict=False):
+        for (names, points), stroke in zip(joined, strokes(), strict=False):
             x = [point["coefficient"] for point in points]
             y = [factor * point[key] for point in points]
-            axes.plot(x, y, color=color, linewidth=1.6, marker=".", markersize=4, label=harmless(", ".join(names)))
+            axes.plot(x, y, **stroke, linewidth=1.6, marker=".", markersize=4, label=named(", ".join(names), _LABEL))
             best = x.index(chosen[names[0]])
-            axes.plot(x[best], y[best], marker="o", markersize=8, color=color, markeredgecolor="white")
+            axes.plot(x[best], y[best], marker="o", markersize=8, color=stroke["color"], markeredgecolor="white")
         ticks = [0.125, 0.25, 0.5, 1, 2, 3]
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -176,7 +184,7 @@ def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Map
         axes.grid(color=RULE, linewidth=0.7)
         axes.set_xlabel("scaling coefficient")
         axes.set_ylabel(label)
-        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+        legend(figure, [named(", ".join(names), _LABEL) for names, _ in joined])
     return figure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.reports import figures
-from mergekit_vision.reports.curves import Curve, curves, draw_curves
+from mergekit_vision.reports.curves import TITLES, Curve, curves, draw_curves
 from mergekit_vision.reports.noise import is_better
 from mergekit_vision.reports.style import as_svg, save_png
 from mergekit_vision.reports.tables import comparison_table, count, mean_percent, percent, published
@@ -83,7 +83,7 @@ def render(results: Results) -> str:
         best=_best(results),
         papers=_papers(results),
         pictures=_pictures(results),
-        curves={name: _curves(name, found) for name, found in curves(results["rows"]).items()},
+        curves={TITLES.get(name, name): _curves(name, found) for name, found in curves(results["rows"]).items()},
         routing={row["name"]: _routing(row, results["layers"]) for row in _methods(results) if row["routing"]},
     )
     return str(page)
@@ -131,24 +131,24 @@ class Papers(NamedTuple):
         source: who reports them.
         experts: for which experts they hold.
         note: what holds for all of them.
-        remarks: name of a row -> what was done otherwise.
+        remarks: what was done otherwise -> names of the rows.
     """
 
     source: str
     experts: str
     note: str
-    remarks: Mapping[str, str]
+    remarks: Mapping[str, Sequence[str]]
 
 
 def _papers(results: Results) -> list[Papers]:
     """The sources of the papers' numbers in the table."""
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for row in results["rows"]:
         if number := row.get("published"):
             remarks = found.setdefault((number["source"], number["experts"], number["note"]), {})
             scale = f"at the coefficient {number['scale']:g}" if number["scale"] is not None else ""
             if remark := "; ".join(filter(None, (scale, number["remark"]))):
-                remarks[row["name"]] = remark
+                remarks.setdefault(remark, []).append(row["name"])
     return [Papers(*source, remarks) for source, remarks in found.items()]
 
 
@@ -233,7 +233,7 @@ def _differing(row: Mapping[str, Any]) -> str:
 def _curves(name: str, found: Sequence[Curve]) -> Picture:
     """Accuracy by one setting."""
     words = "; ".join(f"{curve.label} from {_whole(curve.points[0].y)} to {_whole(curve.points[-1].y)}" for curve in found)
-    return _picture(draw_curves(name, found), f"Line chart of the accuracy by {name}. {words}.")
+    return _picture(draw_curves(name, found), f"Line chart of the accuracy by {TITLES.get(name, name)}. {words}.")
 
 
 def _routing(row: Mapping[str, Any], layers: Layers) -> Picture:

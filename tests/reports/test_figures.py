@@ -2,11 +2,12 @@
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import LAYERS, TASKS, made_up
+from made_up import LAYERS, TASKS, large, made_up
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -108,6 +109,27 @@ def test_equal_results_are_equal_pictures(
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.png"]
     with Image.open(io.BytesIO((tmp_path / "deep" / "x.png").read_bytes())) as picture:
         assert min(picture.size) > 300
+
+
+def test_many_tasks_and_methods_stay_readable() -> None:
+    """Twenty of each: numbers fit into their cells and beside each other, and lines are told apart."""
+    rows = large()["rows"]
+    bars, cells = draw_methods(rows), draw_tasks(rows)
+    for figure in (bars, cells):
+        figure.draw_without_rendering()
+    places = [text.get_window_extent() for text in bars.axes[0].texts]
+    assert not any(one.overlaps(other) for one, other in pairwise(places))
+    assert max(place.x1 for place in places) <= bars.bbox.x1
+    axes = cells.axes[0]
+    width = axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0]
+    assert max(text.get_window_extent().width for text in axes.texts) < 0.9 * width
+    curves = {row["name"]: row["search"] for row in rows if row.get("search")}
+    search = draw_search(curves, dict.fromkeys(curves, 0.5))
+    lines = [line for line in search.axes[0].lines if len(line.get_xdata()) > 1]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
+    search.draw_without_rendering()
+    assert search.legends[0].get_window_extent().x1 <= search.bbox.x1
+    assert search.axes[0].get_window_extent().height > 200
 
 
 def test_drawing_leaves_the_style_of_other_pictures_alone(results: dict[str, Any]) -> None:
