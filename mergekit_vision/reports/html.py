@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.reports import figures
 from mergekit_vision.reports.curves import TITLES, Curve, curves, draw_curves
-from mergekit_vision.reports.noise import is_better
+from mergekit_vision.reports.findings import Best, best_rows, papers_of
 from mergekit_vision.reports.style import as_svg, save_png
 from mergekit_vision.reports.tables import comparison_table, count, mean_percent, percent, published
 from mergekit_vision.support.console import logger, show
@@ -80,8 +80,8 @@ def render(results: Results) -> str:
         rows=results["rows"],
         methods=_methods(results),
         summary=summary(results),
-        best=_best(results),
-        papers=_papers(results),
+        best=best_rows(results),
+        papers=papers_of(results),
         pictures=_pictures(results),
         curves={TITLES.get(name, name): _curves(name, found) for name, found in curves(results["rows"]).items()},
         routing={row["name"]: _routing(row, results["layers"]) for row in _methods(results) if row["routing"]},
@@ -98,7 +98,7 @@ def summary(results: Results) -> str:
     >>> summary({"rows": [row], "parameters": 10}).replace(NARROW, " ")
     'ESM keeps 93 % of the experts’ accuracy in one model of the same size.'
     """
-    best, sentences = _best(results), []
+    best, sentences = best_rows(results), []
     if found := best.get("static"):
         sentences.append(f"{found.row['name']} {_reaches(found.row)} in one model of the same size{_rivals(found)}.")
     if found := best.get("dynamic"):
@@ -110,7 +110,7 @@ def summary(results: Results) -> str:
     return " ".join(sentences)
 
 
-def _rivals(best: "Best") -> str:
+def _rivals(best: Best) -> str:
     """Those that may be as good."""
     if len(best.rivals) > 2:
         return f" ({len(best.rivals)} others are within the noise of it)"
@@ -124,62 +124,8 @@ def _reaches(row: Mapping[str, Any]) -> str:
     return f"has a mean accuracy of {_whole(mean)}" if kept is None else f"keeps {_whole(kept)} of the experts’ accuracy"
 
 
-class Papers(NamedTuple):
-    """Where the papers' numbers in the table are from.
-
-    Attributes:
-        source: who reports them.
-        experts: for which experts they hold.
-        note: what holds for all of them.
-        remarks: what was done otherwise -> names of the rows.
-    """
-
-    source: str
-    experts: str
-    note: str
-    remarks: Mapping[str, Sequence[str]]
-
-
-def _papers(results: Results) -> list[Papers]:
-    """The sources of the papers' numbers in the table."""
-    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-    for row in results["rows"]:
-        if number := row.get("published"):
-            remarks = found.setdefault((number["source"], number["experts"], number["note"]), {})
-            scale = f"at the coefficient {number['scale']:g}" if number["scale"] is not None else ""
-            if remark := "; ".join(filter(None, (scale, number["remark"]))):
-                remarks.setdefault(remark, []).append(row["name"])
-    return [Papers(*source, remarks) for source, remarks in found.items()]
-
-
 def _methods(results: Results) -> list[Mapping[str, Any]]:
     return [row for row in results["rows"] if row["kind"] in ("static", "dynamic")]
-
-
-class Best(NamedTuple):
-    """The row of a kind with the highest mean accuracy.
-
-    Attributes:
-        row: the row.
-        rivals: names of those of its kind that are behind it by no more than noise.
-    """
-
-    row: Mapping[str, Any]
-    rivals: Sequence[str]
-
-
-def _best(results: Results) -> dict[str, Best]:
-    """The best row of each kind, among those on all tasks."""
-    most = max(len(row["tasks"]) for row in results["rows"])
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for row in results["rows"]:
-        if len(row["tasks"]) == most:
-            kinds.setdefault(row["kind"], []).append(row)
-    found = {kind: max(rows, key=lambda row: float(row["mean"]["accuracy"])) for kind, rows in kinds.items()}
-    return {
-        kind: Best(row, [other["name"] for other in kinds[kind] if other is not row and not is_better(row, other)])
-        for kind, row in found.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
