@@ -33,10 +33,13 @@ class Setting(NamedTuple):
 
 def settings_of(model: MergedCLIP | Comparison, data: VisionTasks) -> Iterator[Setting]:
     """What the memory of a model's next step can grow with: of merging first, where it is not merged yet."""
-    mergers = model.mergers.values() if isinstance(model, Comparison) else [model.merger] if model.encoder is None else []
-    if any(mergers):
+    if isinstance(model, Comparison):
+        mergers = [row.merger for row in model.rows]
+    else:
+        mergers = [model.merger] if model.merger is not None and model.encoder is None else []
+    if mergers:
         yield Setting("model.experts", len(model.recipe.experts or data.suite.tasks), "experts")
-    if any(merger and merger.needs != "none" for merger in mergers):
+    if any(merger.needs != "none" for merger in mergers):
         yield Setting("data.proxies.n", data.proxies.n, "proxy images")
     yield Setting("data.batch_size", data.batch_size, "images a batch")
 
