@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_vision.functional.linalg import GRAM_TOLERANCE, gram
+from mergekit_vision.functional.gram import gram
+from mergekit_vision.functional.linalg import GRAM_TOLERANCE
 
 FLOAT32_TOLERANCE = 1e-6
 """Shifts below this share of the largest are round-off when a float32 task vector was multiplied in float32."""

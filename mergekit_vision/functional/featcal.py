@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergekit_vision.functional.linalg import gram
+from mergekit_vision.functional.gram import gram
 from mergekit_vision.functional.regression import semidefinite_solve
 
 NORM_EPS = 1e-5

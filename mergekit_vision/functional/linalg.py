@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_vision.functional.newton import newton_polar
+from mergekit_vision.functional.gram import gram
+from mergekit_vision.functional.polar_columns import is_large, polar_columns
 from mergekit_vision.functional.threads import in_threads
 
 GRAM_TOLERANCE = 1e-7
 """Singular values below this share of the largest are round-off when they come from a float64 Gram matrix."""
-GRAM_BLOCK = 256
-"""Columns of a Gram matrix that are computed at once: enough to keep a product at full speed."""
 
 
 class Polar(NamedTuple):
@@ -88,24 +87,6 @@ class _Whitener(NamedTuple):
         return self.times(M) if self.wide else self.times(M.T).T
 
 
-def gram(A: Tensor) -> Tensor:
-    """``Aᵀ A`` of ``A [n, d]`` in its own dtype, computing little more than one triangle.
-
-    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
-    tensor([[1., 2.],
-            [2., 5.]])
-    """
-    if A.is_cuda:  # one large product is faster there
-        return A.T @ A
-    d = A.shape[1]
-    G = A.new_empty(d, d)
-    for start in range(0, d, GRAM_BLOCK):
-        stop = min(start + GRAM_BLOCK, d)
-        torch.mm(A[:, start:stop].T, A[:, start:], out=G[start:stop, start:])
-        G[stop:, start:stop] = G[start:stop, stop:].T
-    return G
-
-
 def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
     """Polar factor and nuclear norm of a matrix, by an eigendecomposition of its smaller Gram matrix.
 
@@ -131,8 +112,9 @@ def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
 def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, tol: float = GRAM_TOLERANCE) -> PolarProduct:
     """Product of the polar factors of two matrices, with an optional diagonal between them.
 
-    The left factor is formed only where Newton's iteration finds it faster (:mod:`~mergekit_vision.functional.newton`: large, in
-    float32); else its inverse root is applied to the right one, which has fewer columns in every use here.
+    The left factor is not formed: what takes its place is applied to the right one, which has fewer columns in every use here.
+    That is an inverse root of the smaller Gram matrix in float64, or, of a large float32 matrix, what
+    :mod:`~mergekit_vision.functional.polar_columns` does.
 
     Args:
         left: ``[m, p]``, float32 or float64.
@@ -143,20 +125,29 @@ def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, t
     Returns:
         The product in the dtype of ``left``, and the mean thin singular values of both matrices.
     """
-    R, factor = right.double(), newton_polar(left)
-    L = left.double() if factor is None else left
-    roots = in_threads(lambda M: _Whitener.of(M, tol), (R, L) if factor is None else (R,))
-    inner = roots[0].polar(R)
-    if diagonal is not None:
-        inner = diagonal.double()[:, None] * inner
-    if factor is not None:
-        nuclear_norm = float((factor * left).sum(dtype=torch.float64))
-        product = factor @ inner.to(left.dtype)
+    R = right.double()
+    if is_large(left):
+        of_right = _Whitener.of(R, tol)
+        inner = _scaled(of_right.polar(R), diagonal)
+        found = polar_columns(left, inner.to(left.dtype))
+        if found is not None:
+            return PolarProduct(found.product, _mean(found.nuclear_norm, left), _mean(of_right.nuclear_norm, R))
+        L = left.double()
+        of_left = _Whitener.of(L, tol)
     else:
-        nuclear_norm = roots[1].nuclear_norm
-        product = roots[1].times(L @ inner) if roots[1].wide else L @ roots[1].times(inner)
-    means = (norm / max(1, min(M.shape)) for norm, M in ((nuclear_norm, L), (roots[0].nuclear_norm, R)))
-    return PolarProduct(product.to(left.dtype), *means)
+        L = left.double()
+        of_right, of_left = in_threads(lambda M: _Whitener.of(M, tol), (R, L))
+        inner = _scaled(of_right.polar(R), diagonal)
+    product = of_left.times(L @ inner) if of_left.wide else L @ of_left.times(inner)
+    return PolarProduct(product.to(left.dtype), _mean(of_left.nuclear_norm, L), _mean(of_right.nuclear_norm, R))
+
+
+def _scaled(M: Tensor, diagonal: Tensor | None) -> Tensor:
+    return M if diagonal is None else diagonal.double()[:, None] * M
+
+
+def _mean(nuclear_norm: float, M: Tensor) -> float:
+    return nuclear_norm / max(1, min(M.shape))
 
 
 def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:

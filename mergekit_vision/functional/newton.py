@@ -51,7 +51,7 @@ def _square(X: Tensor) -> Tensor | None:
     inverse = _inverse_transpose(X)
     if inverse is None:
         return None
-    low, high = 1 / _spectral_norm(inverse), _spectral_norm(X)
+    low, high = 1 / spectral_norm(inverse), spectral_norm(X)
     if not high / low < CONDITION:
         return None
     for _ in range(MOST_STEPS):
@@ -71,8 +71,8 @@ def _inverse_transpose(X: Tensor) -> Tensor | None:
     return inverse.contiguous() if not info.any() and torch.linalg.vector_norm(inverse, torch.inf).isfinite() else None
 
 
-def _spectral_norm(X: Tensor, steps: int = 8) -> float:
-    """Largest singular value, a few percent too large or too small: it only sets the scaling."""
+def spectral_norm(X: Tensor, steps: int = 8) -> float:
+    """Largest singular value of a square matrix, a few percent too large or too small: good enough to scale by."""
     vector = torch.ones(len(X), dtype=X.dtype, device=X.device)
     vector[::2] = -0.5
     for _ in range(steps):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.functional.esd import RowGram
-from mergekit_vision.functional.linalg import gram
+from mergekit_vision.functional.gram import gram
 
 NULL = 1e-12
 """Eigenvalues up to this share of the largest are round-off in the Gram matrix of float32 inputs: the square of 1e-6."""

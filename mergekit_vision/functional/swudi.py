@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mergekit_vision.functional.linalg import gram
+from mergekit_vision.functional.gram import gram
 
 
 def swudi_merge(deltas: Iterable[Tensor], time: float, share: float = 1.0) -> Tensor:

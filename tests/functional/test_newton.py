@@ -3,10 +3,9 @@
 import pytest
 import torch
 from formulas import exact_polar, matrix
-from tolerances import direct, summed
+from tolerances import direct
 
-from mergekit_vision.functional import linalg, newton
-from mergekit_vision.functional.linalg import polar_product
+from mergekit_vision.functional import newton
 from mergekit_vision.functional.newton import newton_polar
 
 
@@ -37,14 +36,3 @@ def test_leaves_to_others_what_it_is_not_made_for() -> None:
     assert newton_polar(matrix(64, 24, 10).float()) is None  # small
     assert newton_polar(matrix(64, 64, 10, rank=40).float()) is None  # no unique polar factor
     assert newton_polar(torch.zeros(64, 64)) is None
-
-
-@pytest.mark.parametrize("rank", [None, 40])
-def test_the_product_is_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch, rank: int | None) -> None:
-    L, R = matrix(64, 64, 1e2, rank=rank).float(), matrix(64, 40, 10, seed=1).float()
-    found = polar_product(L, R)
-    monkeypatch.setattr(linalg, "newton_polar", lambda M: None)
-    other = polar_product(L, R)
-    assert (found.product - other.product).norm() / other.product.norm() < direct(64, 1e2) + direct(40, 10)
-    assert found.left_mean == pytest.approx(other.left_mean, rel=summed(64))
-    assert found.right_mean == other.right_mean

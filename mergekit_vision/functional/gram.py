@@ -1,0 +1,25 @@
+"""Gram matrices."""
+
+import torch
+from torch import Tensor
+
+GRAM_BLOCK = 256
+"""Columns of a Gram matrix that are computed at once: enough to keep a product at full speed."""
+
+
+def gram(A: Tensor) -> Tensor:
+    """``Aᵀ A`` of ``A [n, d]`` in its own dtype, computing little more than one triangle.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[1., 2.],
+            [2., 5.]])
+    """
+    if A.is_cuda:  # one large product is faster there
+        return A.T @ A
+    d = A.shape[1]
+    G = A.new_empty(d, d)
+    for start in range(0, d, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, d)
+        torch.mm(A[:, start:stop].T, A[:, start:], out=G[start:stop, start:])
+        G[stop:, start:stop] = G[start:stop, stop:].T
+    return G
