@@ -118,7 +118,7 @@ def cholesky_solve_(A: Tensor, Z: Tensor) -> float:
     for at, inverse in zip(reversed(cuts), reversed(inverses), strict=True):
         Z[at].addmm_(A[at.stop :, at].T, Z[at.stop :], alpha=-1)
         Z[at] = inverse.T @ Z[at]
-    return 2 * float(torch.cat(pivots).log().sum(dtype=torch.float64))
+    return 2 * float(torch.cat(pivots).double().log().sum())
 
 
 def _nodes(low: float, high: float, r: int) -> list[float]:
