@@ -78,7 +78,10 @@ class ESM(Merger):
     def _subspaces(self, inputs: MergeInputs, task: str) -> Subspaces:
         """A task's essential subspace of every matrix, by key."""
         linears = self._essential_linears(inputs)
-        statistics = {linear: ShiftStatistic(partial(inputs.delta, task, linear.weight)) for linear in linears}
+        statistics = {
+            linear: ShiftStatistic(partial(inputs.delta, task, linear.weight), inputs.base[linear.weight].shape)
+            for linear in linears
+        }
         moved = {linear.name: statistics[linear] for linear in linears if inputs.changed(task, linear.weight)}
         if moved:
             inputs.observe(task, moved)

@@ -144,7 +144,12 @@ class ESMPP(Merger):
         """Each layer's factors ``up [T, d_out, r]`` and ``down [T, r, d_in]``, and the experts' pooled inputs."""
 
         def expert(task: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-            shifts = {linear.name: ShiftStatistic(partial(_residual, inputs, task, linear.weight, base)) for linear in linears}
+            shifts = {
+                linear.name: ShiftStatistic(
+                    partial(_residual, inputs, task, linear.weight, base), inputs.base[linear.weight].shape
+                )
+                for linear in linears
+            }
             pools = {name: _Pool(self.pooling, axes.get(name), shifts[name]) for name in names}
             inputs.observe(task, pools)
             factors = in_threads(lambda name: self._factors(shifts.pop(name)), names)

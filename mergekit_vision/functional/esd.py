@@ -5,7 +5,7 @@ the activation shift ``Y = X Δᵀ``. They follow from ``d x d`` Gram matrices, 
 Source: Essential Subspace Merging (ESM), activation-shift PCA; uncentered, as in the authors' code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ class CompactSubspace(NamedTuple):
 
     def of(self, delta: Tensor) -> EssentialSubspace:
         """The subspace itself, given the task vector ``[d_out, d_in]`` that it was found for."""
-        directions = delta @ self.basis if _wider_out(delta) else self.basis
+        directions = delta @ self.basis if _wider_out(delta.shape) else self.basis
         return EssentialSubspace(directions, self.eigenvalues, self.total)
 
 
@@ -82,11 +82,12 @@ class ShiftStatistic:
     Args:
         delta: task vector of the layer's weight, ``[d_out, d_in]``; or a function that gives it anew whenever it is needed, so
             that the statistics of many layers do not hold many task vectors.
+        shape: of the task vector; where it is known, a wider layer's function is not called until all inputs are seen.
     """
 
-    def __init__(self, delta: Tensor | Callable[[], Tensor]) -> None:
+    def __init__(self, delta: Tensor | Callable[[], Tensor], shape: Sequence[int] | None = None) -> None:
         self._delta = delta
-        self._of_inputs: bool | None = None
+        self._of_inputs = None if shape is None else _wider_out(shape)
         self.gram = RowGram()
 
     @property
@@ -97,7 +98,7 @@ class ShiftStatistic:
     def __call__(self, x: Tensor) -> None:
         """Add a batch of the layer's inputs, ``[..., d_in]``."""
         if self._of_inputs is None:
-            self._of_inputs = _wider_out(self.delta)
+            self._of_inputs = _wider_out(self.delta.shape)
         if self._of_inputs:
             self.gram(x)
         else:  # float32 will do for the shift itself, as it would for an SVD of it; only a Gram squares the condition number
@@ -117,7 +118,7 @@ class ShiftStatistic:
             raise ValueError("no layer inputs were observed")
         if not self.gram.matrix.diagonal().isfinite().all():
             raise ValueError("the layer's inputs hold NaN or infinity")
-        if _wider_out(delta):
+        if _wider_out(delta.shape):
             return _through_inputs(delta, self.gram.matrix, self.gram.rows, k, _tolerance(delta))
         return _principal(self.gram.matrix, self.gram.rows, k, delta.dtype, _tolerance(delta))
 
@@ -149,7 +150,7 @@ def essential_subspace(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: fl
     if inputs.shape != (d_in, d_in):
         raise ValueError(f"a Gram matrix of shape {tuple(inputs.shape)} does not fit a task vector of shape {tuple(delta.shape)}")
     tol = _tolerance(delta) if tol is None else tol
-    if _wider_out(delta):
+    if _wider_out(delta.shape):
         return _through_inputs(delta, inputs.double(), rows, k, tol).of(delta)
     D = delta.double()
     return _principal(D @ inputs.double() @ D.T, rows, k, delta.dtype, tol).of(delta)
@@ -191,8 +192,8 @@ def _root(G: Tensor) -> Tensor:
     return R
 
 
-def _wider_out(delta: Tensor) -> bool:
-    return delta.shape[0] > delta.shape[1]
+def _wider_out(shape: Sequence[int]) -> bool:
+    return shape[0] > shape[1]
 
 
 def _tolerance(delta: Tensor) -> float:
