@@ -3,6 +3,7 @@
 This file is all that the author of a plugin has to read.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.support.allocator import release_freed_memory
+from mergekit_vision.support.tensors import largest_magnitude
 
 Weights = Mapping[str, Tensor]
 """Key of a parameter of the vision tower (``visual.…``) -> tensor. Lazy: a tensor is read when it is asked for."""
@@ -229,8 +231,7 @@ class MergeInputs:
 
     def _finite(self, value: Tensor, task: str, key: str) -> Tensor:
         value = value.to(self.device, torch.float32)
-        # one pass and no copy: the largest magnitude is NaN if any entry is
-        if value.numel() and not torch.linalg.vector_norm(value, torch.inf).isfinite():
+        if value.numel() and not math.isfinite(largest_magnitude(value)):
             raise InputError(f"the expert of task {task} holds NaN or infinity in {key}; fine-tune it again or leave it out")
         return value
 
