@@ -15,28 +15,11 @@ from benchmarks.textbook import Textbook, load
 from mergekit_vision.checkpoints import open_weights, save_safetensors
 from mergekit_vision.encoders.hooks import capture_inputs
 from mergekit_vision.encoders.vision import VisionEncoder
-from mergekit_vision.functional.linalg import polar
 from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer, merged_weights
 from mergekit_vision.plugins.esm import ESM
+from mergekit_vision.plugins.iso import IsoC
 from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.plugins.tsvm import TSVM
-
-
-@dataclass(frozen=True)
-class IsoC(Merger):
-    """Iso-C's polar factors by the package's kernel: ``mean(σ(M)) polar(M)`` of the sum ``M`` of the task vectors."""
-
-    def merge(self, inputs: MergeInputs) -> Merged:
-        update: dict[str, Tensor] = {}
-        for key in inputs.track(list(inputs.base), "merging"):
-            deltas = inputs.deltas(key)
-            if deltas.dim() == 3:
-                found = polar(deltas.sum(0))
-                update[key] = found.factor * (found.nuclear_norm / min(found.factor.shape))
-            else:
-                update[key] = deltas.mean(0)
-        return Merged(update)
-
 
 MERGERS: dict[str, type[Merger]] = {"ESM": ESM, "TSVM": TSVM, "TIES": TIES, "IsoC": IsoC}
 
