@@ -44,7 +44,7 @@ def columns(n: int, k: int = 20) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 96)])
-@pytest.mark.parametrize("cond", [1.0, 1e1, 1e2])
+@pytest.mark.parametrize("cond", [1.0, 1e1, 4e1])
 @pytest.mark.usefixtures("no_newton")
 def test_agrees_with_the_svd(shape: tuple[int, int], cond: float) -> None:
     assert_exact(matrix(*shape, cond).float(), columns(shape[1]), cond)
