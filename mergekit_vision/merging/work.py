@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from mergekit_vision.functional.linalg import GRAM_BLOCK
+from mergekit_vision.functional.gram import GRAM_BLOCK
 from mergekit_vision.functional.newton import SIDE
 
 Unit = Literal["bytes", "calls", "float32", "float64", "eigh", "polar", "random", "ranked", "images"]
