@@ -174,7 +174,74 @@ class ProjectionRouter(Router):
         return norms
 
 
-Evidence = Literal["own", "start", "add", "hold"]
+class SubspaceRouter(Router):
+    """Sends an image to the expert whose subspace lies nearest to its features (MASS, arXiv 2504.05342; SiM, 2606.22589).
+
+    An expert's score is the distance of the features from its subspace, negated and standardized over the experts, so that scores
+    of different layers are comparable and a temperature of 1 fits all of them.
+
+    Args:
+        basis: ``[T, k, f]``, an orthonormal basis of each expert's subspace; rows of zeros count for nothing.
+        center: ``[T, f]``, a point of each subspace; the origin where ``None``.
+        pooling: the ``f`` features, as for :func:`~mergekit_vision.functional.routing.pool_tokens`; not "covariance".
+        top_k: how many experts are mixed.
+        temperature: divides the scores before the softmax.
+    """
+
+    basis: Tensor
+    center: Tensor | None
+
+    def __init__(
+        self,
+        basis: Tensor,
+        center: Tensor | None = None,
+        pooling: Sequence[Pooling] = ("first",),
+        top_k: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(top_k, temperature)
+        self.register_buffer("basis", basis)
+        self.register_buffer("center", center)
+        self.pooling = tuple(pooling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardized distances, negated, ``[N, 1, T]``."""
+        features = pool_tokens(x, self.pooling).unsqueeze(1)
+        rest = features.expand(-1, len(self.basis), -1) if self.center is None else features - self.center
+        rest = rest - torch.einsum("ntk,tkf->ntf", torch.einsum("ntf,tkf->ntk", rest, self.basis), self.basis)
+        scores = -torch.linalg.vector_norm(rest, dim=-1)
+        spread = scores.std(-1, correction=0, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        standardized: Tensor = (scores - scores.mean(-1, keepdim=True)) / spread
+        return standardized.unsqueeze(1)
+
+    def arguments(self) -> Mapping[str, Plain]:
+        """Constructor arguments that are not buffers."""
+        return {"pooling": list(self.pooling), **super().arguments()}
+
+
+class HeldRouter(Router):
+    """Of a layer that decides by the scores of others: it has none of its own, and mixes the experts as told.
+
+    Args:
+        experts: how many there are.
+        top_k: how many experts are mixed.
+        temperature: divides the others' scores before the softmax.
+    """
+
+    def __init__(self, experts: int, top_k: int = 1, temperature: float = 1.0) -> None:
+        super().__init__(top_k, temperature)
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros, ``[N, 1, T]``."""
+        return x.new_zeros(len(x), 1, self.experts)
+
+    def arguments(self) -> Mapping[str, Plain]:
+        """Constructor arguments that are not buffers."""
+        return {"experts": self.experts, **super().arguments()}
+
+
+Evidence = Literal["own", "start", "add", "hold", "ahead"]
 
 
 @dataclass(frozen=True)
@@ -188,7 +255,9 @@ class LowRankExperts:
         bias: ``[T, d_out]``, or ``None``.
         evidence: what the scores mean to a decision that layers take together, in forward order: ``"own"`` decides by the
             layer's own scores and leaves the shared ones alone; ``"start"`` makes its own the shared ones; ``"add"`` adds its
-            own to the shared ones and decides by the sum; ``"hold"`` decides by the shared ones as they are.
+            own to the shared ones and decides by the sum; ``"hold"`` decides by the shared ones as they are; ``"ahead"`` does so
+            too, and the shared ones are the sum of the scores that all such layers give in a run of the base ahead of the
+            model's, so that layers before them can hold the decision as well. Of scores of tokens, the mean counts there.
 
     Raises:
         ValueError: when the shapes do not fit each other.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import ShiftStatistic
-from mergekit_vision.functional.linalg import pad_rank
-from mergekit_vision.functional.routing import Axes, Pooling, calibrate, discriminant, pool_tokens, principal_axes
+from mergekit_vision.functional.linalg import pad_rank, top_svd
+from mergekit_vision.functional.routing import Axes, Pooling, calibrate, discriminant, pool_tokens, principal_axes, subspaces
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import (
     DataNeeds,
@@ -27,11 +27,11 @@ from mergekit_vision.merger import (
     settled,
     static_base,
 )
-from mergekit_vision.routers import CosineRouter, Evidence, LinearRouter, LowRankExperts, Router
+from mergekit_vision.routers import CosineRouter, Evidence, HeldRouter, LinearRouter, LowRankExperts, Router, SubspaceRouter
 
-Rule = Literal["cosine", "centered", "discriminant"]
+Rule = Literal["cosine", "centered", "discriminant", "mass", "sim"]
 Statistics = Literal["experts", "base", "routed"]
-Decision = Literal["layer", "branch", "sum", "hold"]
+Decision = Literal["layer", "branch", "sum", "hold", "once"]
 
 Features = Mapping[str, list[Tensor]]
 """Linear name -> for each task, the pooled inputs of its proxy images, ``[n_t, f]``."""
@@ -56,16 +56,21 @@ class ESMPP(Merger):
         rank: of the experts.
         layers: which Linear layers of each block are routed.
         rule: "cosine" to the prototypes (published); "centered", the same after subtracting the mean of the prototypes;
-            "discriminant", the log-posteriors of a linear discriminant with a shared, shrunk covariance.
+            "discriminant", the log-posteriors of a linear discriminant with a shared, shrunk covariance; "mass", the distance
+            from the leading right singular vectors of each task vector (arXiv 2504.05342), without statistics; "sim", that from
+            the mean and leading principal directions of each task's pooled inputs (arXiv 2606.22589).
         statistics: whose inputs on the proxy images the rule is fitted to: the "experts'" own (published), the merged "base"'s,
             or the "routed" model's, itself routed by a rule fitted to the base.
         decision: each "layer" by its own scores (published); each "branch" of a block, attention or MLP, by the scores of its
             first routed layer; by the "sum" of the scores of all layers so far; or the layers from ``held_layer`` on "hold" the
-            decision of that layer.
-        held_layer: index among the routed layers.
-        pooling: what the discriminant knows of an image: the "mean" over its tokens, their standard "deviation", the "first"
-            (class) token, their "covariance" along the 32 principal axes of all tasks' tokens, side by side. The cosine takes
-            the mean.
+            decision of that layer. Or all layers decide "once" for an image: by the scores that ``held_layer`` gives in a run of
+            the base ahead.
+        held_layer: index among the routed layers. ``None`` is the first, for "hold"; for "once", the scores of all are added up.
+        pooling: what "discriminant" and "sim" know of an image: the "mean" over its tokens, their standard "deviation", the
+            "first" (class) token, their "covariance" along the 32 principal axes of all tasks' tokens (discriminant only), side
+            by side. "mass" takes the mean or, as published, the first token; the cosine takes the mean.
+        gate_rank: directions of each expert that "mass" and "sim" measure distances from. ``None`` is ``min(d_out, d_in) // T``
+            for "mass", as published, and 8 for "sim".
         shrinkage: of the discriminant's covariance towards its diagonal, above 0 and at most 1.
         top_k: experts an image mixes, weighted by the softmax of their scores over ``temperature``.
         temperature: of that softmax. ``None`` takes, in each layer, the one at which the discriminant is the best judge of proxy
@@ -83,17 +88,19 @@ class ESMPP(Merger):
     rule: Rule = "cosine"
     statistics: Statistics = "experts"
     decision: Decision = "layer"
-    held_layer: int = 0
+    held_layer: int | None = None
     pooling: tuple[Pooling, ...] = ("mean",)
+    gate_rank: int | None = None
     shrinkage: float = 0.5
     top_k: int = 1
     temperature: float | None = 1.0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for argument, least in (("rank", 1), ("top_k", 1), ("held_layer", 0)):
-            if getattr(self, argument) < least:
-                raise InputError(f"{name}: {argument} is {getattr(self, argument)}, but must be at least {least}")
+        for argument, least in (("rank", 1), ("top_k", 1), ("held_layer", 0), ("gate_rank", 1)):
+            value = getattr(self, argument)
+            if value is not None and value < least:
+                raise InputError(f"{name}: {argument} is {value}, but must be at least {least}")
         if not (0 < self.shrinkage <= 1 and (self.temperature is None or self.temperature > 0)):
             raise InputError(
                 f"{name}: shrinkage is {self.shrinkage} and temperature {self.temperature}, "
@@ -101,11 +108,21 @@ class ESMPP(Merger):
             )
         if not self.pooling or not set(self.pooling) <= set(get_args(Pooling)):
             raise InputError(f"{name}: pooling is {list(self.pooling)}, but must name some of {', '.join(get_args(Pooling))}")
-        if tuple(self.pooling) != ("mean",) and self.rule != "discriminant":
-            raise InputError(f"{name}: pooling {list(self.pooling)} needs rule discriminant; the cosine is of the mean token")
-        if self.temperature is None and (self.rule != "discriminant" or self.decision == "sum"):
-            raise InputError(f"{name}: temperature null is for rule discriminant, and not for decision sum; give a number")
         check_options(self, rule=Rule, statistics=Statistics, decision=Decision)
+        if tuple(self.pooling) != ("mean",) and self.rule in ("cosine", "centered"):
+            raise InputError(f"{name}: pooling {list(self.pooling)} needs rule discriminant; the cosine is of the mean token")
+        if self.rule == "mass" and tuple(self.pooling) not in (("mean",), ("first",)):
+            raise InputError(f"{name}: pooling is {list(self.pooling)}, but rule mass takes either [mean] or [first]")
+        if self.rule == "sim" and "covariance" in self.pooling:
+            raise InputError(f"{name}: pooling is {list(self.pooling)}, but covariance is for rule discriminant")
+        summed = self.decision == "sum" or (self.decision == "once" and self.held_layer is None)
+        if self.temperature is None and (self.rule != "discriminant" or summed):
+            raise InputError(
+                f"{name}: temperature null is for rule discriminant, and not for decision sum, or once without held_layer; "
+                "give a number"
+            )
+        if self.decision == "once" and self.statistics == "routed":
+            raise InputError(f"{name}: decision once looks at the base, so statistics must be base or experts, not routed")
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, decompose the residuals, fit the routers."""
@@ -115,12 +132,14 @@ class ESMPP(Merger):
         base = self._merged_base(inputs)
         axes = self._axes(inputs, names, None if self.statistics == "experts" else base)
         factors, features = self._decompose(inputs, linears, base, axes)
+        if self.rule == "mass":
+            return replace(base, routed=_routed(factors, self._mass(inputs, linears, evidence), evidence))
         if self.statistics != "experts":
             features = self._observe(inputs, names, base, axes)
-        merged = replace(base, routed=self._routed(factors, features, axes, evidence))
+        merged = replace(base, routed=_routed(factors, self._routers(features, axes, evidence), evidence))
         if self.statistics == "routed":
             features = self._observe(inputs, names, merged, axes)
-            merged = replace(base, routed=self._routed(factors, features, axes, evidence))
+            merged = replace(base, routed=_routed(factors, self._routers(features, axes, evidence), evidence))
         return merged
 
     def _merged_base(self, inputs: MergeInputs) -> Merged:
@@ -177,15 +196,26 @@ class ESMPP(Merger):
         found = list(inputs.spread(pooled, inputs.tasks, "routing").values())
         return {name: [features[name] for features in found] for name in names}
 
-    def _routed(
-        self, factors: Mapping[str, tuple[Tensor, Tensor]], features: Features, axes: AxesOf, evidence: list[Evidence]
-    ) -> dict[str, LowRankExperts]:
-        routed: dict[str, LowRankExperts] = {}
-        for name, use in zip(factors, evidence, strict=True):
-            if use != "hold":  # who holds a decision holds its temperature too
-                router = self._router(features[name], axes.get(name))
-            routed[name] = LowRankExperts(*factors[name], router, evidence=use)
-        return routed
+    def _routers(self, features: Features, axes: AxesOf, evidence: list[Evidence]) -> dict[str, Router]:
+        """Routers fitted to pooled inputs, of the layers that have scores of their own."""
+        deciding = [name for name, use in zip(features, evidence, strict=True) if use != "hold"]
+        return {name: self._router(features[name], axes.get(name)) for name in deciding}
+
+    def _mass(self, inputs: MergeInputs, linears: list[LinearInfo], evidence: list[Evidence]) -> dict[str, Router]:
+        """Routers made of the task vectors' leading right singular vectors, of the layers that have scores of their own."""
+        assert self.temperature is not None
+
+        def basis(key: str) -> Tensor:
+            full = min(inputs.base[key].shape)
+            rank = min(full, self.gate_rank or max(1, full // len(inputs.tasks)))
+            return torch.stack(
+                in_threads(lambda task: pad_rank(top_svd(inputs.delta(task, key), rank).Vh, rank, 0), inputs.tasks)
+            )
+
+        deciding = [linear for linear, use in zip(linears, evidence, strict=True) if use != "hold"]
+        bases = inputs.spread(basis, [linear.weight for linear in deciding], "routing")
+        options = (None, self.pooling, self.top_k, self.temperature)
+        return {linear.name: SubspaceRouter(bases[linear.weight], *options) for linear in deciding}
 
     def _evidence(self, linears: list[LinearInfo]) -> list[Evidence]:
         """How each layer comes to its decision."""
@@ -196,9 +226,13 @@ class ESMPP(Merger):
         if self.decision == "branch":
             branches = [None, *((linear.block, linear.kind in ("in_proj", "out_proj")) for linear in linears)]
             return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
-        first = self.held_layer
-        if first >= len(linears):
-            raise InputError(f"{type(self).__name__}: held_layer is {first}, but there are {len(linears)} routed layers")
+        if self.held_layer is not None and self.held_layer >= len(linears):
+            raise InputError(
+                f"{type(self).__name__}: held_layer is {self.held_layer}, but there are {len(linears)} routed layers, from 0 on"
+            )
+        if self.decision == "once":
+            return ["ahead" if self.held_layer in (None, at) else "hold" for at in range(len(linears))]
+        first = self.held_layer or 0
         return ["own" if at < first else "start" if at == first else "hold" for at in range(len(linears))]
 
     def _router(self, features: list[Tensor], axes: Axes | None) -> Router:
@@ -208,6 +242,9 @@ class ESMPP(Merger):
             basis, offset = (None, None) if axes is None else (axes.basis, axes.offset)
             return LinearRouter(fit.weight.float(), fit.bias.float(), self.pooling, basis, offset, self.top_k, temperature)
         assert self.temperature is not None
+        if self.rule == "sim":
+            basis, center = (part.float() for part in subspaces(features, self.gate_rank or 8))
+            return SubspaceRouter(basis, center, self.pooling, self.top_k, self.temperature)
         prototypes = torch.stack([group.double().mean(0) for group in features]).float()
         return CosineRouter(prototypes, prototypes.mean(0) if self.rule == "centered" else None, self.top_k, self.temperature)
 
@@ -231,6 +268,7 @@ class ESMPPBayes(ESMPP):
         decision: as for :class:`ESMPP`.
         held_layer: as for :class:`ESMPP`.
         pooling: as for :class:`ESMPP`.
+        gate_rank: as for :class:`ESMPP`.
         shrinkage: as for :class:`ESMPP`.
         top_k: as for :class:`ESMPP`.
         temperature: as for :class:`ESMPP`. Proxy images are few, so that log-posteriors are too sure of themselves, and the more
@@ -245,6 +283,19 @@ class ESMPPBayes(ESMPP):
     pooling: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")
     top_k: int = 2
     temperature: float | None = None
+
+
+def _routed(
+    factors: Mapping[str, tuple[Tensor, Tensor]], routers: Mapping[str, Router], evidence: list[Evidence]
+) -> dict[str, LowRankExperts]:
+    """Factors with routers; a layer that holds the decision of another mixes the experts as that one does."""
+    routed: dict[str, LowRankExperts] = {}
+    deciding = next(iter(routers.values()))
+    for (name, (up, down)), use in zip(factors.items(), evidence, strict=True):
+        deciding = routers.get(name, deciding)
+        router = HeldRouter(len(up), deciding.top_k, deciding.temperature) if use == "hold" else deciding
+        routed[name] = LowRankExperts(up, down, router, evidence=use)
+    return routed
 
 
 class _Pool:

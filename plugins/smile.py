@@ -1,6 +1,6 @@
 """SMILE: the backbone plus low-rank experts, chosen per token by the subspaces of the task vectors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -9,9 +9,23 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import pad_rank, top_svd
+from mergekit_vision.functional.routing import Subspaces, pool_tokens, subspaces
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import LinearInfo, LinearKind, Merged, MergeInputs, Merger, ModelKind, linears_of_kind
-from mergekit_vision.routers import LowRankExperts, ProjectionRouter
+from mergekit_vision.merger import (
+    LinearInfo,
+    LinearKind,
+    Merged,
+    MergeInputs,
+    Merger,
+    ModelKind,
+    Observer,
+    check_options,
+    linears_of_kind,
+)
+from mergekit_vision.routers import Evidence, HeldRouter, LowRankExperts, ProjectionRouter, Router, SubspaceRouter
+
+Rule = Literal["projection", "mass", "sim"]
+Decision = Literal["layer", "once"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +40,15 @@ class SMILE(Merger):
     Args:
         rank: of the experts, at most the layer's.
         gate_rank: right singular vectors that score a token. Near the layer's full rank all experts score alike.
-        top_k: experts a token mixes, weighted by the softmax of their scores.
+        top_k: experts a token, or an image, mixes, weighted by the softmax of their scores.
         layers: which Linear layers of each block are routed.
         rest: parameters outside of the routed layers: the backbone's ("base"), or averaged over the experts ("mean").
+        rule: the norm of each token's "projection" (published); or the distance of the image's class token from the same singular
+            vectors ("mass", arXiv 2504.05342), or from the mean and the ``gate_rank`` leading principal directions of each task's
+            class tokens in the backbone ("sim", arXiv 2606.22589; needs proxy images).
+        decision: each "layer" by its own scores (published); or all "once" for an image, by the scores that ``held_layer`` gives
+            in a run of the backbone ahead.
+        held_layer: index among the routed layers; where ``None``, the scores of all are added up.
     """
 
     title: ClassVar[str] = "SMILE"
@@ -43,24 +63,35 @@ class SMILE(Merger):
     top_k: int = 1
     layers: tuple[LinearKind, ...] = ("in_proj", "out_proj", "c_fc", "c_proj")
     rest: Literal["base", "mean"] = "base"
+    rule: Rule = "projection"
+    decision: Decision = "layer"
+    held_layer: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank", "gate_rank", "top_k"):
             if getattr(self, name) < 1:
                 raise InputError(f"SMILE: {name} is {getattr(self, name)}, but must be at least 1")
-        if self.rest not in ("base", "mean"):
-            raise InputError(f"SMILE: rest is {self.rest!r}, but must be one of base, mean")
+        check_options(self, rest=Literal["base", "mean"], rule=Rule, decision=Decision)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Decompose the task vectors of the routed layers."""
         linears = linears_of_kind(inputs.linears, self.layers)
+        evidence = self._evidence(len(linears))
         factors = inputs.spread(partial(self._factors, inputs), [linear.weight for linear in linears], "experts")
-        routed = {linear.name: self._experts(inputs, linear, *factors[linear.weight]) for linear in linears}
         update = {}
         if self.rest == "mean":
             own = {key for linear in linears for key in (linear.weight, linear.bias)}
             update = {key: inputs.deltas(key).mean(0) for key in inputs.base if key not in own}
-        return Merged(update, fixed=frozenset(update), routed=routed)
+        model = Merged(update, fixed=frozenset(update))
+        deciding = [linear for linear, use in zip(linears, evidence, strict=True) if use == "ahead"] or linears
+        bases = {linear.name: factors[linear.weight][2] for linear in deciding}
+        routers = self._routers(bases, self._subspaces(inputs, list(bases), model) if self.rule == "sim" else {})
+        held = HeldRouter(len(inputs.tasks), self.top_k)
+        routed = {
+            linear.name: self._experts(inputs, linear, *factors[linear.weight][:2], routers.get(linear.name, held), use)
+            for linear, use in zip(linears, evidence, strict=True)
+        }
+        return replace(model, routed=routed)
 
     def _factors(self, inputs: MergeInputs, key: str) -> tuple[Tensor, Tensor, Tensor]:
         """All experts' ``up [T, d_out, r]`` and ``down [T, r, d_in]`` of one matrix, and what scores tokens, ``[T, g, d_in]``."""
@@ -74,6 +105,42 @@ class SMILE(Merger):
         up, down, basis = zip(*in_threads(expert, inputs.tasks), strict=True)
         return torch.stack(up), torch.stack(down), torch.stack(basis)
 
-    def _experts(self, inputs: MergeInputs, linear: LinearInfo, up: Tensor, down: Tensor, basis: Tensor) -> LowRankExperts:
+    def _evidence(self, layers: int) -> list[Evidence]:
+        """How each layer comes to its decision."""
+        if self.decision == "layer":
+            return ["own"] * layers
+        if self.held_layer is not None and not 0 <= self.held_layer < layers:
+            raise InputError(f"SMILE: held_layer is {self.held_layer}, but there are {layers} routed layers, from 0 on")
+        return ["ahead" if self.held_layer in (None, at) else "hold" for at in range(layers)]
+
+    def _subspaces(self, inputs: MergeInputs, names: list[str], model: Merged) -> dict[str, Subspaces]:
+        """Of the class tokens that enter layers of the unrouted ``model``, each task's."""
+
+        def tokens(task: str) -> dict[str, Tensor]:
+            seen: dict[str, list[Tensor]] = {name: [] for name in names}
+            inputs.observe(task, {name: _keeping(batches) for name, batches in seen.items()}, model)
+            return {name: torch.cat(batches) for name, batches in seen.items()}
+
+        found = list(inputs.spread(tokens, inputs.tasks, "routing").values())
+        return {name: subspaces([task[name] for task in found], self.gate_rank) for name in names}
+
+    def _routers(self, bases: dict[str, Tensor], spaces: dict[str, Subspaces]) -> dict[str, Router]:
+        """By name of the layer, from the right singular vectors of its task vectors or from its class tokens."""
+        if self.rule == "projection":
+            return {name: ProjectionRouter(basis, self.top_k) for name, basis in bases.items()}
+        if self.rule == "mass":
+            return {name: SubspaceRouter(basis, top_k=self.top_k) for name, basis in bases.items()}
+        return {
+            name: SubspaceRouter(space.basis.float(), space.center.float(), top_k=self.top_k) for name, space in spaces.items()
+        }
+
+    def _experts(
+        self, inputs: MergeInputs, linear: LinearInfo, up: Tensor, down: Tensor, router: Router, evidence: Evidence
+    ) -> LowRankExperts:
         shift = None if linear.bias is None else inputs.deltas(linear.bias)
-        return LowRankExperts(up, down, ProjectionRouter(basis, self.top_k), shift)
+        return LowRankExperts(up, down, router, shift, evidence)
+
+
+def _keeping(batches: list[Tensor]) -> Observer:
+    """Observer that keeps the class tokens."""
+    return lambda x: batches.append(pool_tokens(x, ("first",)))

@@ -1,6 +1,6 @@
 """Linear layers with routed low-rank experts, and the routing that they share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Literal
 
@@ -32,6 +32,13 @@ class Routing:
         self.counts: dict[str, Tensor] = {}
         self.layers: dict[str, RoutedLinear] = {}
         self._shared: Tensor | None = None
+        self._ahead = False
+
+    def look_ahead(self, run: Callable[[], object]) -> None:
+        """Add up the scores of the layers that decide ahead, while ``run`` runs the encoder that far: without experts."""
+        self._shared, self._ahead = None, True
+        run()
+        self._ahead = False
 
     def record(self, on: bool = True) -> None:
         """Start counting choices from zero, or stop and forget."""
@@ -50,11 +57,20 @@ class Routing:
             choice = Choice(index, torch.ones_like(index, dtype=layer.down.dtype))
         else:
             with torch.autocast(x.device.type, enabled=False):  # a choice must not hinge on bfloat16's three digits
+                if self._ahead:
+                    self._score_ahead(layer, x.to(layer.down.dtype))
+                    return None
                 choice = layer.router.choose(self._evidence(layer, x.to(layer.down.dtype)))
         if self.counts and self.truth is not None:
             counts = self.counts[layer.name]
             counts.index_add_(0, self._true_tasks(x), choice.dense(len(layer.down)).mean(1).to(counts.dtype))
         return choice
+
+    def _score_ahead(self, layer: "RoutedLinear", x: Tensor) -> None:
+        """Add up the scores of ``layer``, of an image the mean over its tokens."""
+        if layer.evidence == "ahead":
+            scores: Tensor = layer.router(x).mean(1, keepdim=True)
+            self._shared = scores if self._shared is None else self._shared + scores
 
     def _evidence(self, layer: "RoutedLinear", x: Tensor) -> Tensor:
         if layer.evidence == "own":

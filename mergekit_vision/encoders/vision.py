@@ -31,6 +31,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.visual = linearize(visual)
         self.routing: Routing | None = None
+        self._blocks_ahead = 0
 
     @property
     def linears(self) -> tuple[LinearInfo, ...]:
@@ -85,12 +86,22 @@ class VisionEncoder(nn.Module):
         if routed:
             self.routing = attach(self, routed)
             self.routing.mode = mode
+            ahead = {name for name, experts in routed.items() if experts.evidence == "ahead"}
+            self._blocks_ahead = max((linear.block + 1 for linear in self.linears if linear.name in ahead), default=0)
 
     def forward(self, images: Tensor) -> Tensor:
         """Image embeddings ``[N, embed_dim]`` of preprocessed images ``[N, 3, H, W]``, not normalized."""
+        if self.routing is not None and self.routing.mode == "router" and self._blocks_ahead:
+            self.routing.look_ahead(lambda: self._run_ahead(images))
         features = self.visual(images)
         embeddings: Tensor = features[0] if isinstance(features, tuple) else features
         return embeddings
+
+    def _run_ahead(self, images: Tensor) -> None:
+        """Run as far as layers decide ahead."""
+        tokens = self.embed(images)
+        for block in range(self._blocks_ahead):
+            tokens = self.run_block(block, tokens)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Image embeddings as open_clip's ``encode_image`` gives them, ``[N, embed_dim]``."""

@@ -125,7 +125,7 @@ def _try_out(name: str, experts: LowRankExperts) -> None:
 
 def _check_evidence(routed: Mapping[str, LowRankExperts]) -> None:
     """Refuse layers that decide by evidence which no layer before them started, or started for other experts."""
-    started = 0
+    started = max((len(experts.down) for experts in routed.values() if experts.evidence == "ahead"), default=0)
     for name, experts in routed.items():
         if experts.evidence == "start":
             started = len(experts.down)

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.linalg import pad_rank, top_svd
+
 Pooling = Literal["mean", "deviation", "first", "covariance"]
 
 
@@ -66,6 +68,34 @@ def _covariance(z: Tensor) -> Tensor:
     row, column = torch.triu_indices(z.shape[2], z.shape[2], device=z.device)
     moment = (z.transpose(1, 2) @ z / z.shape[1])[:, row, column]
     return moment / (moment.abs() + 0.01).sqrt()  # a plain root would blow rounding errors up near 0
+
+
+class Subspaces(NamedTuple):
+    """An affine subspace of features for each task, in which its images lie most nearly.
+
+    Attributes:
+        basis: ``[T, k, f]``, orthonormal rows; where a task has too few images, rows of zeros.
+        center: ``[T, f]``, the mean of a task's features.
+    """
+
+    basis: Tensor
+    center: Tensor
+
+
+def subspaces(features: Sequence[Tensor], k: int) -> Subspaces:
+    """The mean and the ``k`` leading principal directions of each task's features; float64.
+
+    Args:
+        features: for each task, its images' features, ``[n_t, f]``.
+        k: directions; a task of ``n_t`` images has ``n_t - 1`` at most.
+
+    >>> subspaces([torch.tensor([[1.0, 0.0], [1.0, 4.0], [1.0, 8.0]])], k=1).center
+    tensor([[1., 4.]], dtype=torch.float64)
+    """
+    groups = [group.double() for group in features]
+    center = torch.stack([group.mean(0) for group in groups])
+    basis = [pad_rank(top_svd(group - mean, k).Vh, k, 0) for group, mean in zip(groups, center, strict=True)]
+    return Subspaces(torch.stack(basis), center)
 
 
 class Discriminant(NamedTuple):

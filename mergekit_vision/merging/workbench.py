@@ -68,6 +68,8 @@ class Workbench:
         device = torch.device("cpu") if runtime.device.type == "mps" else runtime.device
 
         def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
+            if model is not None and any(layer.evidence == "ahead" for layer in model.routed.values()):
+                raise InputError("a model that decides ahead runs in part twice and cannot be observed; observe its base")
             moved = {name: _moving(observer, device) for name, observer in observers.items()}
             weights, routed = (experts[task], None) if model is None else (merged_weights(self.base, model), model.routed)
             with evaluator.with_model(weights, routed) as running, capture_inputs(running.encoder, moved):
