@@ -209,7 +209,8 @@ class SubspaceRouter(Router):
         features = pool_tokens(x, self.pooling).unsqueeze(1)
         rest = features.expand(-1, len(self.basis), -1) if self.center is None else features - self.center
         rest = rest - torch.einsum("ntk,tkf->ntf", torch.einsum("ntf,tkf->ntk", rest, self.basis), self.basis)
-        scores = -torch.linalg.vector_norm(rest, dim=-1)
+        distance = torch.linalg.vector_norm(rest, dim=-1)
+        scores = distance.amin(-1, keepdim=True) - distance  # exactly 0 for all that are alike, so that none is divided by 0
         spread = scores.std(-1, correction=0, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
         standardized: Tensor = (scores - scores.mean(-1, keepdim=True)) / spread
         return standardized.unsqueeze(1)

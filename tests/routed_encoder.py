@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mergekit_vision.encoders.attention import LinearAttention
 from mergekit_vision.encoders.routed import Routing, attach
-from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
+from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router, SubspaceRouter
 
 WIDTH, TASKS, RANK = 32, 3, 4
 ROUND_OFF = forward(2 * 8 + 2, 4 * WIDTH)
@@ -44,10 +44,24 @@ def make_router(kind: str, d_in: int, seed: int) -> Router:
             return ProjectionRouter(normal(TASKS, 2, d_in, seed=seed))
         case "projection, mixed":
             return ProjectionRouter(normal(TASKS, 2, d_in, seed=seed), top_k=2)
+        case "subspace" | "subspace of several features, mixed":
+            pooling = ("first",) if kind == "subspace" else ("mean", "deviation")
+            basis = torch.linalg.qr(normal(TASKS, len(pooling) * d_in, 5, seed=seed)).Q.transpose(1, 2)
+            center = None if kind == "subspace" else normal(TASKS, 2 * d_in, seed=seed + 1)
+            return SubspaceRouter(basis, center, pooling, top_k=len(pooling))
     raise AssertionError(kind)
 
 
-KINDS = ["cosine", "centered, mixed", "linear, all mixed", "linear of covariance, mixed", "projection", "projection, mixed"]
+KINDS = [
+    "cosine",
+    "centered, mixed",
+    "linear, all mixed",
+    "linear of covariance, mixed",
+    "projection",
+    "projection, mixed",
+    "subspace",
+    "subspace of several features, mixed",
+]
 
 
 def make_experts(encoder: nn.Module, kind: str, size: float = 0.3, evidence: bool = False) -> dict[str, LowRankExperts]:

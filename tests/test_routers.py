@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from routed_encoder import KINDS, WIDTH, make_router, normal
+from routed_encoder import KINDS, TASKS, WIDTH, make_router, normal
+from tolerances import assert_near, summed
 
-from mergekit_vision.routers import Choice, CosineRouter, LowRankExperts
+from mergekit_vision.routers import Choice, CosineRouter, HeldRouter, LowRankExperts, SubspaceRouter
 
 
 def test_weights_of_all_experts_are_zero_where_not_chosen() -> None:
@@ -38,6 +39,32 @@ def test_the_scores_of_an_image_depend_on_that_image_only(kind: str) -> None:
     changed[1:] = 100.0
     assert torch.equal(router(changed)[0], router(x)[0])
     assert not torch.equal(router(changed)[1], router(x)[1])
+
+
+@pytest.mark.parametrize("kind", ["subspace", "subspace of several features, mixed"])
+def test_the_nearest_subspace_has_the_highest_score(kind: str) -> None:
+    router, x = make_router(kind, WIDTH, seed=3), normal(6, 5, WIDTH)
+    f = x[:, 0].double() if kind == "subspace" else torch.cat([x.double().mean(1), x.double().std(1, correction=0)], 1)
+    centers = torch.zeros(TASKS, f.shape[1]) if router.center is None else router.center
+    distances = []
+    for V, center in zip(router.basis.double(), centers.double(), strict=True):
+        distances.append(torch.linalg.vector_norm((torch.eye(f.shape[1]) - V.T @ V) @ (f - center).T, dim=0))
+    distance = torch.stack(distances, 1)
+    expected = -(distance - distance.mean(1, keepdim=True)) / distance.std(1, correction=0, keepdim=True)
+    assert_near(router(x)[:, 0], expected, summed(WIDTH) * distance.norm() / (distance - distance.mean(1, keepdim=True)).norm())
+
+
+def test_who_is_as_near_to_all_is_not_divided_by_zero() -> None:
+    router = SubspaceRouter(torch.zeros(3, 2, WIDTH))
+    assert router(normal(4, 5, WIDTH)).tolist() == [[[0.0, 0.0, 0.0]]] * 4
+
+
+def test_a_held_router_mixes_by_the_scores_of_others() -> None:
+    router = HeldRouter(3, top_k=2, temperature=0.5)
+    again = HeldRouter(**router.arguments())
+    assert again(normal(4, 5, WIDTH)).shape == (4, 1, 3)
+    choice = again.choose(torch.tensor([[[1.0, 3.0, 2.0]]]))
+    assert torch.equal(choice.weight[0, 0], torch.tensor([6.0, 4.0]).softmax(0))
 
 
 def test_factors_have_to_fit_each_other() -> None:

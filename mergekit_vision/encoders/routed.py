@@ -56,21 +56,22 @@ class Routing:
             index = self._true_tasks(x).view(-1, 1, 1)
             choice = Choice(index, torch.ones_like(index, dtype=layer.down.dtype))
         else:
+            if self._ahead:
+                return self._score_ahead(layer, x)
             with torch.autocast(x.device.type, enabled=False):  # a choice must not hinge on bfloat16's three digits
-                if self._ahead:
-                    self._score_ahead(layer, x.to(layer.down.dtype))
-                    return None
                 choice = layer.router.choose(self._evidence(layer, x.to(layer.down.dtype)))
         if self.counts and self.truth is not None:
             counts = self.counts[layer.name]
             counts.index_add_(0, self._true_tasks(x), choice.dense(len(layer.down)).mean(1).to(counts.dtype))
         return choice
 
-    def _score_ahead(self, layer: "RoutedLinear", x: Tensor) -> None:
-        """Add up the scores of ``layer``, of an image the mean over its tokens."""
+    def _score_ahead(self, layer: "RoutedLinear", x: Tensor) -> Choice | None:
+        """Add up the scores of ``layer``, of an image the mean over its tokens; no experts yet."""
         if layer.evidence == "ahead":
-            scores: Tensor = layer.router(x).mean(1, keepdim=True)
-            self._shared = scores if self._shared is None else self._shared + scores
+            with torch.autocast(x.device.type, enabled=False):
+                scores: Tensor = layer.router(x.to(layer.down.dtype)).mean(1, keepdim=True)
+                self._shared = scores if self._shared is None else self._shared + scores
+        return None
 
     def _evidence(self, layer: "RoutedLinear", x: Tensor) -> Tensor:
         if layer.evidence == "own":
@@ -78,7 +79,7 @@ class Routing:
             return scores
         if layer.evidence == "start":
             self._shared = layer.router(x)
-        elif self._shared is None or len(self._shared) != len(x):
+        elif self._shared is None or self._shared.shape[0] != x.shape[0]:  # `len` would fix the size in an exported graph
             raise RuntimeError(f"{layer.name}: no earlier layer started the shared evidence for this batch")
         elif layer.evidence == "add":
             self._shared = self._shared + layer.router(x)

@@ -7,9 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergekit_vision.export.adapters import modules_of
-from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
+from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router, SubspaceRouter
 
-KINDS: dict[type[Router], str] = {CosineRouter: "cosine", LinearRouter: "linear", ProjectionRouter: "projection"}
+KINDS: dict[type[Router], str] = {
+    CosineRouter: "cosine",
+    LinearRouter: "linear",
+    ProjectionRouter: "projection",
+    SubspaceRouter: "subspace",
+}
 """Routers whose scores the example can compute."""
 
 
@@ -34,7 +39,7 @@ def pack_router(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor]
 
     Returns:
         Tensors by the module of ``transformers`` whose input is scored, a dot and their name; and the ``kind`` of the scores,
-        with the ``pooling`` of linear ones.
+        with the ``pooling`` of those that have one.
     """
     routers = deciding(routed)
     tensors = {
@@ -46,7 +51,7 @@ def pack_router(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor]
 
 
 def _kind(router: Router) -> dict[str, Any]:
-    pooling = {"pooling": list(router.pooling)} if isinstance(router, LinearRouter) else {}
+    pooling = {"pooling": list(router.pooling)} if isinstance(router, LinearRouter | SubspaceRouter) else {}
     return {"kind": KINDS[type(router)], **pooling}
 
 
@@ -54,4 +59,7 @@ def _tensors(router: Router) -> dict[str, Tensor]:
     if isinstance(router, CosineRouter):
         center = router.prototypes.new_zeros(router.prototypes.shape[1]) if router.center is None else router.center
         return {"center": center, "prototypes": F.normalize(router.prototypes - center, dim=-1)}
+    if isinstance(router, SubspaceRouter):
+        center = router.basis.new_zeros(len(router.basis), router.basis.shape[2]) if router.center is None else router.center
+        return {"basis": router.basis, "center": center}
     return dict(router.named_buffers())

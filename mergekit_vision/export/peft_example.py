@@ -73,6 +73,18 @@ MOMENT    features = [FEATURES]
     return torch.cat(features, dim=-1) @ weight.T + bias
 '''
 
+_SUBSPACE = '''
+def scores(x, basis, center):
+    """Distances of pooled tokens from the experts' subspaces, standardized over the experts and negated."""
+    features = [FEATURES]
+    rest = torch.cat(features, dim=-1)[:, None] - center
+    rest -= torch.einsum("etf,tkf,tkg->etg", rest, basis, basis)
+    distances = rest.norm(dim=-1)
+    distances -= distances.amin(-1, keepdim=True)
+    spread = distances.std(-1, correction=0, keepdim=True).clamp_min(1e-30)
+    return (distances.mean(-1, keepdim=True) - distances) / spread
+'''
+
 _MOMENT = """    z = x @ basis - offset
     row, column = torch.triu_indices(z.shape[2], z.shape[2])
     moment = (z.transpose(1, 2) @ z / z.shape[1])[:, row, column]
@@ -87,13 +99,13 @@ _FEATURES = {
 
 
 def example(kind: str, pooling: Sequence[str] = ()) -> str:
-    """The program for routers of a kind; of ``linear`` ones, with the features that they score."""
-    scores = {"cosine": _COSINE, "linear": _linear(pooling), "projection": _PROJECTION}[kind]
+    """The program for routers of a kind; of ``linear`` and ``subspace`` ones, with the features that they score."""
+    scores = {"cosine": _COSINE, "linear": _linear(pooling), "projection": _PROJECTION, "subspace": _SUBSPACE}[kind]
+    scores = scores.replace("FEATURES", ", ".join(_FEATURES[name] for name in pooling))
     return _PROGRAM.replace("SCORES", scores.strip())
 
 
 def _linear(pooling: Sequence[str]) -> str:
     moment = "covariance" in pooling
-    features = ", ".join(_FEATURES[name] for name in pooling)
     scores = _LINEAR.replace("ARGUMENTS", "weight, bias, basis, offset" if moment else "weight, bias")
-    return scores.replace("MOMENT", _MOMENT if moment else "").replace("FEATURES", features)
+    return scores.replace("MOMENT", _MOMENT if moment else "")

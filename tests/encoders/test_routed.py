@@ -1,6 +1,8 @@
 """Routed layers: against dense formulas, and that an image's output depends on that image only."""
 
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from routed_encoder import (
 from tolerances import assert_near, eps, forward, summed
 from torch import Tensor, nn
 
+from mergekit_vision.encoders.hooks import capture_inputs
 from mergekit_vision.encoders.routed import RoutedLinear, Routing, attach
+from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.routers import LinearRouter, LowRankExperts
 
@@ -182,6 +186,36 @@ def test_shared_evidence() -> None:
     assert outputs("own", "start", "hold") == [1, 3, 3] * 2
     with pytest.raises(RuntimeError, match="no earlier layer"):
         outputs("add", "own", "own")
+
+
+@pytest.mark.parametrize("ahead", [(2,), (0, 3)])
+@pytest.mark.parametrize("kind", ["linear of covariance, mixed", "projection"])
+def test_layers_decide_ahead_by_the_base_and_for_all(kind: str, ahead: tuple[int, ...], images: Tensor) -> None:
+    """All layers take the expert with the largest sum of the scores that some of them give the tokens of the plain encoder."""
+    plain, experts = VisionEncoder(make_encoder()["visual"]), make_experts(make_encoder(), kind)
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad(), capture_inputs(plain, {LINEARS[at]: partial(seen.__setitem__, LINEARS[at]) for at in ahead}):
+        plain(images)
+        scores = sum(experts[name].router(x).mean(1) for name, x in seen.items())
+    encoder = VisionEncoder(make_encoder()["visual"])
+    encoder.route({name: replace(e, evidence="ahead" if at in ahead else "hold") for at, (name, e) in enumerate(experts.items())})
+    encoder.routing.record()
+    encoder.routing.truth = torch.zeros(len(images), dtype=torch.long)
+    with torch.no_grad():
+        for _ in range(2):  # a batch starts afresh
+            found = encoder(images)
+    top = experts[LINEARS[0]].router.choose(scores[:, None])
+    for counts in encoder.routing.counts.values():
+        assert_near(counts[0], 2 * top.dense(TASKS).sum((0, 1)).double(), summed(7))
+    for image, (chosen, weights) in enumerate(zip(top.experts[:, 0], top.weight[:, 0], strict=True)):
+        single = make_encoder()
+        for name, entry in experts.items():
+            linear = single.get_submodule(name)
+            linear.weight.data += sum(w * entry.up[t] @ entry.down[t] for t, w in zip(chosen, weights, strict=True))
+            linear.bias.data += sum(w * entry.bias[t] for t, w in zip(chosen, weights, strict=True))
+        assert_near(found[image], single["visual"](images[image, None])[0], ROUND_OFF)
+    encoder.routing.mode = "base"
+    assert torch.equal(encoder(images), plain(images))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,6 +26,9 @@ MERGERS: dict[str, Merger] = {
     # of so small a model the tokens have no 32 axes that float32 could tell apart, on which the covariance would be taken
     "ESMPPBayes": ESMPPBayes(rank=4, layers=_LAYERS, pooling=("mean", "deviation", "first")),
     "SMILE": SMILE(rank=4, gate_rank=2, layers=_LAYERS),
+    "once": ESMPP(
+        rank=4, layers=_LAYERS, rule="sim", statistics="base", pooling=("mean", "first"), decision="once", held_layer=1
+    ),
 }
 
 

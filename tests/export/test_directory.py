@@ -31,7 +31,14 @@ def test_saved_model_reproduces_the_logits_bit_for_bit(trainer: Trainer, tiny_su
 
 
 @pytest.mark.parametrize(
-    "merger", [ESMPP(rank=4), ESMPPBayes(rank=4), SMILE(rank=4, gate_rank=2)], ids=lambda m: type(m).__name__
+    "merger",
+    [
+        ESMPP(rank=4),
+        ESMPPBayes(rank=4),
+        SMILE(rank=4, gate_rank=2),
+        SMILE(rank=4, gate_rank=2, rule="mass", decision="once", held_layer=5),
+    ],
+    ids=["ESMPP", "ESMPPBayes", "SMILE", "once"],
 )
 def test_a_dynamic_model_is_loaded_bit_for_bit(trainer: Trainer, tiny_suite: Path, merger: Merger) -> None:
     model = MergedCLIP(merger, scale=0.7)

@@ -34,10 +34,12 @@ def normal(*shape: int) -> Tensor:
         ("ESMPP", "torch"),
         ("ESMPPBayes", "onnx"),
         ("SMILE", "onnx"),
+        ("once", "torch"),
         pytest.param("ESM", "onnx", marks=pytest.mark.slow),
         pytest.param("ESMPP", "onnx", marks=pytest.mark.slow),
         pytest.param("ESMPPBayes", "torch", marks=pytest.mark.slow),
         pytest.param("SMILE", "torch", marks=pytest.mark.slow),
+        pytest.param("once", "onnx", marks=pytest.mark.slow),
     ],
 )
 def test_predictions_are_those_of_the_merged_model(name: str, to: str, merged: Merged, exported: Exported) -> None:

@@ -193,7 +193,7 @@ def first(change: Change) -> Change:
         (first(lambda e: e["arguments"].update(temperature="hot")), "`temperature` must be a finite number above 0"),
         (first(lambda e: e["arguments"].update(gate=2)), "does not take its saved state"),
         (first(lambda e: e.update(arguments=[])), "arguments: must be a mapping"),
-        (first(lambda e: e.update(evidence="guess")), "evidence: must be 'own', 'start', 'add' or 'hold'"),
+        (first(lambda e: e.update(evidence="guess")), "evidence: must be 'own', 'start', 'add', 'hold' or 'ahead'"),
         (first(lambda e: e.update(evidence="add")), "evidence is 'add', but no layer before it starts any"),
         (first(lambda e: e.update(router=3)), "router: must be text"),
         (first(lambda e: e.update(router="mergekit_vision.routers.LinearRouter")), "does not take its saved state"),

@@ -32,6 +32,7 @@ OPTIONS = {
     "ESMPP": ["--merger.rank", "4", "--proxies", "4"],
     "ESMPPBayes": ["--merger.rank", "4", "--proxies", "4"],
 }
+ONCE = ["--merger.decision", "once", "--merger.rule", "sim", "--merger.statistics", "base", "--merger.gate_rank", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,17 @@ def test_an_image_gets_the_expert_with_the_largest_sum_of_scores(
     torch.testing.assert_close(Peft().load(place)(clear), by_expert(encoder, clear, chosen), rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_that_decides_once_computes_what_its_adapters_do(tiny_suite: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS["ESMPP"], *ONCE, "--merger.pooling", "[mean, deviation]"]
+    assert main(["merge", "-s", str(tiny_suite), "-m", "ESMPP", *options, "-o", str(tmp_path / "merged")]) == 0
+    assert export_model(tmp_path / "merged", "peft", tmp_path / "adapted") < 1e-5
+    with torch.no_grad():
+        expected = load(tmp_path / "merged")(images(40))
+    chosen = summed_scores(load(tmp_path / "merged"), images(40)).argmax(-1)
+    assert len(chosen.unique()) > 1
+    torch.testing.assert_close(Peft().load(tmp_path / "adapted")(images(40)), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_example_runs_without_this_package(
     adapted: Callable[[str], tuple[VisionEncoder, Path]],
     tmp_path: Path,
@@ -172,12 +184,18 @@ def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "pooling"),
-    [("cosine", []), ("linear", ["mean"]), ("linear", ["mean", "deviation", "first", "covariance"]), ("projection", [])],
+    [
+        ("cosine", []),
+        ("linear", ["mean"]),
+        ("linear", ["mean", "deviation", "first", "covariance"]),
+        ("projection", []),
+        ("subspace", ["mean", "deviation"]),
+    ],
 )
 def test_the_example_is_written_well_and_short(tmp_path: Path, kind: str, pooling: list[str]) -> None:
     (tmp_path / "example.py").write_text(example(kind, pooling))
     lines = [line for line in example(kind, pooling).splitlines() if line and not line.startswith(("import ", "from "))]
-    assert len(lines) <= 38
+    assert len(lines) <= 39
     for command in (["format", "--check"], ["check"]):
         checked = subprocess.run([sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "130", tmp_path])
         assert checked.returncode == 0, command
@@ -193,7 +211,9 @@ class Other(Router):
 def test_what_cannot_be_adapters_is_refused(tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer = experts(8, 8, 2)
     (fault,) = router_faults({"layer": LowRankExperts(layer.up, layer.down, Other())})
-    assert fault.startswith("its router Other cannot be written; only CosineRouter, LinearRouter, ProjectionRouter can")
+    assert fault.startswith(
+        "its router Other cannot be written; only CosineRouter, LinearRouter, ProjectionRouter, SubspaceRouter can"
+    )
     linear = LowRankExperts(layer.up, layer.down, LinearRouter(torch.ones(2, 8), torch.zeros(2)))
     (fault,) = router_faults({"layer": layer, "other": linear})
     assert "routers of several kinds" in fault

@@ -190,6 +190,9 @@ def test_statistics_come_from_the_model_that_was_asked_for(zoo: Zoo, statistics:
         ({"decision": "branch", "layers": ("out_proj", "c_proj")}, ["start"] * 4),
         ({"decision": "sum"}, ["start", "add", "add", "add"]),
         ({"decision": "hold", "held_layer": 1}, ["own", "start", "hold", "hold"]),
+        ({"decision": "hold"}, ["start", "hold", "hold", "hold"]),
+        ({"decision": "once", "held_layer": 1}, ["hold", "ahead", "hold", "hold"]),
+        ({"decision": "once"}, ["ahead", "ahead", "ahead", "ahead"]),
     ],
 )
 def test_decision(zoo: Zoo, options: dict[str, object], evidence: list[str]) -> None:
@@ -229,6 +232,68 @@ def posteriors(*features: Tensor) -> Tensor:
 
 def fitted_axes(tokens: Tensor) -> Axes:
     return principal_axes(tokens.mean(0), tokens.T @ tokens / len(tokens))
+
+
+# --- nearest subspace
+
+
+def projectors(bases: Tensor) -> Tensor:
+    return bases.double().transpose(1, 2) @ bases.double()
+
+
+def right(delta: Tensor, rank: int) -> Tensor:
+    """Projector on the leading right singular vectors."""
+    V = torch.linalg.svd(delta, full_matrices=False)[2][:rank]
+    return V.T @ V
+
+
+@pytest.mark.parametrize(
+    ("merger", "rank"),
+    [
+        (ESMPP(base=TaskArithmetic(), rank=2, rule="mass"), WIDTH // T),
+        (ESMPP(base=TaskArithmetic(), rank=2, rule="mass", pooling=("first",), gate_rank=3), 3),
+        (SMILE(rank=2, gate_rank=3, rule="mass"), 3),
+    ],
+)
+def test_mass_measures_the_distance_from_what_the_task_vectors_see(zoo: Zoo, merger: ESMPP | SMILE, rank: int) -> None:
+    for name, experts in merger.merge(zoo.inputs()).routed.items():
+        router = experts.router
+        assert router.center is None
+        assert router.pooling == getattr(merger, "pooling", ("first",))
+        for found, delta in zip(projectors(router.basis), zoo.delta64(weight_key(name)), strict=True):
+            assert relative_error(found, right(delta, rank)) < of_formula(partial(right, rank=rank), delta)
+
+
+@pytest.mark.parametrize(
+    "merger",
+    [
+        ESMPP(base=TaskArithmetic(), rank=2, rule="sim", statistics="base", pooling=("mean", "first"), gate_rank=3),
+        SMILE(rank=2, gate_rank=3, rule="sim"),
+    ],
+)
+def test_sim_measures_the_distance_from_the_features_of_a_task(zoo: Zoo, merger: ESMPP | SMILE) -> None:
+    models: list[Merged | None] = []
+
+    def run_proxies(task: str, observers: object, model: Merged | None) -> None:
+        models.append(model)
+        zoo.run_proxies(task, observers)
+
+    for name, experts in merger.merge(replace(zoo.inputs(), run_proxies=run_proxies)).routed.items():
+        router = experts.router
+        found = projectors(router.basis)
+        for t, inputs in enumerate(zoo.layer_inputs.values()):
+            f = pool_tokens(inputs[name].double(), router.pooling)
+            assert relative_error(router.center[t], f.mean(0)) < summed(zoo.images)
+            assert relative_error(found[t], right(f - f.mean(0), 3)) < of_formula(partial(right, rank=3), f - f.mean(0))
+    assert all(model is not None and not model.routed for model in models[-T:])
+
+
+@pytest.mark.parametrize("make", [partial(ESMPP, base=TaskArithmetic(), rank=2), partial(SMILE, rank=2)])
+def test_who_holds_a_decision_stores_no_scores(zoo: Zoo, make: Callable[..., ESMPP | SMILE]) -> None:
+    merged = make(rule="mass", decision="once", held_layer=2, top_k=3).merge(zoo.inputs())
+    routers = [experts.router for experts in merged.routed.values()]
+    assert [bool(list(router.buffers())) for router in routers] == [at == 2 for at in range(len(routers))]
+    assert all(router.top_k == 3 for router in routers)
 
 
 # --- SMILE
@@ -291,7 +356,14 @@ def test_an_expert_that_is_the_backbone_adds_nothing(merger: ESMPP | SMILE) -> N
     ("make", "message"),
     [
         (lambda: ESMPP(rank=0), "rank is 0"),
-        (lambda: ESMPP(rule="nearest"), "one of cosine, centered, discriminant"),
+        (lambda: ESMPP(rule="nearest"), "one of cosine, centered, discriminant, mass, sim"),
+        (lambda: ESMPP(rule="mass", pooling=("mean", "first")), r"rule mass takes either \[mean\] or \[first\]"),
+        (lambda: ESMPP(rule="sim", pooling=("covariance",)), "covariance is for rule discriminant"),
+        (lambda: ESMPP(gate_rank=0), "gate_rank is 0"),
+        (lambda: ESMPP(decision="once", statistics="routed"), "statistics must be base or experts"),
+        (lambda: ESMPPBayes(decision="once"), "or once without held_layer"),
+        (lambda: SMILE(decision="sum"), "one of layer, once"),
+        (lambda: SMILE(decision="once", held_layer=8).merge(Zoo(tasks=2).inputs()), "there are 8 routed layers"),
         (lambda: ESMPP(rule="discriminant", shrinkage=0.0), "shrinkage is 0.0"),
         (lambda: ESMPP(pooling=("mean", "first")), "needs rule discriminant"),
         (lambda: ESMPP(rule="discriminant", pooling=("median",)), "some of mean, deviation, first, covariance"),
