@@ -35,8 +35,8 @@ Spread = Callable[[Callable[[str], Any], Mapping[str, int], str], dict[str, Any]
 DataNeeds = Literal["none", "proxies", "labels"]
 """What a method needs besides the experts' weights: nothing, unlabeled proxy images, or labeled images."""
 
-ModelKind = Literal["static", "dynamic"]
-"""What a method returns: one plain encoder, or one with routed experts."""
+ModelKind = Literal["static", "dynamic", "oracle"]
+"""What a method returns: one plain encoder, one with routed experts, or experts in few bytes that are told each image's task."""
 
 _Result = TypeVar("_Result")
 
@@ -294,6 +294,19 @@ class MergeInputs:
 
 
 @dataclass(frozen=True)
+class CompressedExpert:
+    """A task's own expert in few bytes, for images whose task is known.
+
+    Attributes:
+        bytes: what has to be stored for it, besides what all tasks share.
+        update: computes its task vector, key -> float32 tensor; absent keys keep their pre-trained values.
+    """
+
+    bytes: int
+    update: Callable[[], Weights]
+
+
+@dataclass(frozen=True)
 class Merged:
     """A merged model as data: ``W = W_0 + scale * update``.
 
@@ -302,12 +315,16 @@ class Merged:
         scale: scaling coefficient, unless the user sets or searches another.
         fixed: keys of ``update`` that are added with coefficient 1 whatever the scale.
         routed: Linear name -> low-rank experts added to that layer's output, chosen per image or token.
+        experts: of an oracle, task -> its compressed expert. They are what is evaluated; ``update`` is what they share.
+        shared_bytes: of an oracle, what all tasks share, besides one encoder.
     """
 
     update: Weights
     scale: float = 1.0
     fixed: frozenset[str] = frozenset()
     routed: Mapping[str, LowRankExperts] = field(default_factory=dict)
+    experts: Mapping[str, CompressedExpert] = field(default_factory=dict)
+    shared_bytes: int = 0
 
     def __post_init__(self) -> None:
         unknown = self.fixed - self.update.keys()
@@ -372,13 +389,14 @@ def static_base(inputs: MergeInputs, base: Merger | None) -> Merged:
     """What a method builds on that takes a ``base``: that merger's static model, or the sum of the task vectors.
 
     Raises:
-        InputError: when the base has routed experts.
+        InputError: when the base has routed or compressed experts.
     """
     if base is None:
         return summed(inputs)
     merged = base.merge(inputs)
-    if merged.routed:
-        raise InputError(f"base {type(base).__name__} has routed experts itself; take a static one")
+    if merged.routed or merged.experts:
+        how = "routed" if merged.routed else "compressed"
+        raise InputError(f"base {type(base).__name__} has {how} experts itself; take a static one")
     return merged
 
 

@@ -11,7 +11,7 @@ from mergekit_vision.checkpoints import Expert
 from mergekit_vision.data.checks import Needs
 from mergekit_vision.encoders.routed import Route
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merger, Weights, merged_weights
+from mergekit_vision.merger import Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.coefficient import Scale, ScaleChoice
 from mergekit_vision.merging.record import citations, merger_record
 from mergekit_vision.merging.scaling import ScaleSearch
@@ -32,11 +32,13 @@ class MergedModel(NamedTuple):
         weights: of the vision tower.
         routed: Linear name -> its routed experts; empty for a static model.
         record: what was merged and how, as ``merge.json`` keeps it.
+        oracle: what an oracle made, which cannot be run as one model; ``None`` for a model that can.
     """
 
     weights: Weights
     routed: Mapping[str, LowRankExperts]
     record: dict[str, Any]
+    oracle: Merged | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Recipe:
         }
         weights = merged_weights(bench.base, merged, scale)
         _check_usable(weights, merged.routed, f"{type(merger).__name__} at coefficient {scale:g}")
-        return MergedModel(weights, merged.routed, record)
+        return MergedModel(weights, merged.routed, record, merged if merged.experts else None)
 
 
 def _check_usable(weights: Weights, routed: Mapping[str, LowRankExperts], what: str) -> None:

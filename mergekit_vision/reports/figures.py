@@ -42,14 +42,14 @@ def draw_methods(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.set_axisbelow(True)
         axes.xaxis.grid(color=RULE, linewidth=0.7)
         axes.set_xlabel("mean accuracy over tasks, %\n(in brackets: % of the experts)", loc="left")
-        _key(figure, [kind for kind in ("static", "dynamic") if any(row["kind"] == kind for row in rows)])
+        _key(figure, [kind for kind in ("static", "dynamic", "oracle") if any(row["kind"] == kind for row in rows)])
     return figure
 
 
 def _key(figure: "Figure", kinds: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    labels = {"static": "one plain encoder", "dynamic": "with routed experts"}
+    labels = {"static": "one plain encoder", "dynamic": "with routed experts", "oracle": "oracle: told the task"}
     handles = [Patch(color=COLORS[kind], label=labels[kind]) for kind in kinds]
     if handles:
         figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)

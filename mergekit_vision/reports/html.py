@@ -23,6 +23,7 @@ Layers = Mapping[str, Mapping[str, Any]]
 
 NARROW = "\u202f"  # a narrow space that does not break
 
+_FLOAT = 4  # bytes of a parameter
 _PIXELS = 96  # of an inch in CSS
 _WIDEST = 560  # CSS pixels of a figure that may still be shrunk to a phone's width
 
@@ -81,6 +82,7 @@ def render(results: Results) -> str:
         methods=_methods(results),
         summary=summary(results),
         best=best_rows(results),
+        sizes=_sizes(results),
         papers=papers_of(results),
         pictures=_pictures(results),
         curves={TITLES.get(name, name): _curves(name, found) for name, found in curves(results["rows"]).items()},
@@ -122,6 +124,16 @@ def _rivals(best: Best) -> str:
 def _reaches(row: Mapping[str, Any]) -> str:
     kept, mean = row["mean"]["normalized"], row["mean"]["accuracy"]
     return f"has a mean accuracy of {_whole(mean)}" if kept is None else f"keeps {_whole(kept)} of the experts’ accuracy"
+
+
+def _sizes(results: Results) -> list[Mapping[str, Any]]:
+    """The rows on all tasks by their bytes a task; none where there is no oracle."""
+    rows = [row for row in results["rows"] if "bytes" in row and len(row["tasks"]) == len(results["tasks"])]
+    if not any(row["kind"] == "oracle" for row in rows):
+        return []
+    whole = {"bytes": {"task": _FLOAT * results["parameters"], "shared": 0}}
+    rows += [{**row, **whole} for row in results["rows"] if row["kind"] == "experts"]
+    return sorted(rows, key=lambda row: (row["bytes"]["task"], row["mean"]["accuracy"]))
 
 
 def _methods(results: Results) -> list[Mapping[str, Any]]:

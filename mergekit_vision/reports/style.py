@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GRAY, RULE = "#24292f", "#6b7280", "#d5d9e0"
-COLORS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "experts": "#2d7d5f"}
+COLORS = {"backbone": "#9aa1ab", "static": "#3a6ea5", "dynamic": "#d07a2d", "oracle": "#8d6cab", "experts": "#2d7d5f"}
 LINES = ("#3a6ea5", "#d07a2d", "#2d7d5f", "#a5487a", "#7a6bb8", "#8a7a2d", "#4aa5a5", "#b8483a", "#6b7280")
 WIDTH = 5.2  # inches: readable when it is shrunk to a phone's width
 _LEGEND = 78  # letters across a figure of that width

@@ -35,19 +35,22 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["rows"]:
-        method, worst = row["kind"] in ("static", "dynamic"), row["worst"]
+        method, worst = row["kind"] in ("static", "dynamic", "oracle"), row["worst"]
+        told = " (oracle)" if row["kind"] == "oracle" else ""
         fewer = f" ({len(row['tasks'])} tasks)" if len(row["tasks"]) < len(results["tasks"]) else ""
         table.add_row(
-            as_markup(row["name"] + fewer),
+            as_markup(row["name"] + told + fewer),
             mean_percent(row),
             *([published(row)] if papers else []),
             percent(row["mean"]["normalized"]),
             "–" if row["kind"] == "experts" else f"{as_markup(worst)} {percent(row['tasks'][worst]['normalized'])}",
             f"{row['seconds']['merge']:.1f}" if method else "–",
             count(row["extra_parameters"]),
-            style=None if method else "dim",
+            style=None if method and not told else "dim",
         )
     table.caption = "normalized: relative to each task's own expert · extra: parameters besides one encoder"
+    if any(row["kind"] == "oracle" for row in results["rows"]):
+        table.caption += "\noracle: no merge; it is told each image's task"
     table.caption_justify = "left"
     return table
 

@@ -20,13 +20,20 @@ class _Accuracies(Schema):
     accuracy: dict[str, _Share]
 
 
+class _Bytes(Schema):
+    task: int
+    shared: int
+
+
 class _Method(_Accuracies):
     merger: dict[str, Any]
     scale: float | None
     search: list[dict[str, Any]]
     seconds: _Seconds
     dynamic: bool
+    oracle: bool
     extra_parameters: int
+    bytes: _Bytes
     routing: dict[str, dict[str, _Share]] | None
 
 

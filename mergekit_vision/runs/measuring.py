@@ -1,13 +1,16 @@
 """Measures the rows of a comparison: each is merged and evaluated once, and remembered by content."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
 
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.evaluation.evaluator import Evaluator
-from mergekit_vision.merger import Merger
-from mergekit_vision.merging.recipe import Recipe
+from mergekit_vision.merger import Merged, Merger, merged_weights
+from mergekit_vision.merging.recipe import MergedModel, Recipe
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.summary import own_expert_shares
 from mergekit_vision.runs import conditions, entries
@@ -15,6 +18,8 @@ from mergekit_vision.runs.entries import Entry
 from mergekit_vision.suites.splits import TEST
 from mergekit_vision.support.cache import Cache, Form
 from mergekit_vision.support.console import logger, track
+
+_FLOAT = 4  # bytes
 
 
 @dataclass
@@ -71,6 +76,8 @@ class Measuring:
         logger.info("%s …", place)
         self.measured += 1
         model = recipe.merge(bench, merger)
+        if model.oracle is not None:
+            return self._told(bench, model.record, model.oracle)
         experts, route = list(model.record["experts"]), recipe.route
         start = time.perf_counter()
         with bench.evaluator.with_model(model.weights, model.routed, experts, route) as evaluator:
@@ -87,14 +94,44 @@ class Measuring:
             "accuracy": accuracy,
             "seconds": {**model.record["seconds"], "eval": round(time.perf_counter() - start, 3)},
             "dynamic": bool(model.routed),
+            "oracle": bool(model.routed) and route == "oracle",
             "extra_parameters": extra,
+            "bytes": _bytes(model),
             "routing": own_expert_shares(counts, experts) or None,
+        }
+
+    def _told(self, bench: Workbench, record: Mapping[str, Any], merged: Merged) -> Entry:
+        """What is found of compressed experts, each on the images of its own task; the backbone on those without one."""
+        start, accuracy = time.perf_counter(), {}
+        for task in track(bench.evaluator.data.task_names, f"evaluating on {TEST}"):
+            update = merged.experts[task].update() if task in merged.experts else {}
+            with bench.evaluator.with_weights(merged_weights(bench.base, Merged(update))) as evaluator:
+                accuracy[task] = evaluator.accuracy(task, TEST)
+        sizes = [expert.bytes for expert in merged.experts.values()]
+        return {
+            "merger": record["merger"],
+            "scale": None,
+            "search": record["search"],
+            "accuracy": accuracy,
+            "seconds": {**record["seconds"], "eval": round(time.perf_counter() - start, 3)},
+            "dynamic": False,
+            "oracle": True,
+            "extra_parameters": (merged.shared_bytes + sum(sizes)) // _FLOAT,
+            "bytes": {"task": round(fmean(sizes)), "shared": merged.shared_bytes},
+            "routing": None,
         }
 
 
 def _accuracies(evaluator: Evaluator) -> dict[str, float]:
     """Accuracy of the encoder on every task."""
     return {task: evaluator.accuracy(task, TEST) for task in track(evaluator.data.task_names, f"evaluating on {TEST}")}
+
+
+def _bytes(model: MergedModel) -> dict[str, int]:
+    """What a task's routed experts take as they are stored, and what all tasks share besides one encoder: the routers."""
+    parts = {f"{name}.{key}": part.nbytes for name, experts in model.routed.items() for key, part in experts.tensors().items()}
+    shared = sum(size for key, size in parts.items() if ".router." in key)
+    return {"task": (sum(parts.values()) - shared) // len(model.record["experts"]), "shared": shared}
 
 
 def _size(encoder: VisionEncoder) -> int:

@@ -137,6 +137,9 @@ class MergedCLIP(LightningModule):
         data.check(needs)
         check_alike(data, needs, runtime_of(self.trainer).team)
         if self.merger is not None:
+            if self.merger.kind == "oracle":
+                problem = "is no merge: it must be told each image's task; the command compare shows it beside merges"
+                raise InputError(f"`merger` {type(self.merger).__name__} {problem}", of="model")
             self.recipe.chosen(data.suite)
             self._check_route(dynamic=self.merger.kind == "dynamic")
         elif self.merged is not None:

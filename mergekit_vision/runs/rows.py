@@ -55,9 +55,10 @@ class Measured:
 def table_rows(
     bench: Workbench, zero_shot: Mapping[str, float], own: Mapping[str, float], methods: Sequence[Measured]
 ) -> list[dict[str, Any]]:
-    """The rows of the table: the backbone, the methods by their mean accuracy, the experts; accuracies in [0, 1].
+    """The rows of the table: the backbone, the methods by their mean accuracy, oracles, the experts; accuracies in [0, 1].
 
-    Methods on fewer tasks come before the others: their means are of something else.
+    Methods on fewer tasks come before the others: their means are of something else. Oracles, which are told each image's task,
+    come apart, by their bytes a task.
     """
     data = bench.evaluator.data
     sizes = {task: data.size(task, TEST) for task in data.task_names}
@@ -69,13 +70,18 @@ def table_rows(
         return {"name": name, "kind": kind, **summary, "worst": worst, **found}
 
     def method(found: Measured) -> dict[str, Any]:
-        kind = "dynamic" if found.first["dynamic"] else "static"
-        entry = {key: value for key, value in found.first.items() if key not in ("dynamic", "accuracy")}
+        kind = "oracle" if found.first["oracle"] else "dynamic" if found.first["dynamic"] else "static"
+        entry = {key: value for key, value in found.first.items() if key not in ("dynamic", "oracle", "accuracy")}
         more = {"settings": dict(found.settings), "differs": list(found.differs), "draws": found.draws}
         return row(found.name, kind, found.accuracy, **entry, **more)
 
+    measured = list(map(method, methods))
     return [
         row("zero-shot", "backbone", zero_shot, extra_parameters=0),
-        *sorted(map(method, methods), key=lambda found: (len(found["tasks"]), found["mean"]["accuracy"])),
+        *sorted(
+            (found for found in measured if found["kind"] != "oracle"),
+            key=lambda found: (len(found["tasks"]), found["mean"]["accuracy"]),
+        ),
+        *sorted((found for found in measured if found["kind"] == "oracle"), key=lambda found: int(found["bytes"]["task"])),
         row("experts", "experts", own, extra_parameters=(len(own) - 1) * model),
     ]

@@ -141,7 +141,7 @@ def test_it_says_what_it_is(cls: type[Merger]) -> None:
     assert cls.title
     assert cls.title == cls.title.strip()
     assert cls.needs in ("none", "proxies", "labels")
-    assert cls.kind in ("static", "dynamic")
+    assert cls.kind in ("static", "dynamic", "oracle")
     assert isinstance(cls.paper, str)
     assert not {"title", "paper", "needs", "kind"} & inspect.signature(cls).parameters.keys(), "which are no hyper-parameters"
 
@@ -151,6 +151,7 @@ def test_it_says_what_it_is(cls: type[Merger]) -> None:
 def test_its_kind_says_whether_experts_are_routed(cls: type[Merger], tasks: int) -> None:
     merged = cls().merge(Zoo(tasks=tasks).inputs())
     assert bool(merged.routed) == (cls.kind == "dynamic")
+    assert bool(merged.experts) == (cls.kind == "oracle")
     assert says_something(merged)
 
 
