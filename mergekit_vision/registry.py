@@ -50,7 +50,7 @@ class Method(NamedTuple):
         title: its name in prose.
         paper: whom to cite; empty where there is no paper.
         needs: ``"none"``, unlabeled ``"proxies"``, or ``"labels"``.
-        kind: ``"static"`` or ``"dynamic"``.
+        kind: ``"static"``, ``"dynamic"`` or ``"oracle"``.
         summary: what it does, in one sentence without a full stop.
     """
 
@@ -73,7 +73,7 @@ def methods() -> list[Method]:
         Method(name, merger.title or name, merger.paper, merger.needs, merger.kind, _summary(merger))
         for name, merger in mergers().items()
     ]
-    return sorted(found, key=lambda method: (method.kind != "static", method.name.casefold()))
+    return sorted(found, key=lambda method: ({"static": 0, "dynamic": 1}.get(method.kind, 2), method.name.casefold()))
 
 
 def _summary(merger: type[Merger]) -> str:

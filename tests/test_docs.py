@@ -200,7 +200,7 @@ def merged_and_asked(merger: Merger) -> tuple[Merged, set[str]]:
 def test_facts(name: str) -> None:
     merged, asked = merged_and_asked(OWN[name]())
     facts = {fact: cells[0] for fact, cells in rows(section(name)).items() if len(cells) == 1}
-    assert facts["result"] == OWN[name].kind == ("dynamic" if merged.routed else "static")
+    assert facts["result"] == OWN[name].kind == ("dynamic" if merged.routed else "oracle" if merged.experts else "static")
     assert facts["inputs"] == ("weights, proxy images" if "proxies" in asked else "weights")
     assert OWN[name].needs == ("proxies" if "proxies" in asked else "none")
     expected = {"shared": {"share"}, "repeated": {"track"}}.get(facts["work"], {"share", "track"})

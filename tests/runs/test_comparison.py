@@ -15,6 +15,7 @@ from mergekit_vision.merger import Merged
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.plugins.emr import EMR
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.registry import default_mergers, mergers
@@ -100,6 +101,24 @@ def test_extra_parameters_are_what_the_model_holds_besides_one_encoder(compare: 
     assert found["SMILE"]["scale"] is None, "no coefficient makes a difference"
     assert found["Average"]["extra_parameters"] == 0
     assert found["experts"]["extra_parameters"] == 2 * results["parameters"]
+
+
+def test_oracles_lie_apart_and_only_a_comparison_runs_them(compare: Compare, tiny_suite: Path, tmp_path: Path) -> None:
+    rows = compare(["TSVC", "ESMPP", "EMR", "Average"], route="oracle")["rows"]
+    assert [(row["name"], row["kind"]) for row in rows[:2]] == [("zero-shot", "backbone"), ("Average", "static")]
+    assert rows[-1]["kind"] == "experts"
+    oracles = rows[2:-1]
+    assert {(row["name"], row["kind"]) for row in oracles} == {("TSVC", "oracle"), ("ESMPP", "oracle"), ("EMR", "oracle")}
+    sizes = [row["bytes"]["task"] for row in oracles]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > 0
+    assert rows[1]["bytes"] == {"task": 0, "shared": 0}
+    for row in oracles:
+        if row["name"] != "ESMPP":
+            assert row["extra_parameters"] == (row["bytes"]["shared"] + len(row["tasks"]) * row["bytes"]["task"]) // 4
+    with pytest.raises(InputError, match="EMR is no merge: it must be told each image's task"):
+        Trainer(default_root_dir=str(tmp_path / "no"), accelerator="cpu").merge(MergedCLIP(EMR()), VisionTasks(str(tiny_suite)))
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_second_run_measures_nothing(
