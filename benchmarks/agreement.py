@@ -1,16 +1,15 @@
 """What a coefficient chosen without labels costs: test accuracy lost against the best coefficient that test labels could pick.
 
 For every method, number of proxy images and draw of them: the merged model at every coefficient of a grid, its accuracy on the
-test split, and which coefficient ``--scale agreement`` chooses, by divergence; the share of images on which model and expert name
-the same class is listed beside it. Where a method fits on the proxy images, the choice is also made on another draw, as ``held
-out``::
+test split, and which coefficient each rule chooses by how the model agrees with the experts on the proxy images. Where a method
+fits on proxy images, each rule also chooses on another draw, as ``held out``::
 
-    python -m benchmarks.agreement --suite demo
+    python -m benchmarks.agreement --suites demo path/to/suite.yaml
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,92 +19,121 @@ from rich.table import Table
 from benchmarks.machine import write
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.data.proxies import Proxies
-from mergekit_vision.evaluation.evaluator import Runtime
-from mergekit_vision.merger import Merged, Merger, merged_weights
+from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
+from mergekit_vision.evaluation.metric import TaskMetric
+from mergekit_vision.merger import Merged, merged_weights
 from mergekit_vision.merging.agreement import Agreement, ExpertTeachers
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.registry import get
 from mergekit_vision.suites.splits import TEST
 
-GRID = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 2.0, 3.0)
+GRID = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0)
 RULES: dict[str, Callable[[Agreement], float]] = {
-    "divergence": lambda found: -found.mean_divergence,
     "share": lambda found: found.share,
+    "cosine": lambda found: found.mean_cosine,
+    "divergence": lambda found: -found.mean_divergence,
+    "share + 0.2 cosine": lambda found: found.share + 0.2 * found.mean_cosine,
 }
+UNSEEN = 1000
+"""Added to the seed of a draw, gives another."""
 Row = dict[str, Any]
 
 
-def opened(suite: str, n: int, seed: int) -> Workbench:
-    """A workbench of the suite with its proxy images."""
-    data = VisionTasks(suite, batch_size=500, proxies=Proxies(n=n, seed=seed))
-    return Workbench.open(data, Runtime(torch.device("cpu")))
+def opened(suite: str) -> Workbench:
+    """A workbench of the suite."""
+    return Workbench.open(VisionTasks(suite, batch_size=500), Runtime(torch.device("cpu")))
 
 
-def test_curve(bench: Workbench, merged: Merged) -> list[float]:
+def drawn(bench: Workbench, n: int, seed: int) -> Workbench:
+    """The same workbench with other proxy images."""
+    data = bench.evaluator.data
+    return bench.on(data.variant(Proxies(n=n, seed=seed), data.task_names))
+
+
+def scaled(bench: Workbench, merged: Merged) -> Iterator[Evaluator]:
+    """The merged model at each coefficient of the grid."""
+    for coefficient in GRID:
+        with bench.evaluator.with_model(merged_weights(bench.base, merged, coefficient)) as evaluator:
+            yield evaluator
+
+
+@torch.inference_mode()
+def accuracy(evaluator: Evaluator, task: str, most: int) -> float:
+    """Accuracy in % on the test split, of which images at equal distances are taken where it has more than ``most``."""
+    every, metric = -(-evaluator.data.size(task, TEST) // most), TaskMetric()
+    for images, labels in evaluator.data.loader(task, TEST):
+        evaluator.step(metric, images[::every], labels[::every], task)
+    right, seen = metric.compute().tolist()
+    return 100 * float(right / seen)
+
+
+def test_curve(bench: Workbench, merged: Merged, most: int) -> list[float]:
     """Mean test accuracy in % at each coefficient of the grid."""
-    found = []
-    for coefficient in GRID:
-        with bench.evaluator.with_model(merged_weights(bench.base, merged, coefficient)) as evaluator:
-            accuracy = [evaluator.accuracy(task, TEST) for task in evaluator.data.task_names]
-        found.append(100 * sum(accuracy) / len(accuracy))
-    return found
+    tasks = bench.evaluator.data.task_names
+    return [fmean(accuracy(evaluator, task, most) for task in tasks) for evaluator in scaled(bench, merged)]
 
 
-def choices(bench: Workbench, merged: Merged) -> dict[str, float]:
-    """The coefficient that each rule chooses on a workbench's proxy images."""
-    teachers, found = ExpertTeachers(bench.evaluator, list(bench.evaluator.data.suite.tasks)), []
-    for coefficient in GRID:
-        with bench.evaluator.with_model(merged_weights(bench.base, merged, coefficient)) as evaluator:
-            found.append(teachers.agreement(evaluator))
-    return {rule: GRID[max(range(len(GRID)), key=lambda at: score(found[at]))] for rule, score in RULES.items()}
+def proxy_curve(bench: Workbench, merged: Merged) -> list[Agreement]:
+    """Agreement with the experts on the workbench's proxy images at each coefficient of the grid."""
+    teachers = ExpertTeachers(bench.evaluator, list(bench.evaluator.data.suite.tasks))
+    return [teachers.agreement(evaluator) for evaluator in scaled(bench, merged)]
 
 
-def measure(suite: str, name: str, counts: Sequence[int], seeds: Sequence[int]) -> Iterator[Row]:
-    """Rows of one method: a rule, a number of proxy images and a draw each."""
-    merger: Merger = get(name)()
-    fits, curves = merger.needs == "proxies", dict[str, list[float]]()
+def regrets(found: Sequence[Agreement], curve: Sequence[float]) -> dict[str, float]:
+    """Test accuracy that each rule loses, in points."""
+    chosen = {rule: max(range(len(GRID)), key=lambda at: score(found[at])) for rule, score in RULES.items()}
+    return {rule: max(curve) - curve[at] for rule, at in chosen.items()}
+
+
+def measure(suite: str, name: str, counts: Sequence[int], seeds: Sequence[int], most: int) -> Iterator[Row]:
+    """Rows of one method: a number of proxy images and a draw each."""
+    bench, merger = opened(suite), get(name)()
+    fits, known = merger.needs == "proxies", dict[tuple[int, ...], tuple[Merged, list[float]]]()
     for n in counts:
         for seed in seeds:
-            bench = opened(suite, n, seed)
-            merged = bench.merge(merger, bench.evaluator.data.suite.experts)
-            key = f"{n} {seed}" if fits else ""
-            if key not in curves:
-                curves[key] = test_curve(bench, merged)
-            chosen = choices(bench, merged)
-            if fits:  # another draw of as many, most of them unseen
-                chosen["held out"] = choices(opened(suite, n, seed + 1000), merged)[next(iter(RULES))]
-            best, curve = max(curves[key]), curves[key]
-            for rule, coefficient in chosen.items():
-                accuracy = curve[GRID.index(coefficient)]
-                row = {"rule": rule, "coefficient": coefficient, "accuracy": accuracy, "best": best, "regret": best - accuracy}
-                yield {"suite": Path(suite).parent.name or suite, "method": name, "proxies": n, "seed": seed, **row}
+            running, key = drawn(bench, n, seed), (n, seed) if fits else ()
+            if key not in known:
+                merged = running.merge(merger, bench.evaluator.data.suite.experts)
+                known[key] = merged, test_curve(bench, merged, most)
+            merged, curve = known[key]
+            lost = regrets(proxy_curve(running, merged), curve)
+            if fits:  # as many other images, most of them unseen
+                others = regrets(proxy_curve(drawn(bench, n, seed + UNSEEN), merged), curve)
+                lost |= {f"{rule}, held out": value for rule, value in others.items()}
+            best = {"best": round(max(curve), 2), "coefficient": GRID[curve.index(max(curve))]}
+            lost = {rule: round(value, 2) for rule, value in lost.items()}
+            yield {"suite": bench.evaluator.data.suite.name, "method": name, "proxies": n, "seed": seed, **best, "regret": lost}
 
 
 def summary(rows: Sequence[Row]) -> Table:
     """Mean and worst regret of each rule, over everything and by method, in points."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    table = Table("rule", "mean", "worst", *methods)
-    for rule in dict.fromkeys(row["rule"] for row in rows):
-        regrets = {name: [row["regret"] for row in rows if (row["rule"], row["method"]) == (rule, name)] for name in methods}
-        every = [regret for found in regrets.values() for regret in found]
-        by_method = (f"{sum(found) / len(found):.2f} / {max(found):.2f}" if found else "–" for found in regrets.values())
-        table.add_row(rule, f"{sum(every) / len(every):.2f}", f"{max(every):.2f}", *by_method)
+    table = Table("rule", "all", *methods)
+    for rule in dict.fromkeys(rule for row in rows for rule in row["regret"]):
+        lost = {
+            name: [row["regret"][rule] for row in rows if row["method"] == name and rule in row["regret"]] for name in methods
+        }
+        every = [value for values in lost.values() for value in values]
+        cells = (f"{fmean(values):.2f} / {max(values):.2f}" if values else "–" for values in (every, *lost.values()))
+        table.add_row(rule, *cells)
     return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write the rows and print the summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--suite", default="demo", help="a suite with val and test splits")
+    parser.add_argument("--suites", nargs="+", default=["demo"], help="suites with val and test splits")
     parser.add_argument("--methods", nargs="+", default=["TaskArithmetic", "TIES", "TSVM", "ESM", "IsoC", "DCMerge"])
     parser.add_argument("--proxies", nargs="+", type=int, default=[8, 32], help="images a task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="draws of the proxy images")
+    parser.add_argument("--images", type=int, default=1000, help="test images a task, at most")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
-    for name in options.methods:
-        rows += measure(options.suite, name, options.proxies, options.seeds)
+    for suite in options.suites:
+        for name in options.methods:
+            rows += measure(suite, name, options.proxies, options.seeds, options.images)
         Console().print(summary(rows))
-    print(f"written: {write('agreement', torch.device('cpu'), rows, ('suite', 'method', 'proxies', 'seed', 'rule'))}")
+    print(f"written: {write('agreement', torch.device('cpu'), rows, ('suite', 'method', 'proxies', 'seed'))}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ COMMANDS = {
     "test": "evaluate a merged encoder on every task's test split",
     "predict": "classify images with a merged encoder and one task's classes",
     "compare": "merge with many methods, evaluate them all and write a report",
+    "tune": "choose a method's parameters without labels, by agreement with the experts",
 }
 """Commands that run a trainer; its methods of these names."""
 

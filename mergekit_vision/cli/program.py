@@ -58,7 +58,7 @@ def _is_merging(trainer: lightning.Trainer) -> bool:
 
 
 class MergeCLI(LightningCLI):
-    """``mergekit-vision {merge,validate,test,predict,compare}``."""
+    """``mergekit-vision {merge,validate,test,predict,compare,tune}``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -66,9 +66,10 @@ class MergeCLI(LightningCLI):
         return {name: {"model", "datamodule"} for name in COMMANDS}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Build the parsers; ``compare`` searches coefficients by default, as methods' own are not chosen for one another."""
+        """Build the parsers; ``compare`` and ``tune`` choose coefficients, since methods' own suit few parameters."""
         super().setup_parser(*args, **kwargs)
         self._subcommand_parsers["compare"].set_defaults({"model.scale": "search"})
+        self._subcommand_parsers["tune"].set_defaults({"model.scale": "agreement"})
         for command, parser in self._subcommand_parsers.items():
             cast(Parser, parser).describe(command)
 
@@ -78,7 +79,7 @@ class MergeCLI(LightningCLI):
         check_options(rest, self._subcommand_parsers[command]._option_string_actions)
         super().parse_arguments(parser, args)
         seed, model = self.config[command]["seed_everything"], self.config[command]["model"]
-        if command == "merge" and model["merger"] is None and model["merged"] is None:
+        if command in ("merge", "tune") and model["merger"] is None and model["merged"] is None:
             raise InputError("name a method: -m NAME (`mergekit-vision methods` lists them)")
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"--seed_everything must lie in 0 to 2**32 - 1, not {seed}")
@@ -107,6 +108,10 @@ class MergeCLI(LightningCLI):
     def after_compare(self) -> None:
         """Save that of a comparison, likewise."""
         self._save_config("compare")
+
+    def after_tune(self) -> None:
+        """Save that of a search of parameters, likewise."""
+        self._save_config("tune")
 
     def _save_config(self, command: str) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

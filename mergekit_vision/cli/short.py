@@ -26,15 +26,17 @@ class Short(NamedTuple):
     alone: str = ""
 
 
-_MERGING = ("merge", "validate", "test", "predict")
+_RUNNING = ("validate", "test", "predict")
+_MERGING = ("merge", *_RUNNING, "tune")
 
 SHORT = (
     Short(("-s", "--suite"), "--suite", "FILE", "suite: backbone, tasks and experts; `demo` comes with the package"),
     Short(("-m", "--merger"), "--model.merger", "NAME", "merging method; --merger.rank 8 sets its parameter rank", _MERGING),
-    Short(("--merged",), "--model.merged", "DIR", "a model merged before, instead of --merger", _MERGING[1:]),
+    Short(("--merged",), "--model.merged", "DIR", "a model merged before, instead of --merger", _RUNNING),
     Short(("--mergers",), "--mergers", "LIST", "methods to compare: '[TIES, ESM]'; all unless given", ("compare",)),
     Short(("--variants",), "--variants", "FILE", "methods with parameters, and what else differs by row (YAML)", ("compare",)),
     Short(("--seeds",), "--seeds", "N", "draws of proxy images to average over; 1 unless given", ("compare",)),
+    Short(("--grid",), "--grid", "MAPPING", "parameters and their values: '{rank: [8, 16], other: [mean, esd]}'", ("tune",)),
     Short(("--task",), "--task", "NAME", "task whose classes are predicted", ("predict",)),
     Short(("--images",), "--images", "PATH", "directory of images, or one image", ("predict",)),
     Short(("--scale",), "--model.scale", "VALUE", "coefficient: a number, merger (the method's own), search or agreement"),
@@ -51,7 +53,7 @@ SHORT = (
         "import classes that a suite or a merged model names: trust it first",
         alone="true",
     ),
-    Short(("--no-verify",), "--model.verify", "", "use a merged model whose files were changed", _MERGING[1:], "false"),
+    Short(("--no-verify",), "--model.verify", "", "use a merged model whose files were changed", _RUNNING, "false"),
     Short(("-o", "--output"), "--output", "DIR", "directory of everything that is written; runs/latest unless given"),
 )
 

@@ -22,12 +22,14 @@ class Needs:
         experts: whether the experts are read.
         proxies: whether proxy images may be asked for. Tasks without the default split ``val`` are let pass, since many methods
             need no images.
+        judged: tasks whose proxy images are sure to be asked for, since their experts judge by them; all where ``None``.
     """
 
     evaluated: Collection[str] = ()
     everywhere: Collection[str] = ()
     experts: bool = True
     proxies: bool = False
+    judged: Collection[str] | None = ()
 
 
 class SuiteChecks:
@@ -55,7 +57,7 @@ class SuiteChecks:
             InputError: with every fault that headers show, one a line; then with those of the proxy images themselves.
         """
         wanted = {task: {*needs.everywhere, *(needs.evaluated if task in chosen else ())} for task in self._suite.tasks}
-        for task in self._proxy_tasks() if needs.proxies and self._proxies.source is None else ():
+        for task in self._proxy_tasks(needs) if needs.proxies and self._proxies.source is None else ():
             wanted[task].add(self._proxies.split)
         unchecked = {task: sorted(split for split in wanted[task] if (task, split) not in self._splits) for task in wanted}
         experts = needs.experts and not self._experts
@@ -64,13 +66,16 @@ class SuiteChecks:
         self._splits |= {(task, split) for task, names in unchecked.items() for split in names}
         self._experts |= experts
         if needs.proxies:
-            raise_faults(self._suite.path, self._draw_faults())
+            raise_faults(self._suite.path, self._draw_faults(needs))
 
-    def _proxy_tasks(self) -> list[str]:
-        """Tasks whose own split the proxies are drawn from and checked; without the default split they may need none."""
+    def _proxy_tasks(self, needs: Needs) -> list[str]:
+        """Tasks whose own split the proxies are drawn from and checked; without the default split most may need none."""
         split, tasks = self._proxies.split, self._suite.tasks
         having = [task for task in tasks if split in tasks[task].data]
-        return having if split == VAL or not having else list(tasks)
+        if split != VAL and having:
+            return list(tasks)
+        judged = tasks if needs.judged is None else needs.judged
+        return [task for task in tasks if task in having or task in judged]
 
     def _header_faults(self, splits: Mapping[str, Collection[str]], experts: bool) -> list[str]:
         if not experts and not any(splits.values()):
@@ -94,10 +99,10 @@ class SuiteChecks:
             return [f"proxies.source: {error}"]
         return []
 
-    def _draw_faults(self) -> list[str]:
+    def _draw_faults(self, needs: Needs) -> list[str]:
         """Faults of the proxy images themselves, which are drawn to see whether there are any."""
         faults = []
-        for task in self._proxy_tasks() if self._proxies.source is None else list(self._suite.tasks)[:1]:
+        for task in self._proxy_tasks(needs) if self._proxies.source is None else list(self._suite.tasks)[:1]:
             try:
                 self._images.proxy_images(task)
             except InputError as error:

@@ -1,6 +1,6 @@
 """Which unlabeled images a data-dependent merger sees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ class Proxies:
         label: draw from this class index alone.
         source: draw every task's images from this data source instead (out-of-domain), given as in a suite file; relative paths
             are relative to the suite.
+        skip: how many images of the draw are passed over before the ``n`` that are taken. Draws of one seed that take what others
+            pass over have no image in common.
     """
 
     n: int = 32
@@ -29,12 +31,15 @@ class Proxies:
     seed: int = 0
     label: int | None = None
     source: dict[str, Any] | None = None
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise InputError(f"`proxies.n` must be 1 or more, not {self.n}", of="data")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"`proxies.seed` must lie in 0 to 2**32 - 1, not {self.seed}", of="data")
+        if self.skip < 0:
+            raise InputError(f"`proxies.skip` must be 0 or more, not {self.skip}", of="data")
         if self.label is not None and self.label < 0:
             raise InputError(f"`proxies.label` must be a class index, 0 or more, not {self.label}", of="data")
         if self.source is not None and (faults := config_faults(self.source)):
@@ -44,12 +49,31 @@ class Proxies:
         """Indices of the images in ``source``, ascending: what is stored together is then read together.
 
         Raises:
-            InputError: when the source has no image (of the class).
+            InputError: when the source has no image (of the class), or none beyond those that are passed over.
         """
         pool = np.arange(len(source))
         if self.label is not None:
             pool = np.flatnonzero(np.asarray(source.labels()) == self.label)
         if not len(pool):
             raise InputError("no proxy images" if self.label is None else f"proxies.label: no image has the label {self.label}")
-        chosen = np.random.RandomState(self.seed).choice(len(pool), min(self.n, len(pool)), replace=False)
+        if len(pool) <= self.skip:
+            raise InputError(f"no proxy images are left: there are {len(pool)}, of which {self.skip} are passed over")
+        last = min(self.skip + self.n, len(pool))
+        chosen = np.random.RandomState(self.seed).choice(len(pool), last, replace=False)[self.skip :]
         return sorted(int(index) for index in pool[chosen])
+
+    def halves(self) -> "tuple[Proxies, Proxies]":
+        """Two draws that share these images: one to fit a method on, and one to judge it by.
+
+        Raises:
+            InputError: when there is only one image a task.
+
+        >>> from mergekit_vision import Proxies
+        >>> fitted, judged = Proxies(n=5).halves()
+        >>> (fitted.n, fitted.skip), (judged.n, judged.skip)
+        ((2, 0), (3, 2))
+        """
+        half = self.n // 2
+        if not half:
+            raise InputError("`proxies.n` is 1; a method that sees half of them and is judged by the rest needs 2", of="data")
+        return replace(self, n=half), replace(self, n=self.n - half, skip=self.skip + half)

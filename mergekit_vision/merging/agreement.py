@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
@@ -18,10 +19,12 @@ class Agreement(NamedTuple):
         classes: task -> share of its images on which model and expert name the same class, in [0, 1].
         divergence: task -> mean Kullback-Leibler divergence of the model's class probabilities from its expert's, in nats. Both
             are the softmax of zero-shot logits at the CLIP model's own logit scale.
+        cosine: task -> mean cosine of the model's image embeddings with its expert's, in [-1, 1].
     """
 
     classes: dict[str, float]
     divergence: dict[str, float]
+    cosine: dict[str, float]
 
     @property
     def share(self) -> float:
@@ -36,6 +39,23 @@ class Agreement(NamedTuple):
         class differs. ``benchmarks/agreement.py`` compares them.
         """
         return sum(self.divergence.values()) / len(self.divergence)
+
+    @property
+    def score(self) -> float:
+        """What a choice without labels maximizes."""
+        return -self.mean_divergence
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean cosine over the tasks."""
+        return sum(self.cosine.values()) / len(self.cosine)
+
+
+class _Opinion(NamedTuple):
+    """What a model says of images: unit embeddings ``[n, embed_dim]`` and log-probabilities of classes ``[n, classes]``."""
+
+    embeddings: Tensor
+    classes: Tensor
 
 
 class ExpertTeachers:
@@ -53,20 +73,23 @@ class ExpertTeachers:
     """
 
     def __init__(self, evaluator: Evaluator, experts: Sequence[str]) -> None:
-        self._opinions: dict[str, Tensor] = {}
+        self._opinions: dict[str, _Opinion] = {}
         for task in track(list(experts), "experts on proxies"):
             with evaluator.with_weights(evaluator.expert(task)) as expert:
-                self._opinions[task] = _log_probabilities(expert, task)
+                self._opinions[task] = _opinion(expert, task)
         self.backbone = self.agreement(evaluator)
 
     def agreement(self, model: Evaluator) -> Agreement:
         """How well an evaluator's model agrees with the experts."""
-        classes, divergence = {}, {}
+        classes, divergence, cosine = {}, {}, {}
         for task, expert in self._opinions.items():
-            found = _log_probabilities(model, task)
-            classes[task] = float((found.argmax(-1) == expert.argmax(-1)).double().mean())
-            divergence[task] = float((expert.exp() * (expert - found)).sum(-1, dtype=torch.float64).mean())
-        return Agreement(classes, divergence)
+            found = _opinion(model, task)
+            classes[task] = float((found.classes.argmax(-1) == expert.classes.argmax(-1)).double().mean())
+            divergence[task] = float(
+                (expert.classes.exp() * (expert.classes - found.classes)).sum(-1, dtype=torch.float64).mean()
+            )
+            cosine[task] = float((expert.embeddings * found.embeddings).sum(-1, dtype=torch.float64).mean())
+        return Agreement(classes, divergence, cosine)
 
     def warn_below_backbone(self, chosen: Agreement) -> None:
         """Name the tasks on which a model agrees less with their experts than the backbone does."""
@@ -82,11 +105,10 @@ class ExpertTeachers:
 
 
 @torch.inference_mode()
-def _log_probabilities(evaluator: Evaluator, task: str) -> Tensor:
-    """Log-probabilities of the classes for a task's proxy images, ``[n, classes]``."""
+def _opinion(evaluator: Evaluator, task: str) -> _Opinion:
     encoder, heads, device = evaluator.encoder, evaluator.heads(), evaluator.runtime.device
     try:
-        logits = [heads(encoder(images.to(device)), task) for images in evaluator.data.proxy_loader(task)]
+        embeddings = torch.cat([encoder(images.to(device)) for images in evaluator.data.proxy_loader(task)])
     except InputError as error:
         raise InputError(f"{error}; a coefficient chosen by agreement needs proxy images of every merged task") from error
-    return torch.cat(logits).log_softmax(-1)
+    return _Opinion(F.normalize(embeddings.float(), dim=-1), heads(embeddings, task).log_softmax(-1))

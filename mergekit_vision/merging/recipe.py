@@ -76,7 +76,8 @@ class Recipe:
 
     def needs(self, evaluated: frozenset[str] = frozenset()) -> Needs:
         """What merging, and evaluating on some splits, reads of a suite."""
-        return Needs(evaluated, everywhere=self.searched, proxies=True)
+        judged = self.experts if self.scale == "agreement" else ()
+        return Needs(evaluated, everywhere=self.searched, proxies=True, judged=judged)
 
     def chosen(self, suite: Suite) -> dict[str, Expert]:
         """The experts that are merged, by task; lazy.
@@ -91,11 +92,17 @@ class Recipe:
             raise InputError(f"`experts` {unknown or names}: {remedy}", of="model")
         return {name: suite.experts[name] for name in names}
 
-    def merge(self, bench: Workbench, merger: Merger) -> MergedModel:
-        """Merge once and choose the coefficient; every process does, and all get the same."""
+    def merge(self, bench: Workbench, merger: Merger, judging: Workbench | None = None) -> MergedModel:
+        """Merge once and choose the coefficient; every process does, and all get the same.
+
+        Args:
+            bench: with the proxy images that the method sees.
+            merger: the method.
+            judging: with those that the coefficient is chosen by; ``bench`` unless given.
+        """
         suite = bench.evaluator.data.suite
         experts = self.chosen(suite)
-        choice = ScaleChoice(bench, list(experts), self.scale, self.search)
+        choice = ScaleChoice(judging or bench, list(experts), self.scale, self.search)
         start = time.perf_counter()
         merged = bench.merge(merger, {task: bench.evaluator.expert(task) for task in experts}, choice)
         seconds = time.perf_counter() - start - choice.seconds

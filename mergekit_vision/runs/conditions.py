@@ -21,15 +21,18 @@ def of_backbone(bench: Workbench) -> list[str]:
     return [to_json([versions(), dict(backbone.model), dict(backbone.preprocess)]), of_tensors(bench.base)]
 
 
-def of_evaluation(evaluator: Evaluator, split: str) -> list[str]:
-    """The images of all tasks that are evaluated, the heads of all there are (a search needs them too), and the precision."""
+def of_evaluation(evaluator: Evaluator, split: str | None) -> list[str]:
+    """The images of all tasks that are evaluated, the heads of all there are (a search needs them too), and the precision.
+
+    With no split, nothing is evaluated.
+    """
     data, runtime, heads = evaluator.data, evaluator.runtime, evaluator.heads()
     return [
         code_fingerprint([Recipe, Evaluator]) or "",
         runtime.device.type,
         runtime.precision_name,
         of_tensors({task: heads.weight(task) for task in data.suite.tasks}),
-        to_json({task: data.fingerprint(task, split) for task in data.task_names}),
+        to_json({task: data.fingerprint(task, split) for task in data.task_names} if split else {}),
     ]
 
 

@@ -37,6 +37,19 @@ class _Method(_Accuracies):
     routing: dict[str, dict[str, _Share]] | None
 
 
+class _Judged(Schema):
+    merger: dict[str, Any]
+    scale: float
+    search: list[dict[str, Any]]
+    seconds: _Seconds
+    agreement: dict[str, _Share]
+    share: _Share
+    divergence: float
+    cosine: float
+    score: float
+    below_backbone: list[str]
+
+
 class _Similarity(Schema):
     tasks: list[str]
     cosine: list[list[_Number]]
@@ -64,6 +77,11 @@ def method(tasks: Collection[str]) -> Form[Entry]:
     return json_form(partial(_measured, _Method, tasks))
 
 
+def judged(experts: Collection[str]) -> Form[Entry]:
+    """How a method with some parameters agrees with the experts."""
+    return json_form(partial(_judged, experts))
+
+
 def analysis(experts: Collection[str]) -> Form[Entry]:
     """What some experts have in common."""
     return json_form(partial(_analyzed, experts))
@@ -73,6 +91,12 @@ def _measured(schema: type[_Accuracies], tasks: Collection[str], content: Any) -
     schema.model_validate(content)
     if list(content["accuracy"]) != list(tasks):
         raise ValueError("accuracies on other tasks")
+    return dict(content)
+
+
+def _judged(experts: Collection[str], content: Any) -> Entry:
+    if list(_Judged.model_validate(content).agreement) != list(experts):
+        raise ValueError("agreement with other experts")
     return dict(content)
 
 

@@ -10,6 +10,7 @@ from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.module import MergedCLIP
+from mergekit_vision.runs.tuning import Tuning
 from mergekit_vision.support.memory import Memory, is_spent, measured, readable_size, wanted
 
 _SMALLER = "merge fewer experts, take fewer proxy images or a smaller batch, or free memory"
@@ -31,9 +32,9 @@ class Setting(NamedTuple):
     unit: str
 
 
-def settings_of(model: MergedCLIP | Comparison, data: VisionTasks) -> Iterator[Setting]:
+def settings_of(model: MergedCLIP | Comparison | Tuning, data: VisionTasks) -> Iterator[Setting]:
     """What the memory of a model's next step can grow with: of merging first, where it is not merged yet."""
-    if isinstance(model, Comparison):
+    if isinstance(model, Comparison | Tuning):
         mergers = [row.merger for row in model.rows]
     else:
         mergers = [model.merger] if model.merger is not None and model.encoder is None else []

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import lightning
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -19,6 +19,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.export.directory import check_output
 from mergekit_vision.registry import default_mergers
 from mergekit_vision.reports.html import write_comparison
+from mergekit_vision.reports.tuning import write_tuning
 from mergekit_vision.runs.checks import check_place
 from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.launcher import end_together
@@ -27,6 +28,7 @@ from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.processes import check_devices, check_slurm, cpu_devices
 from mergekit_vision.runs.runtime import runtime_of
+from mergekit_vision.runs.tuning import Tuning
 from mergekit_vision.runs.variant_files import read_variants
 from mergekit_vision.sources.folder import FlatFolder
 from mergekit_vision.support.console import console, logger, quiet_lightning
@@ -37,7 +39,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 class Trainer(lightning.Trainer):
-    """Lightning's Trainer without what only training needs: ``merge``, ``validate``, ``test``, ``predict`` and ``compare``.
+    """Lightning's Trainer without what only training needs, and with ``merge``, ``compare`` and ``tune`` besides.
 
     Args:
         accelerator: ``cpu``, ``gpu``, …; ``auto`` takes the best there is.
@@ -185,12 +187,33 @@ class Trainer(lightning.Trainer):
         if self.is_global_zero:
             write_comparison(comparison.results, Path(self.default_root_dir))
 
+    def tune(  # noqa: D417 (the CLI hides the others)
+        self, model: LightningModule, datamodule: LightningDataModule, grid: dict[str, list[Any]]
+    ) -> None:
+        """Choose a method's parameters without labels: those with which the merged model agrees best with the experts.
+
+        Every combination is merged once; what was judged once is remembered. ``results.json``, ``tuning.png`` and
+        ``winner.yaml``, a configuration file for ``merge``, are written.
+
+        Args:
+            grid: parameters and the values to try, every combination of them; ``base.rank`` is the parameter ``rank`` of the
+                method that is the parameter ``base``.
+        """
+        model = cast(MergedCLIP, model)
+        if model.merger is None:
+            raise InputError("tune needs `merger`; what `merged` names is merged already", of="model")
+        tuning = Tuning(model.recipe, model.merger, grid)
+        with self._explained("tuning", tuning, datamodule):
+            self._set_up_only(tuning, datamodule)
+        if self.is_global_zero:
+            write_tuning(tuning.results, Path(self.default_root_dir))
+
     @contextmanager
     def _explained(self, work: str, model: LightningModule, data: LightningDataModule) -> Iterator[None]:
         """Say in one line what the machine lacks."""
         device = self.strategy.root_device
         sharing = self.num_devices if device.type == "cpu" else 1
-        known = cast(MergedCLIP | Comparison, model), cast(VisionTasks, data)
+        known = cast(MergedCLIP | Comparison | Tuning, model), cast(VisionTasks, data)
         with explained_memory(work, device, lambda: settings_of(*known), sharing), explained_workers():
             yield
 

@@ -28,7 +28,7 @@ def read_variants(path: Path) -> list[Variant]:
           merger: {class_path: ESM, init_args: {rank: 4}}   # or its name alone
           scale: 1.0                                        # the rest is optional, and the run's where it is absent
           route: router
-          proxies: 8                                        # or a mapping: n, split, seed, label, source
+          proxies: 8                                        # or a mapping: n, split, seed, label, source, skip
           tasks: 4                                          # the first so many, or a list of names
 
     Raises:
@@ -79,6 +79,7 @@ class _Proxies(Schema):
     seed: int = 0
     label: int | None = None
     source: dict[str, Any] | None = None
+    skip: int = 0
 
     @model_validator(mode="after")
     def _sound(self) -> "_Proxies":
@@ -100,7 +101,7 @@ class _Variant(Schema):
     scale: Annotated[Scale | None, PlainValidator(_scale)] = None
     route: Route | None = Field(default=None, description="router, oracle or base")
     proxies: Annotated[_Proxies, BeforeValidator(_number_of_proxies)] = Field(
-        default=_Proxies(), description="a number of images a task, or a mapping of n, split, seed, label and source"
+        default=_Proxies(), description="a number of images a task, or a mapping of n, split, seed, label, source and skip"
     )
     tasks: Annotated[int | tuple[str, ...] | None, PlainValidator(_tasks)] = None
 

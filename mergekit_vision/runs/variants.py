@@ -69,7 +69,7 @@ class Variant:
     def sees_proxies(self, run: Recipe) -> bool:
         """Whether the result depends on proxy images."""
         scale = run.scale if self.scale is None else self.scale
-        return scale == "agreement" or any(merger.needs != "none" for merger in _composed(self.merger))
+        return scale == "agreement" or any(merger.needs != "none" for merger in composed(self.merger))
 
     def _tasks_of(self, suite: Suite) -> tuple[str, ...]:
         known = list(suite.tasks)
@@ -82,12 +82,12 @@ class Variant:
         return self.tasks or ()
 
 
-def _composed(merger: Merger) -> Iterator[Merger]:
+def composed(merger: Merger) -> Iterator[Merger]:
     """A method and those that it is composed of."""
     yield merger
     for value in vars(merger).values():
         if isinstance(value, Merger):
-            yield from _composed(value)
+            yield from composed(value)
 
 
 def settings(row: Variant, recipe: Recipe, data: VisionTasks) -> dict[str, Any]:
