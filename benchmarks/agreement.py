@@ -2,7 +2,7 @@
 
 For every method, number of proxy images and draw of them: the merged model at every coefficient of a grid, its accuracy on the
 test split, and which coefficient each rule chooses by how the model agrees with the experts on the proxy images. Where a method
-fits on proxy images, each rule also chooses on another draw, as ``held out``::
+fits on proxy images, it sees half of them, and the rules choose on the others; on those that it saw, too, for comparison::
 
     python -m benchmarks.agreement --suites demo path/to/suite.yaml
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.machine import write
 from mergekit_vision.data.datamodule import VisionTasks
@@ -30,12 +31,11 @@ from mergekit_vision.suites.splits import TEST
 GRID = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0)
 RULES: dict[str, Callable[[Agreement], float]] = {
     "share": lambda found: found.share,
-    "cosine": lambda found: found.mean_cosine,
-    "divergence": lambda found: -found.mean_divergence,
-    "share + 0.2 cosine": lambda found: found.share + 0.2 * found.mean_cosine,
+    "cosine": lambda found: fmean(found.cosine.values()),
+    "divergence": lambda found: -fmean(found.divergence.values()),
+    "share + 0.2 cosine": lambda found: found.share + 0.2 * fmean(found.cosine.values()),
+    "distance": lambda found: -found.distance,
 }
-UNSEEN = 1000
-"""Added to the seed of a draw, gives another."""
 Row = dict[str, Any]
 
 
@@ -44,10 +44,10 @@ def opened(suite: str) -> Workbench:
     return Workbench.open(VisionTasks(suite, batch_size=500), Runtime(torch.device("cpu")))
 
 
-def drawn(bench: Workbench, n: int, seed: int) -> Workbench:
+def drawn(bench: Workbench, proxies: Proxies) -> Workbench:
     """The same workbench with other proxy images."""
     data = bench.evaluator.data
-    return bench.on(data.variant(Proxies(n=n, seed=seed), data.task_names))
+    return bench.on(data.variant(proxies, data.task_names))
 
 
 def scaled(bench: Workbench, merged: Merged) -> Iterator[Evaluator]:
@@ -57,20 +57,33 @@ def scaled(bench: Workbench, merged: Merged) -> Iterator[Evaluator]:
             yield evaluator
 
 
+Images = dict[str, list[tuple[Tensor, Tensor]]]
+"""Task -> batches of preprocessed images and labels."""
+
+
+def test_images(bench: Workbench, most: int) -> Images:
+    """Test images, at equal distances where a task has more than ``most``; decoded once."""
+    data = bench.evaluator.data
+    every = {task: -(-data.size(task, TEST) // most) for task in data.task_names}
+    return {
+        task: [(images[::step].clone(), labels[::step]) for images, labels in data.loader(task, TEST)]
+        for task, step in every.items()
+    }
+
+
 @torch.inference_mode()
-def accuracy(evaluator: Evaluator, task: str, most: int) -> float:
-    """Accuracy in % on the test split, of which images at equal distances are taken where it has more than ``most``."""
-    every, metric = -(-evaluator.data.size(task, TEST) // most), TaskMetric()
-    for images, labels in evaluator.data.loader(task, TEST):
-        evaluator.step(metric, images[::every], labels[::every], task)
-    right, seen = metric.compute().tolist()
-    return 100 * float(right / seen)
-
-
-def test_curve(bench: Workbench, merged: Merged, most: int) -> list[float]:
+def test_curve(bench: Workbench, merged: Merged, images: Images) -> list[float]:
     """Mean test accuracy in % at each coefficient of the grid."""
-    tasks = bench.evaluator.data.task_names
-    return [fmean(accuracy(evaluator, task, most) for task in tasks) for evaluator in scaled(bench, merged)]
+    return [100 * fmean(accuracy(evaluator, task, images[task]) for task in images) for evaluator in scaled(bench, merged)]
+
+
+def accuracy(evaluator: Evaluator, task: str, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Accuracy in [0, 1] on some batches."""
+    metric = TaskMetric()
+    for images, labels in batches:
+        evaluator.step(metric, images, labels, task)
+    right, seen = metric.compute().tolist()
+    return float(right / seen)
 
 
 def proxy_curve(bench: Workbench, merged: Merged) -> list[Agreement]:
@@ -88,21 +101,28 @@ def regrets(found: Sequence[Agreement], curve: Sequence[float]) -> dict[str, flo
 def measure(suite: str, name: str, counts: Sequence[int], seeds: Sequence[int], most: int) -> Iterator[Row]:
     """Rows of one method: a number of proxy images and a draw each."""
     bench, merger = opened(suite), get(name)()
-    fits, known = merger.needs == "proxies", dict[tuple[int, ...], tuple[Merged, list[float]]]()
-    for n in counts:
-        for seed in seeds:
-            running, key = drawn(bench, n, seed), (n, seed) if fits else ()
-            if key not in known:
-                merged = running.merge(merger, bench.evaluator.data.suite.experts)
-                known[key] = merged, test_curve(bench, merged, most)
-            merged, curve = known[key]
-            lost = regrets(proxy_curve(running, merged), curve)
-            if fits:  # as many other images, most of them unseen
-                others = regrets(proxy_curve(drawn(bench, n, seed + UNSEEN), merged), curve)
-                lost |= {f"{rule}, held out": value for rule, value in others.items()}
-            best = {"best": round(max(curve), 2), "coefficient": GRID[curve.index(max(curve))]}
-            lost = {rule: round(value, 2) for rule, value in lost.items()}
-            yield {"suite": bench.evaluator.data.suite.name, "method": name, "proxies": n, "seed": seed, **best, "regret": lost}
+    images = test_images(bench, most)
+    fits, known = merger.needs == "proxies", dict[Proxies | None, tuple[Merged, list[float]]]()
+    for proxies in (Proxies(n=n, seed=seed) for n in counts for seed in seeds):
+        fitted, judged = (drawn(bench, part) for part in (proxies.halves() if fits else (proxies, proxies)))
+        key = proxies if fits else None
+        if key not in known:
+            merged = fitted.merge(merger, bench.evaluator.data.suite.experts)
+            known[key] = merged, test_curve(bench, merged, images)
+        merged, curve = known[key]
+        lost = regrets(proxy_curve(judged, merged), curve)
+        if fits:
+            seen = regrets(proxy_curve(fitted, merged), curve)
+            lost |= {f"{rule}, on seen images": value for rule, value in seen.items()}
+        yield {
+            "suite": bench.evaluator.data.suite.name,
+            "method": name,
+            "proxies": proxies.n,
+            "seed": proxies.seed,
+            "best": round(max(curve), 2),
+            "coefficient": GRID[curve.index(max(curve))],
+            "regret": {rule: round(value, 2) for rule, value in lost.items()},
+        }
 
 
 def summary(rows: Sequence[Row]) -> Table:

@@ -1,6 +1,8 @@
 """How well a merged model agrees with the experts on unlabeled proxy images, each expert the teacher of its own task."""
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -29,26 +31,19 @@ class Agreement(NamedTuple):
     @property
     def share(self) -> float:
         """Mean share over the tasks."""
-        return sum(self.classes.values()) / len(self.classes)
+        return fmean(self.classes.values())
 
     @property
-    def mean_divergence(self) -> float:
-        """Mean divergence over the tasks: what a choice without labels minimizes.
+    def distance(self) -> float:
+        """What a choice without labels minimizes: the divergence times the distance of the unit embeddings.
 
-        The share alone is a coarse and flat curve on a few images a task; cosines of embeddings also count directions in which no
-        class differs. ``benchmarks/agreement.py`` compares them.
+        ``mean(divergence) * sqrt(2 - 2 * mean(cosine))`` with means over the tasks; the root is the root mean square of the
+        Euclidean distance. The share alone is a coarse curve on a few images a task. Of the others, one errs to each side: the
+        embeddings also differ in directions in which no class does, and ask for too small a coefficient; the divergence counts
+        confidence, and asks for too large a one. In a product, neither needs a weight. ``benchmarks/agreement.py`` compares them.
         """
-        return sum(self.divergence.values()) / len(self.divergence)
-
-    @property
-    def score(self) -> float:
-        """What a choice without labels maximizes."""
-        return -self.mean_divergence
-
-    @property
-    def mean_cosine(self) -> float:
-        """Mean cosine over the tasks."""
-        return sum(self.cosine.values()) / len(self.cosine)
+        divergence, cosine = fmean(self.divergence.values()), fmean(self.cosine.values())
+        return max(0.0, divergence) * math.sqrt(max(0.0, 2 - 2 * cosine))  # rounding may take either below 0
 
 
 class _Opinion(NamedTuple):

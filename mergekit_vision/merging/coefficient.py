@@ -18,7 +18,7 @@ from mergekit_vision.support.fingerprints import digest, of_tensors
 Scale = float | Literal["merger", "search", "agreement"]
 Curve = list[dict[str, float]]
 """Coefficients that were tried, the best first: each with its mean ``accuracy`` and ``normalized`` accuracy on ``val``, or with
-the mean ``agreement`` with and ``divergence`` (nats) from the experts on proxy images; shares in [0, 1]."""
+the mean ``agreement`` with and the ``distance`` from the experts on proxy images; shares in [0, 1]."""
 
 
 class _Found(NamedTuple):
@@ -114,10 +114,10 @@ def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, expe
     def measure(teachers: ExpertTeachers, evaluator: Evaluator) -> _Found:
         # the first process's figures: rounding differs between devices, and all must choose the same
         agreement = evaluator.runtime.team.broadcast(teachers.agreement(evaluator), 0)
-        score = -agreement.mean_divergence
+        score = -agreement.distance
         found[score] = agreement
-        text = f"agreement with the experts {100 * agreement.share:.2f} %, divergence {-score:.4f}"
-        return _Found(score, {"agreement": agreement.share, "divergence": -score}, text)
+        text = f"agreement with the experts {100 * agreement.share:.2f} %, distance {-score:.4f}"
+        return _Found(score, {"agreement": agreement.share, "distance": -score}, text)
 
     def run() -> Curve:
         teachers = ExpertTeachers(bench.evaluator, experts)

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from mergekit_vision.checkpoints import Expert
 from mergekit_vision.data.checks import Needs
+from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.routed import Route
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.coefficient import Scale, ScaleChoice
-from mergekit_vision.merging.record import citations, merger_record
+from mergekit_vision.merging.record import citations, composed, merger_record
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import LowRankExperts
@@ -96,10 +97,12 @@ class Recipe:
         """Merge once and choose the coefficient; every process does, and all get the same.
 
         Args:
-            bench: with the proxy images that the method sees.
+            bench: with the proxy images. If the coefficient is chosen by agreement on them, a method that sees any sees half.
             merger: the method.
-            judging: with those that the coefficient is chosen by; ``bench`` unless given.
+            judging: with those that the coefficient is chosen by, where ``bench`` has only those that the method sees.
         """
+        if judging is None and self.scale == "agreement":
+            bench, judging = (bench.on(data) for data in halves(bench.evaluator.data, [merger]))
         suite = bench.evaluator.data.suite
         experts = self.chosen(suite)
         choice = ScaleChoice(judging or bench, list(experts), self.scale, self.search)
@@ -123,6 +126,17 @@ class Recipe:
         weights = merged_weights(bench.base, merged, scale)
         _check_usable(weights, merged.routed, f"{type(merger).__name__} at coefficient {scale:g}")
         return MergedModel(weights, merged.routed, record, merged if merged.experts else None)
+
+
+def halves(data: VisionTasks, mergers: Iterable[Merger]) -> tuple[VisionTasks, VisionTasks]:
+    """The data with the proxy images that some methods see, and with those that they are judged by, which none has seen.
+
+    Raises:
+        InputError: when there is only one image a task.
+    """
+    fits = any(part.needs != "none" for merger in mergers for part in composed(merger))
+    seen, judged = data.proxies.halves() if fits else (data.proxies, data.proxies)
+    return data.variant(seen, data.task_names), data.variant(judged, data.task_names)
 
 
 def _check_usable(weights: Weights, routed: Mapping[str, LowRankExperts], what: str) -> None:

@@ -1,5 +1,6 @@
 """What is recorded of a merge."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from mergekit_vision.merger import Merger
@@ -22,6 +23,14 @@ def merger_record(merger: Merger) -> dict[str, Any]:
         "class_path": f"{type(merger).__module__}.{type(merger).__qualname__}",
         "init_args": {name: merger_record(value) if isinstance(value, Merger) else value for name, value in parameters.items()},
     }
+
+
+def composed(merger: Merger) -> Iterator[Merger]:
+    """A method and those that it is composed of."""
+    yield merger
+    for value in vars(merger).values():
+        if isinstance(value, Merger):
+            yield from composed(value)
 
 
 def citations(merger: Merger) -> list[str]:

@@ -10,7 +10,7 @@ from mergekit_vision.reports.style import COLORS, GRAY, INK, RULE, WIDTH, empty_
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DIVERGENCE = "divergence from the experts on proxy images, nats"
+_DISTANCE = "distance from the experts on proxy images"
 _WIDE = 16  # columns of a heat map, above which its cells are smaller
 _LABEL = 64  # letters of a line's name
 _BELOW = 24  # letters of a column's name
@@ -160,14 +160,14 @@ def _heat_map(table: _Table, label: str, low: float, high: float) -> "Figure":
 
 
 def draw_search(curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: Mapping[str, float]) -> "Figure":
-    """Curves of the coefficient search, the chosen ones marked: normalized accuracy on ``val``, or divergence from the experts.
+    """Curves of the coefficient search, the chosen ones marked: normalized accuracy on ``val``, or distance from the experts.
 
     Args:
-        curves: method -> points with ``coefficient`` and ``normalized`` (in [0, 1]) or ``divergence`` (nats), ascending.
+        curves: method -> points with ``coefficient`` and ``normalized`` (in [0, 1]) or ``distance``, of one kind, ascending.
         chosen: method -> coefficient.
     """
     labeled = any("normalized" in point for points in curves.values() for point in points)
-    key, factor, label = ("normalized", 100, "share of the experts on val, %") if labeled else ("divergence", 1, _DIVERGENCE)
+    key, factor, label = ("normalized", 100, "share of the experts on val, %") if labeled else ("distance", 1, _DISTANCE)
     joined = _joined(curves)
     with empty_figure(WIDTH, 3.6) as figure:
         axes = figure.add_subplot()

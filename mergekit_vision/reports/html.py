@@ -145,13 +145,13 @@ def _methods(results: Results) -> list[Mapping[str, Any]]:
 
 def _pictures(results: Results) -> dict[str, Picture]:
     """The figures, with what they show in words; those without data are left out."""
-    rows, methods = results["rows"], _methods(results)
+    rows = results["rows"]
     means = "; ".join(f"{row['name']} {percent(row['mean']['accuracy'])}" for row in rows)
     found = {
         "methods": _picture(figures.draw_methods(rows), f"Bar chart of the mean accuracy in percent: {means}."),
         "tasks": _picture(figures.draw_tasks(rows), _tasks_in_words(rows)),
     }
-    curves = {row["name"]: sorted(row["search"], key=lambda p: p["coefficient"]) for row in methods if row["search"]}
+    curves = _search_curves(results)
     if curves:
         chosen = {name: _top(points) for name, points in curves.items()}
         tops = "; ".join(f"{name} is best at {chosen[name]:g}" for name in curves)
@@ -168,9 +168,17 @@ def _pictures(results: Results) -> dict[str, Picture]:
     return found
 
 
+def _search_curves(results: Results) -> dict[str, list[Any]]:
+    """Method -> what was searched, by coefficient; of a run whose rows are searched by two rules, those of the run's own."""
+    key = "distance" if results["scale"] == "agreement" else "normalized"
+    found = {row["name"]: sorted(row["search"], key=lambda p: p["coefficient"]) for row in _methods(results) if row["search"]}
+    own = {name: points for name, points in found.items() if key in points[0]}
+    return own or found
+
+
 def _top(points: list[Any]) -> float:
     """Coefficient with the best score."""
-    best = min(points, key=lambda point: point["divergence"] if "divergence" in point else -point["normalized"])
+    best = min(points, key=lambda point: point["distance"] if "distance" in point else -point["normalized"])
     return float(best["coefficient"])
 
 

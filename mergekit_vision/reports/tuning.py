@@ -53,34 +53,34 @@ def tuning_table(results: Mapping[str, Any]) -> Table:
     """One row a combination, the best first, as in ``results.json`` of a search of parameters."""
     rows, grid = results["rows"], results["grid"]
     table = Table(title=as_markup(f"{results['suite']}: {results['merger']}, {len(rows)} combinations"), title_justify="left")
-    for name in (*grid, "coefficient", "agreement\n%", "divergence\nnats", "tasks below\nthe backbone", "merge\ns"):
+    for name in (*grid, "coefficient", "distance", "agreement\n%", "tasks below\nthe backbone", "merge\ns"):
         table.add_column(as_markup(name), justify="right")
     for row in rows[:_SHOWN]:
         values = (as_markup(readable(row["values"][name])) for name in grid)
         below, seconds = len(row["below_backbone"]), row["seconds"]["merge"]
-        found = f"{row['scale']:.4g}", percent(row["share"]), f"{row['divergence']:.4f}", str(below or "–"), f"{seconds:.1f}"
+        found = f"{row['scale']:.4g}", f"{row['distance']:.4f}", percent(row["share"]), str(below or "–"), f"{seconds:.1f}"
         table.add_row(*values, *found, style=None if row is not rows[0] else "bold")
     hidden = f" · {len(rows) - _SHOWN} more in results.json" if len(rows) > _SHOWN else ""
-    table.caption = f"agreement with the experts on unlabeled images{hidden}"
+    table.caption = f"distance from the experts and agreement with them, on unlabeled images{hidden}"
     table.caption_justify = "left"
     return table
 
 
 def draw_tuning(grid: Mapping[str, Sequence[Any]], rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Agreement with the experts by each parameter: every combination a point, the best of each value joined by a line.
+    """Distance from the experts by each parameter: every combination a point, the best of each value joined by a line.
 
     Args:
         grid: parameter -> values.
-        rows: the combinations, each with its ``values`` and ``share``.
+        rows: the combinations, each with its ``values`` and ``distance``.
     """
     with empty_figure(WIDTH, _HEIGHT * len(grid)) as figure:
         for axes, (name, values) in zip(figure.subplots(len(grid), squeeze=False)[:, 0], grid.items(), strict=True):
-            groups = [[100 * row["share"] for row in rows if row["values"][name] == value] for value in values]
-            points = [(at, share) for at, group in enumerate(groups) for share in group]
+            groups = [[row["distance"] for row in rows if row["values"][name] == value] for value in values]
+            points = [(at, distance) for at, group in enumerate(groups) for distance in group]
             axes.plot(*zip(*points, strict=True), ".", color=COLORS["backbone"])
-            axes.plot(range(len(values)), [max(group) for group in groups], color=COLORS["static"], marker="o", markersize=4)
+            axes.plot(range(len(values)), [min(group) for group in groups], color=COLORS["static"], marker="o", markersize=4)
             axes.set_xticks(range(len(values)), [named(readable(value), _LABEL) for value in values])
             axes.set_xlabel(named(name))
             axes.grid(color=RULE, linewidth=0.7)
-            axes.set_ylabel("agreement, %")
+            axes.set_ylabel("distance from experts")
     return figure

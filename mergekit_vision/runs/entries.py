@@ -44,9 +44,7 @@ class _Judged(Schema):
     seconds: _Seconds
     agreement: dict[str, _Share]
     share: _Share
-    divergence: float
-    cosine: float
-    score: float
+    distance: Annotated[float, Field(ge=0)]
     below_backbone: list[str]
 
 

@@ -13,14 +13,13 @@ from mergekit_vision.data.proxies import Proxies
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.agreement import ExpertTeachers
 from mergekit_vision.merging.lineage import check_lineage
-from mergekit_vision.merging.recipe import Recipe, expert_paths
+from mergekit_vision.merging.recipe import Recipe, expert_paths, halves
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.runs import conditions, entries
 from mergekit_vision.runs.checks import check_alike
 from mergekit_vision.runs.entries import Entry
 from mergekit_vision.runs.grids import Grid, as_content, grid_rows
 from mergekit_vision.runs.runtime import data_of, runtime_of
-from mergekit_vision.runs.variants import composed
 from mergekit_vision.support.cache import Cache
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.source_code import code_fingerprint, versions
@@ -57,7 +56,7 @@ class Tuning(LightningModule):
     def setup(self, stage: str) -> None:
         """Judge every combination."""
         data, runtime = data_of(self.trainer), runtime_of(self.trainer)
-        seen, judging = self._halves(data)
+        seen, judging = halves(data, [row.merger for row in self.rows])
         judging.check(self._needs())
         check_alike(data, self._needs(), runtime.team)
         experts = self.recipe.chosen(data.suite)
@@ -70,19 +69,13 @@ class Tuning(LightningModule):
             entry = judge(row.merger)
             logger.info("%s: agreement with the experts %.2f %%", place, 100 * entry["share"])
             found.append({"name": row.name, "values": dict(row.values), "content": as_content(row.merger), **entry})
-        self.results = self._results(data, sorted(found, key=lambda row: -row["score"]))
+        self.results = self._results(data, sorted(found, key=lambda row: row["distance"]))
 
     def predict_step(self, *args: Any) -> None:
         """Nothing, as a :class:`~mergekit_vision.runs.comparison.Comparison`'s."""
 
     def _needs(self) -> Needs:
         return replace(self.recipe.needs(), judged=self.recipe.experts)
-
-    def _halves(self, data: VisionTasks) -> tuple[VisionTasks, VisionTasks]:
-        """The data with the proxy images that methods see, and with those that they are judged by."""
-        fits = any(part.needs != "none" for row in self.rows for part in composed(row.merger))
-        halves = data.proxies.halves() if fits else (data.proxies, data.proxies)
-        return data.variant(halves[0], data.task_names), data.variant(halves[1], data.task_names)
 
     def _results(self, data: VisionTasks, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         suite, recipe = data.suite, self.recipe
@@ -157,9 +150,7 @@ class _Judge:
             "search": model.record["search"],
             "agreement": agreement.classes,
             "share": agreement.share,
-            "divergence": agreement.mean_divergence,
-            "cosine": agreement.mean_cosine,
-            "score": agreement.score,
+            "distance": agreement.distance,
             "below_backbone": [task for task, share in agreement.classes.items() if share < backbone.classes[task]],
             "seconds": {**model.record["seconds"], "judge": round(time.perf_counter() - start, 3)},
         }

@@ -10,6 +10,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.coefficient import Scale
 from mergekit_vision.merging.recipe import Recipe
+from mergekit_vision.merging.record import composed
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.faults import closest
 
@@ -80,14 +81,6 @@ class Variant:
         if unknown := [name for name in self.tasks or () if name not in known]:
             raise InputError(f"variant {self.name}: `tasks`: not in the suite: {unknown[0]}{closest(unknown[0], known)}")
         return self.tasks or ()
-
-
-def composed(merger: Merger) -> Iterator[Merger]:
-    """A method and those that it is composed of."""
-    yield merger
-    for value in vars(merger).values():
-        if isinstance(value, Merger):
-            yield from composed(value)
 
 
 def settings(row: Variant, recipe: Recipe, data: VisionTasks) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which images are proxies, and what they look like to a merger."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,18 @@ def test_proxies_are_the_documented_draw(tiny_suite: Path, label: int | None) ->
         batches = list(data.proxy_loader("colors"))
         assert [len(batch) for batch in batches] == [4, 2]
         assert torch.equal(torch.cat(batches), pool[np.sort(chosen)])
+
+
+def test_halves_share_the_draw() -> None:
+    """Two draws without a common image, also where the split has fewer images than are wanted."""
+    source: Any = range(37)
+    for n in (2, 9, 60):
+        whole, (one, other) = Proxies(n=n, seed=3), Proxies(n=n, seed=3).halves()
+        assert sorted(one.draw(source) + other.draw(source)) == whole.draw(source)
+    with pytest.raises(InputError, match="needs 2"):
+        Proxies(n=1).halves()
+    with pytest.raises(InputError, match="there are 37, of which 40 are passed over"):
+        Proxies(skip=40).draw(source)
 
 
 def test_every_process_gets_all_proxies(tiny_suite: Path) -> None:
@@ -54,6 +67,7 @@ def test_proxies_from_another_data_set(tiny_suite: Path, tmp_path: Path) -> None
         ({"n": 0}, "`proxies.n` must be 1 or more, not 0"),
         ({"seed": -1}, "proxies.seed"),
         ({"label": -2}, "proxies.label"),
+        ({"skip": -1}, "proxies.skip"),
         ({"source": {"foldr": "x"}}, "did you mean `folder`"),
     ],
 )

@@ -48,13 +48,13 @@ def test_the_best_of_all_combinations_is_merged_from_its_file(
     assert command("tune", *GRID, *COARSE) == 0
     rows = results(tmp_path / "out")["rows"]
     assert {tuple(row["values"].values()) for row in rows} == {(d, a) for d in (0.1, 0.5) for a in ("mean", "sum")}
-    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
-    assert len({row["score"] for row in rows}) > 1, "nothing to choose: the test tests nothing"
+    assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
+    assert len({row["distance"] for row in rows}) > 1, "nothing to choose: the test tests nothing"
     teachers = ExpertTeachers(bench.evaluator, list(TASKS))
     for row in rows:
         model = Recipe(row["scale"]).merge(bench, TIES(**row["values"], count_frozen=1))
         with bench.evaluator.with_model(model.weights) as evaluator:
-            assert teachers.agreement(evaluator).score == pytest.approx(row["score"])
+            assert teachers.agreement(evaluator).distance == pytest.approx(row["distance"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "results.json", "tuning.png", "winner.yaml"}
     assert rows[0]["name"] in capsys.readouterr().out
     before = len(merges)
@@ -110,7 +110,7 @@ def test_a_method_is_judged_by_images_that_it_has_not_seen(
 
 def test_what_has_no_coefficient_is_judged_too(command: Command, tmp_path: Path) -> None:
     assert command("tune", "-m", "CART", "--grid", "{gain: [0, 1]}", *COARSE) == 0
-    assert len({row["score"] for row in results(tmp_path / "out")["rows"]}) == 2
+    assert len({row["distance"] for row in results(tmp_path / "out")["rows"]}) == 2
     assert yaml.safe_load((tmp_path / "out" / "winner.yaml").read_text())["model"]["scale"] == "merger"
 
 
