@@ -2,7 +2,7 @@
 
 For every method, number of proxy images and draw of them: the merged model at every coefficient of a grid, its accuracy on the
 test split, and which coefficient each rule chooses by how the model agrees with the experts on the proxy images. Where a method
-fits on proxy images, it sees half of them, and the rules choose on the others; on those that it saw, too, for comparison::
+fits on proxy images, a second time: fitted on half of them, with the rules choosing on the others::
 
     python -m benchmarks.agreement --suites demo path/to/suite.yaml
 """
@@ -102,18 +102,21 @@ def measure(suite: str, name: str, counts: Sequence[int], seeds: Sequence[int], 
     """Rows of one method: a number of proxy images and a draw each."""
     bench, merger = opened(suite), get(name)()
     images = test_images(bench, most)
-    fits, known = merger.needs == "proxies", dict[Proxies | None, tuple[Merged, list[float]]]()
-    for proxies in (Proxies(n=n, seed=seed) for n in counts for seed in seeds):
-        fitted, judged = (drawn(bench, part) for part in (proxies.halves() if fits else (proxies, proxies)))
-        key = proxies if fits else None
+    experts, fits = bench.evaluator.data.suite.experts, merger.needs == "proxies"
+    known: dict[Proxies | None, tuple[Merged, list[float]]] = {}
+
+    def lost(fitted: Proxies, judged: Proxies) -> tuple[dict[str, float], list[float]]:
+        key = fitted if fits else None
         if key not in known:
-            merged = fitted.merge(merger, bench.evaluator.data.suite.experts)
+            merged = drawn(bench, fitted).merge(merger, experts)
             known[key] = merged, test_curve(bench, merged, images)
         merged, curve = known[key]
-        lost = regrets(proxy_curve(judged, merged), curve)
+        return regrets(proxy_curve(drawn(bench, judged), merged), curve), curve
+
+    for proxies in (Proxies(n=n, seed=seed) for n in counts for seed in seeds):
+        found, curve = lost(proxies, proxies)
         if fits:
-            seen = regrets(proxy_curve(fitted, merged), curve)
-            lost |= {f"{rule}, on seen images": value for rule, value in seen.items()}
+            found |= {f"{rule}, half held out": value for rule, value in lost(*proxies.halves())[0].items()}
         yield {
             "suite": bench.evaluator.data.suite.name,
             "method": name,
@@ -121,7 +124,7 @@ def measure(suite: str, name: str, counts: Sequence[int], seeds: Sequence[int], 
             "seed": proxies.seed,
             "best": round(max(curve), 2),
             "coefficient": GRID[curve.index(max(curve))],
-            "regret": {rule: round(value, 2) for rule, value in lost.items()},
+            "regret": {rule: round(value, 2) for rule, value in found.items()},
         }
 
 

@@ -97,12 +97,10 @@ class Recipe:
         """Merge once and choose the coefficient; every process does, and all get the same.
 
         Args:
-            bench: with the proxy images. If the coefficient is chosen by agreement on them, a method that sees any sees half.
+            bench: with the proxy images that the method sees.
             merger: the method.
-            judging: with those that the coefficient is chosen by, where ``bench`` has only those that the method sees.
+            judging: with those that the coefficient is chosen by; ``bench`` unless given.
         """
-        if judging is None and self.scale == "agreement":
-            bench, judging = (bench.on(data) for data in halves(bench.evaluator.data, [merger]))
         suite = bench.evaluator.data.suite
         experts = self.chosen(suite)
         choice = ScaleChoice(judging or bench, list(experts), self.scale, self.search)

@@ -50,8 +50,6 @@ def of_experts(evaluator: Evaluator, experts: Mapping[str, Expert]) -> list[str]
 def of_recipe(evaluator: Evaluator, recipe: Recipe) -> list[str]:
     """What the coefficient and the routing depend on, besides the method."""
     data, parts = evaluator.data, [str(recipe.scale), recipe.route]
-    if recipe.scale == "agreement":
-        parts.append(repr(data.proxies))  # of the draw, the order says which images a method sees and which it is judged by
     if recipe.scale in ("search", "agreement"):
         parts += [str(recipe.search), *(data.fingerprint(task, split) for split in recipe.searched for task in data.suite.tasks)]
     return parts

@@ -21,7 +21,7 @@ from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.runs.tuning import Tuning
 
 Command = Callable[..., int]
-GRID = ("-m", "TIES", "--merger.count_frozen", "1", "--grid", "{density: [0.1, 0.5], aggregate: [mean, sum]}")
+GRID = ("-m", "TIES", "--merger.count_frozen", "1", "--grid", "{density: [0.1, 0.5]}")
 COARSE = ("--model.search.high", "0.5", "--model.search.halvings", "0", "-o", "out")
 
 
@@ -47,7 +47,7 @@ def test_the_best_of_all_combinations_is_merged_from_its_file(
 ) -> None:
     assert command("tune", *GRID, *COARSE) == 0
     rows = results(tmp_path / "out")["rows"]
-    assert {tuple(row["values"].values()) for row in rows} == {(d, a) for d in (0.1, 0.5) for a in ("mean", "sum")}
+    assert {row["values"]["density"] for row in rows} == {0.1, 0.5}
     assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
     assert len({row["distance"] for row in rows}) > 1, "nothing to choose: the test tests nothing"
     teachers = ExpertTeachers(bench.evaluator, list(TASKS))
@@ -83,7 +83,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     merges.clear()
     assert command("tune", *GRID, *COARSE) == 0
-    assert len(merges) == 2
+    assert len(merges) == 1
 
 
 def test_a_method_is_judged_by_images_that_it_has_not_seen(
@@ -139,7 +139,7 @@ def test_faults_of_a_grid_are_told_before_any_work(
 
 
 def test_parameters_of_the_base_are_reached() -> None:
-    rows = Tuning(Recipe(), ESMPP(base=TIES(), rank=2), {"base.density": [0.1, 0.3], "rank": [4]}).rows
-    expected: list[Merger] = [ESMPP(base=TIES(density=density), rank=4) for density in (0.1, 0.3)]
+    rows = Tuning(Recipe(), ESMPP(base=TIES(), rank=2), {"base.density": [0.1, 0.3], "rank": [4, 5]}).rows
+    expected: list[Merger] = [ESMPP(base=TIES(density=density), rank=rank) for density in (0.1, 0.3) for rank in (4, 5)]
     assert [row.merger for row in rows] == expected
-    assert [row.name for row in rows] == ["base.density 0.1, rank 4", "base.density 0.3, rank 4"]
+    assert [row.name for row in rows][:2] == ["base.density 0.1, rank 4", "base.density 0.1, rank 5"]
