@@ -16,6 +16,7 @@ from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge
 from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, check_options
 
+Directions = Literal["esd", "svd"]
 OutProj = Literal["tsvm", "esd", "mean"]
 Other = Literal["tsvm", "mean"]
 Subspaces = dict[str, CompactSubspace]
@@ -41,6 +42,8 @@ class ESM(Merger):
         out_proj: how attention's output projection is merged: "tsvm" (published), "esd" like the other block matrices, "mean".
         other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged: "tsvm"
             (published) or "mean".
+        directions: a task's: those of its activation shift ("esd", published), or the left singular vectors of its task vector
+            with the squared singular values as eigenvalues ("svd", the paper's ablation; no proxy image is looked at).
     """
 
     title: ClassVar[str] = "Essential Subspace Merging"
@@ -56,6 +59,7 @@ class ESM(Merger):
     norm: TaskNorm = "delta"
     out_proj: OutProj = "tsvm"
     other: Other = "tsvm"
+    directions: Directions = "esd"
 
     def __post_init__(self) -> None:
         for name in ("eigenvalue_power", "inter_task", "inter_dimension", "inter_layer", "gain"):
@@ -63,7 +67,7 @@ class ESM(Merger):
                 raise InputError(f"ESM: {name} is {value}, but must be a finite number, 0 or more")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"ESM: rank is {self.rank}, but must be at least 1, or null for d_out // T")
-        check_options(self, norm=TaskNorm, out_proj=OutProj, other=Other)
+        check_options(self, norm=TaskNorm, out_proj=OutProj, other=Other, directions=Directions)
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Run every expert once on its proxy images, then merge parameter by parameter."""
@@ -83,7 +87,10 @@ class ESM(Merger):
             for linear in linears
         }
         moved = {linear.name: statistics[linear] for linear in linears if inputs.changed(task, linear.weight)}
-        if moved:
+        if self.directions == "svd":  # ESD finds the singular vectors on inputs that favor no direction
+            for linear in linears:
+                statistics[linear](torch.eye(inputs.base[linear.weight].shape[1], device=inputs.device))
+        elif moved:
             inputs.observe(task, moved)
 
         def decompose(linear: LinearInfo) -> CompactSubspace:

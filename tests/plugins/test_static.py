@@ -237,6 +237,16 @@ def test_esm_options(out_proj: str, other: str) -> None:
     check_esm(ESM(out_proj=out_proj, other=other), Zoo(tasks=4), out_proj=out_proj, other=other)
 
 
+@pytest.mark.parametrize("rank", [None, 6])
+def test_esm_in_the_directions_of_an_svd(rank: int | None) -> None:
+    """They are those of ESD on inputs that favor no direction; no proxy image is looked at."""
+    found = ESM(directions="svd", rank=rank).merge(replace(Zoo(tasks=4).inputs(), run_proxies=None)).update
+    white = Zoo(tasks=4)
+    for rows in white.layer_inputs.values():
+        rows.update({linear: torch.eye(value.shape[-1])[None] for linear, value in rows.items()})
+    check(found, partial(esm_formula, k=rank), white)
+
+
 def test_esm_fixes_all_but_the_essential_keys() -> None:
     merged = ESM().merge(Zoo(tasks=4).inputs())
     essential = {weight_key(linear) for linear in LINEARS if not linear.endswith("out_proj")}
@@ -314,6 +324,7 @@ def test_task_arithmetic_of_identical_experts_is_their_multiple() -> None:
         (lambda: ESM(norm="full"), "norm"),
         (lambda: ESM(out_proj="none"), "out_proj"),
         (lambda: ESM(other="esd"), "other"),
+        (lambda: ESM(directions="pca"), "directions"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Callable[[], Merger], named: str) -> None:
