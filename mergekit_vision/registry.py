@@ -9,8 +9,9 @@ A package adds one by naming its class in the group ``mergekit_vision.mergers``;
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def _load() -> tuple[dict[str, type[Merger]], dict[str, Exception]]:
         except Exception as error:  # whatever a third party's module raises
             failed[point.name] = error
             continue
-        found[point.name] = _checked(loaded, _described(point))
+        found[point.name] = _checked(loaded, partial(_described, point))
         if loaded.__name__ != point.name:
             raise RegistryError(f"{_described(point)}: the entry point must have the class's name, {loaded.__name__}")
     return found, failed
@@ -144,15 +145,16 @@ def _from_path(path: str) -> type[Merger]:
         loaded = import_by_path(path)
     except InputError as error:
         raise RegistryError(f"merger {error}") from error
-    return _checked(loaded, f"merger {path}")
+    return _checked(loaded, lambda: f"merger {path}")
 
 
-def _checked(loaded: object, described: str) -> type[Merger]:
+def _checked(loaded: object, described: Callable[[], str]) -> type[Merger]:
+    """A class that is a method; only where it is none is it described, as that reads a distribution's metadata."""
     if not (isinstance(loaded, type) and issubclass(loaded, Merger)):
-        raise RegistryError(f"{described}: {loaded!r} is not a subclass of mergekit_vision.merger.Merger")
+        raise RegistryError(f"{described()}: {loaded!r} is not a subclass of mergekit_vision.merger.Merger")
     if inspect.isabstract(loaded):
         missing = ", ".join(sorted(loaded.__abstractmethods__))
-        raise RegistryError(f"{described}: the class is abstract, {missing} is missing")
+        raise RegistryError(f"{described()}: the class is abstract, {missing} is missing")
     return loaded
 
 
