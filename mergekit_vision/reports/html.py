@@ -21,7 +21,7 @@ Results = Mapping[str, Any]
 Layers = Mapping[str, Mapping[str, Any]]
 """Linear name -> its ``block`` and ``kind``."""
 
-NARROW = "\u202f"  # a narrow space that does not break
+NARROW, FIXED = "\u202f", "\u00a0"  # spaces that do not break, the first a narrow one
 
 _FLOAT = 4  # bytes of a parameter
 _PIXELS = 96  # of an inch in CSS
@@ -193,7 +193,7 @@ def _coefficient(row: Mapping[str, Any]) -> str:
 
 def _differing(row: Mapping[str, Any]) -> str:
     """What is otherwise with a row than by default."""
-    return "; ".join(f"{name} = {readable(row['settings'][name])}" for name in row.get("differs", ()))
+    return "; ".join(f"{name}{FIXED}={FIXED}{readable(row['settings'][name])}" for name in row.get("differs", ()))
 
 
 def _curves(name: str, found: Sequence[Curve]) -> Picture:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from mergekit_vision.reports.noise import deviation
 from mergekit_vision.support.console import as_markup
@@ -29,7 +30,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
     table = Table(
         title=as_markup(f"{results['suite']}: {len(results['tasks'])} tasks, {results['split']} split"), title_justify="left"
     )
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     papers = any(row.get("published") for row in results["rows"])
     columns = ("mean\n%", *(["papers\n%"] if papers else []), "normalized\n%", "worst task,\nnormalized %", "merge\ns", "extra")
     for name in columns:
@@ -48,6 +49,8 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             count(row["extra_parameters"]),
             style=None if method and not told else "dim",
         )
+    for column in table.columns[1:]:
+        column.min_width = max(Text.from_markup(str(cell)).cell_len for cell in column.cells)  # rather than cut a number, wrap a name
     table.caption = "normalized: relative to each task's own expert · extra: parameters besides one encoder"
     if any(row["kind"] == "oracle" for row in results["rows"]):
         table.caption += "\noracle: no merge; it is told each image's task"

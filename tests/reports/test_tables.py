@@ -33,6 +33,16 @@ def test_console_table_is_whole_on_a_terminal_of_80_columns(results: dict[str, A
     assert "…" not in text
 
 
+def test_a_long_name_is_wrapped_and_no_number_is_cut(results: dict[str, Any]) -> None:
+    results["rows"][1]["name"] = "ESM, second class only, at a coefficient set by hand"
+    results["rows"][1]["draws"] = [{"mean": {"accuracy": value}} for value in (0.59, 0.61)]
+    text = printed(comparison_table(results))
+    assert "…" not in text
+    assert "60.0 ± 1.4" in text
+    name = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert "ESM, second class only, at a coefficient set by hand" in " ".join(name)
+
+
 def test_a_comparison_says_what_the_results_say(results: dict[str, Any]) -> None:
     lines = [line.replace("│", " ").split() for line in printed(comparison_table(results), width=120).splitlines()]
     assert ["zero-shot", "45.0", "52.8", "<b>&'signs'", "50.0", "–", "0"] in lines
