@@ -49,8 +49,8 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             count(row["extra_parameters"]),
             style=None if method and not told else "dim",
         )
-    for column in table.columns[1:]:
-        column.min_width = max(Text.from_markup(str(cell)).cell_len for cell in column.cells)  # rather than cut a number, wrap a name
+    for column in table.columns[1:]:  # a name is wrapped rather than a number cut
+        column.min_width = max(Text.from_markup(str(cell)).cell_len for cell in column.cells)
     table.caption = "normalized: relative to each task's own expert · extra: parameters besides one encoder"
     if any(row["kind"] == "oracle" for row in results["rows"]):
         table.caption += "\noracle: no merge; it is told each image's task"
