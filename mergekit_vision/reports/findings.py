@@ -12,10 +12,12 @@ class Best(NamedTuple):
     Attributes:
         row: the row.
         rivals: names of those of its kind that are behind it by no more than noise.
+        others: how many there are of its kind besides.
     """
 
     row: Mapping[str, Any]
     rivals: Sequence[str]
+    others: int
 
 
 def best_rows(results: Mapping[str, Any]) -> dict[str, Best]:
@@ -27,7 +29,9 @@ def best_rows(results: Mapping[str, Any]) -> dict[str, Best]:
             kinds.setdefault(row["kind"], []).append(row)
     found = {kind: max(rows, key=lambda row: float(row["mean"]["accuracy"])) for kind, rows in kinds.items()}
     return {
-        kind: Best(row, [other["name"] for other in kinds[kind] if other is not row and not is_better(row, other)])
+        kind: Best(
+            row, [other["name"] for other in kinds[kind] if other is not row and not is_better(row, other)], len(kinds[kind]) - 1
+        )
         for kind, row in found.items()
     }
 

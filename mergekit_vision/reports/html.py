@@ -21,7 +21,7 @@ Results = Mapping[str, Any]
 Layers = Mapping[str, Mapping[str, Any]]
 """Linear name -> its ``block`` and ``kind``."""
 
-NARROW, FIXED = "\u202f", "\u00a0"  # spaces that do not break, the first a narrow one
+NARROW, FIXED = "\u202f", "\u00a0"  # spaces at which no line breaks, the first a narrow one
 
 _FLOAT = 4  # bytes of a parameter
 _PIXELS = 96  # of an inch in CSS
@@ -115,7 +115,8 @@ def summary(results: Results) -> str:
 def _rivals(best: Best) -> str:
     """Those that may be as good."""
     if len(best.rivals) > 2:
-        return f" ({len(best.rivals)} others are within the noise of it)"
+        every = "all " if len(best.rivals) == best.others else ""
+        return f" ({every}{len(best.rivals)} others are within the noise of it)"
     return (
         f" ({' and '.join(best.rivals)} {'is' if len(best.rivals) == 1 else 'are'} within the noise of it)" if best.rivals else ""
     )
@@ -193,7 +194,7 @@ def _coefficient(row: Mapping[str, Any]) -> str:
 
 def _differing(row: Mapping[str, Any]) -> str:
     """What is otherwise with a row than by default."""
-    return "; ".join(f"{name}{FIXED}={FIXED}{readable(row['settings'][name])}" for name in row.get("differs", ()))
+    return "; ".join(f"{name} ={FIXED}{readable(row['settings'][name])}" for name in row.get("differs", ()))
 
 
 def _curves(name: str, found: Sequence[Curve]) -> Picture:

@@ -140,6 +140,12 @@ def test_a_lead_within_the_noise_is_no_win(results: dict[str, Any]) -> None:
     text = render(results)
     assert text.count('"number top"') == 2, "the dynamic model's two cells"
     assert "highest plain encoder: Alike" in text
+    results["rows"][3:3] = [results["rows"][1] | {"name": name} for name in ("B", "C")]
+    assert "size (all 3 others are within the noise of it)." in summary(results)
+    worse = json.loads(json.dumps(results["rows"][1] | {"name": "Worse"}))
+    worse["mean"]["accuracy"] = 0.01
+    results["rows"].insert(1, worse)
+    assert "size (3 others are within the noise of it)." in summary(results)
     for row in results["rows"]:
         for task in row["tasks"].values():
             task["n"] = 100_000
