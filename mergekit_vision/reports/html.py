@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_vision.reports import figures
 from mergekit_vision.reports.curves import TITLES, Curve, curves, draw_curves
 from mergekit_vision.reports.findings import Best, best_rows, papers_of
+from mergekit_vision.reports.noise import chance
 from mergekit_vision.reports.style import as_svg, save_png
 from mergekit_vision.reports.tables import comparison_table, count, mean_percent, percent, published
 from mergekit_vision.support.console import logger, show
@@ -84,6 +85,7 @@ def render(results: Results) -> str:
         best=best_rows(results),
         sizes=_sizes(results),
         papers=papers_of(results),
+        chance=percent(chance(row for row in _methods(results) if len(row["tasks"]) == len(results["tasks"]))),
         pictures=_pictures(results),
         curves={TITLES.get(name, name): _curves(name, found) for name, found in curves(results["rows"]).items()},
         routing={row["name"]: _routing(row, results["layers"]) for row in _methods(results) if row["routing"]},

@@ -35,6 +35,11 @@ def is_better(row: Row, other: Row, task: str | None = None) -> bool:
     return lead > _ERRORS * math.hypot(standard_error(row, task), standard_error(other, task))
 
 
+def chance(rows: Iterable[Row]) -> float:
+    """How far the mean accuracies of any two of some rows may lie apart by chance."""
+    return _ERRORS * math.sqrt(2) * max((standard_error(row) for row in rows), default=0.0)
+
+
 def standard_error(row: Row, task: str | None = None) -> float:
     """Standard error of a row's mean accuracy, or of its accuracy on one ``task``; of accuracies in [0, 1]."""
     tasks = [row["tasks"][name] for name in ([task] if task else row["tasks"])]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergekit_vision.reports.noise import deviation, is_better, leads, standard_error
+from mergekit_vision.reports.noise import chance, deviation, is_better, leads, standard_error
 
 
 def row(accuracies: list[float], images: int, draws: list[float] | None = None) -> dict[str, Any]:
@@ -40,3 +40,11 @@ def test_draws_make_a_lead_uncertain() -> None:
     assert is_better(row([0.52], images), other)
     assert not is_better(row([0.52], images, draws=[0.48, 0.56, 0.52]), other)
     assert not leads(row([0.52], images), [other, row([0.52], images)])
+
+
+def test_no_lead_within_chance_is_called_one() -> None:
+    rows = [row([0.9, 0.6], 300), row([0.8, 0.65], 300), row([0.5, 0.5], 300)]
+    for lead, called in ((0.99, False), (1.01, True)):
+        other = row([0.5, 0.5], 300)
+        other["mean"]["accuracy"] += lead * chance(rows)
+        assert is_better(other, rows[2]) == called
