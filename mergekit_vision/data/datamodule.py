@@ -140,6 +140,15 @@ class VisionTasks(LightningDataModule):
         """Number of images of one split of one task."""
         return len(self._images.split(task, split))
 
+    def stays_decoded(self, tasks: Sequence[str], split: str) -> bool:
+        """Whether this process's share of a split of some tasks is kept decoded, or fits into what is left of ``cache_mb``."""
+        world, rank = self._place()
+        missing = [task for task in tasks if (task, split, world, rank) not in self._cache.passes]
+        images = sum(len(range(rank, self.size(task, split), world)) for task in missing)
+        size = self._backbone.preprocess["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return images * 3 * height * width <= self._cache.limit - self._cache.used
+
     def hub_sources(self, split: str) -> dict[str, dict[str, Any]]:
         """Of each task to evaluate whose split is a data set of the hub, what names it, and the ``commit`` once it was read."""
         sources = {name: self.suite.tasks[name].data[split] for name in self.task_names}

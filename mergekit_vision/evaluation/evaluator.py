@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import Backbone
@@ -71,23 +71,29 @@ class Evaluator:
             routing.truth = torch.full_like(labels, self.experts.index(task)) if task in self.experts else None
         metric.update(self.heads()(self.encoder(images), task), labels)
 
-    @torch.inference_mode()
     def accuracy(self, task: str, split: str) -> float:
         """Accuracy in [0, 1] of the weights that the encoder has; every process takes its share of the images.
 
         Raises:
             EvaluationError: on every process, when an image or a label cannot be used.
         """
+        return self.accuracies([self], task, split)[0]
+
+    @torch.inference_mode()
+    def accuracies(self, models: Sequence["Evaluator"], task: str, split: str) -> list[float]:
+        """As :meth:`accuracy`, of several models with encoders of their own: each image is decoded once for all of them."""
         device, loader, failure = self.runtime.device, self.data.loader(task, split), None
-        metric = TaskMetric().to(device)
+        metrics = [TaskMetric().to(device) for _ in models]
         try:
             with self.runtime.precision():
-                for images, labels in loader:
-                    self.step(metric, images.to(device, non_blocking=True), labels.to(device, non_blocking=True), task)
+                for batch in loader:
+                    images, labels = (part.to(device, non_blocking=True) for part in batch)
+                    for model, metric in zip(models, metrics, strict=True):
+                        model.step(metric, images, labels, task)
         except InputError as error:
             failure = EvaluationError(str(error))
         self.runtime.team.raise_together(failure)  # the others would wait for this process's counts
-        return metric.accuracy(self.data.size(task, split))
+        return [metric.accuracy(self.data.size(task, split)) for metric in metrics]
 
     def expert(self, task: str) -> Weights:
         """The weights of a task's own expert."""
@@ -134,6 +140,7 @@ class Evaluator:
         routed: Mapping[str, LowRankExperts] | None = None,
         experts: Sequence[str] = (),
         route: Route = "router",
+        apart: bool = False,
     ) -> Iterator["Evaluator"]:
         """An evaluator of a merged model, static or dynamic, while the context is open.
 
@@ -142,12 +149,11 @@ class Evaluator:
             routed: Linear name -> its routed experts.
             experts: their tasks, in their order.
             route: how the model chooses among them.
+            apart: in an encoder of its own, so that several can be open at once; one that is routed always is.
         """
         with self.with_weights(weights):
-            encoder = self.encoder
-            if routed:
-                encoder = copy.deepcopy(encoder)
-                encoder.route(routed, route)
+            encoder = _twin(self.encoder) if routed or apart else self.encoder
+            encoder.route(routed or {}, route)
             yield replace(self, encoder=encoder, experts=tuple(experts))
 
     def routing_counts(self) -> dict[str, Tensor]:
@@ -156,6 +162,12 @@ class Evaluator:
         counts = {} if routing is None else {layer: count.cpu() for layer, count in routing.counts.items()}
         parts = self.runtime.team.gather(counts)
         return {layer: torch.stack([part[layer] for part in parts]).sum(0) for layer in counts}
+
+
+def _twin(encoder: VisionEncoder) -> VisionEncoder:
+    """A copy that shares the weights until one of the two is assigned others."""
+    shared = {id(weight): nn.Parameter(weight.data, weight.requires_grad) for weight in encoder.parameters()}
+    return copy.deepcopy(encoder, shared)
 
 
 @functools.cache

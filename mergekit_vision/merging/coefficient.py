@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -12,13 +13,16 @@ from mergekit_vision.merging.agreement import Agreement, ExpertTeachers
 from mergekit_vision.merging.scaling import ScaleSearch, search_scale
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.suites.splits import VAL
-from mergekit_vision.support.console import logger, track
+from mergekit_vision.support.console import logger
 from mergekit_vision.support.fingerprints import digest, of_tensors
 
 Scale = float | Literal["merger", "search", "agreement"]
 Curve = list[dict[str, float]]
 """Coefficients that were tried, the best first: each with its mean ``accuracy`` and ``normalized`` accuracy on ``val``, or with
 the mean ``agreement`` with and the ``distance`` from the experts on proxy images; shares in [0, 1]."""
+
+AT_ONCE = 2
+"""Coefficients whose models share a pass over images that do not stay decoded: half the decoding for one more model in memory."""
 
 
 class _Found(NamedTuple):
@@ -69,8 +73,7 @@ class ScaleChoice:
         return self.curve[0]["coefficient"]
 
     def _own_accuracies(self) -> dict[str, float]:
-        tasks = track(self._experts, f"experts' own accuracy on {VAL}")
-        own = {task: self._bench.evaluator.expert_accuracy(task, VAL) for task in tasks}
+        own = self._bench.own_accuracies(self._experts, VAL)
         wrong = [task for task, accuracy in own.items() if not accuracy]
         if wrong:
             raise InputError(f"the expert of {', '.join(wrong)} gets no {VAL} image right; check its file, classes and labels")
@@ -89,15 +92,23 @@ def search_coefficient(bench: Workbench, merged: Merged, search: ScaleSearch, ex
         experts: task -> the expert's own accuracy on ``val``, which normalizes.
     """
 
-    def measure(evaluator: Evaluator) -> _Found:
-        accuracy = {task: evaluator.accuracy(task, VAL) for task in experts}
-        mean = sum(accuracy.values()) / len(accuracy)
-        score = sum(value / experts[task] for task, value in accuracy.items()) / len(accuracy)
-        text = f"accuracy {100 * mean:.2f} %, normalized {100 * score:.2f} % on {VAL}"
-        return _Found(score, {"accuracy": mean, "normalized": score}, text)
+    def measure(models: Sequence[Evaluator]) -> list[_Found]:
+        found = {task: bench.evaluator.accuracies(models, task, VAL) for task in experts}
+        return [_judged({task: values[at] for task, values in found.items()}, experts) for at in range(len(models))]
 
-    conditions = (search, sorted(experts.items()))
-    return _remembered(bench, merged, conditions, lambda: _searched(bench, merged, search, list(experts), measure))
+    def run() -> Curve:
+        kept = bench.evaluator.data.stays_decoded(list(experts), VAL)
+        at_once = bench.evaluator.runtime.team.broadcast(1 if kept else AT_ONCE, 0)  # shares differ by an image
+        return _searched(bench, merged, search, list(experts), measure, at_once)
+
+    return _remembered(bench, merged, (search, sorted(experts.items())), run)
+
+
+def _judged(accuracy: Mapping[str, float], experts: Mapping[str, float]) -> _Found:
+    mean = sum(accuracy.values()) / len(accuracy)
+    score = sum(value / experts[task] for task, value in accuracy.items()) / len(accuracy)
+    text = f"accuracy {100 * mean:.2f} %, normalized {100 * score:.2f} % on {VAL}"
+    return _Found(score, {"accuracy": mean, "normalized": score}, text)
 
 
 def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, experts: Sequence[str]) -> Curve:
@@ -111,13 +122,11 @@ def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, expe
     """
     found: dict[float, Agreement] = {}
 
-    def measure(teachers: ExpertTeachers, evaluator: Evaluator) -> _Found:
+    def measure(teachers: ExpertTeachers, models: Sequence[Evaluator]) -> list[_Found]:
         # the first process's figures: rounding differs between devices, and all must choose the same
-        agreement = evaluator.runtime.team.broadcast(teachers.agreement(evaluator), 0)
-        score = -agreement.distance
-        found[score] = agreement
-        text = f"agreement with the experts {100 * agreement.share:.2f} %, distance {-score:.4f}"
-        return _Found(score, {"agreement": agreement.share, "distance": -score}, text)
+        agreements = [model.runtime.team.broadcast(teachers.agreement(model), 0) for model in models]
+        found.update({-agreement.distance: agreement for agreement in agreements})
+        return [_agreed(agreement) for agreement in agreements]
 
     def run() -> Curve:
         teachers = ExpertTeachers(bench.evaluator, experts)
@@ -127,6 +136,12 @@ def search_agreement(bench: Workbench, merged: Merged, search: ScaleSearch, expe
 
     conditions = (search, "agreement", tuple(experts), repr(bench.evaluator.data.proxies))
     return _remembered(bench, merged, conditions, run)
+
+
+def _agreed(agreement: Agreement) -> _Found:
+    score = -agreement.distance
+    text = f"agreement with the experts {100 * agreement.share:.2f} %, distance {-score:.4f}"
+    return _Found(score, {"agreement": agreement.share, "distance": -score}, text)
 
 
 def _remembered(bench: Workbench, merged: Merged, conditions: tuple[Any, ...], run: Callable[[], Curve]) -> Curve:
@@ -144,18 +159,23 @@ def _searched(
     merged: Merged,
     search: ScaleSearch,
     experts: Sequence[str],
-    measure: Callable[[Evaluator], _Found],
+    measure: Callable[[Sequence[Evaluator]], list[_Found]],
+    at_once: int = 1,
 ) -> Curve:
-    """Try coefficients by what ``measure`` finds of each model."""
+    """Try coefficients by what ``measure`` finds of their models, of which ``at_once`` are in memory together."""
     rows = {}
 
-    def score(coefficient: float) -> float:
-        weights = merged_weights(bench.base, merged, coefficient)
-        with bench.evaluator.with_model(weights, merged.routed, experts) as evaluator:
-            found = measure(evaluator)
-        rows[coefficient] = {"coefficient": coefficient, **found.row}
-        logger.info("coefficient %.4g: %s", coefficient, found.text)
-        return found.score
+    def scores(coefficients: Sequence[float]) -> list[float]:
+        with ExitStack() as stack:
+            models = []
+            for coefficient in coefficients:
+                weights, apart = merged_weights(bench.base, merged, coefficient), len(coefficients) > 1
+                models.append(stack.enter_context(bench.evaluator.with_model(weights, merged.routed, experts, apart=apart)))
+            found = measure(models)
+        for coefficient, one in zip(coefficients, found, strict=True):
+            rows[coefficient] = {"coefficient": coefficient, **one.row}
+            logger.info("coefficient %.4g: %s", coefficient, one.text)
+        return [one.score for one in found]
 
-    best, _ = search_scale(score, search)
-    return [rows[best], *(row for coefficient, row in rows.items() if coefficient != best)]
+    best, tried = search_scale(scores, search, at_once)
+    return [rows[best], *(rows[coefficient] for coefficient in tried if coefficient != best)]

@@ -1,7 +1,7 @@
 """Search of the merged task vector's scaling coefficient on validation data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mergekit_vision.errors import InputError
@@ -50,39 +50,44 @@ class ScaleSearch:
         return [*steps, self.high]
 
 
-def search_scale(evaluate: Callable[[float], float], search: ScaleSearch) -> tuple[float, dict[float, float]]:
+def search_scale(
+    evaluate: Callable[[Sequence[float]], Sequence[float]], search: ScaleSearch, at_once: int = 1
+) -> tuple[float, dict[float, float]]:
     """Find the coefficient with the highest score.
 
     Args:
-        evaluate: score of a coefficient; called once for each that is tried.
+        evaluate: scores of some coefficients; called once for each that is tried.
         search: range and effort.
+        at_once: coefficients that one call of ``evaluate`` takes, at most. The result does not depend on it, but above 1 some may
+            be evaluated that the search then does not need.
 
     Returns:
         The best coefficient (the smaller of equals) and every coefficient tried with its score, in the order tried.
 
-    >>> best, tried = search_scale(lambda c: -abs(c - 0.8), ScaleSearch())
+    >>> best, tried = search_scale(lambda some: [-abs(c - 0.8) for c in some], ScaleSearch())
     >>> best, len(tried)
     (0.75, 10)
     """
     tried: dict[float, float] = {}
 
-    def score(coefficient: float) -> float:
-        if coefficient not in tried:
-            tried[coefficient] = evaluate(coefficient)
-        return tried[coefficient]
+    def scored(coefficients: Sequence[float]) -> Iterator[tuple[float, float]]:
+        for start in range(0, len(coefficients), at_once):
+            part = coefficients[start : start + at_once]
+            yield from zip(part, evaluate(part), strict=True)
 
     def best() -> float:
         return max(sorted(tried), key=lambda coefficient: tried[coefficient])
 
     fallen = 0
-    for coefficient in search.doubled():
-        fallen = fallen + 1 if score(coefficient) < tried[best()] else 0
+    for coefficient, score in scored(search.doubled()):
+        tried[coefficient] = score
+        fallen = fallen + 1 if score < tried[best()] else 0
         if fallen == 2:
             break
     for _ in range(search.halvings):
         center = best()
         below = max((c for c in tried if c < center), default=search.low)
         above = min((c for c in tried if c > center), default=center)
-        for coefficient in ((below + center) / 2, (center + above) / 2):
-            score(coefficient)
+        between = dict.fromkeys([(below + center) / 2, (center + above) / 2])
+        tried.update(scored([coefficient for coefficient in between if coefficient not in tried]))
     return best(), tried

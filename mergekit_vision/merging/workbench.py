@@ -1,6 +1,6 @@
 """Runs mergers on one encoder: the bridge between weights, images and the contract."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,14 @@ class Workbench:
         base: the backbone's weights.
         text: what the backbone holds besides its vision tower.
         curves: what coefficient searches found, by the content of what they scaled.
+        own: split -> task -> accuracy of the task's own expert, of those that were asked for.
     """
 
     evaluator: Evaluator
     base: Weights
     text: Weights = field(default_factory=dict)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    own: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, data: VisionTasks, runtime: Runtime, merged: Path | None = None) -> "Workbench":
@@ -56,6 +58,13 @@ class Workbench:
         own = base if merged is None else BackboneWeights(describe_backbone(suite.backbone, suite.pretrained))
         evaluator = Evaluator(encoder, LazyHeads(build), data, backbone, runtime, own)
         return cls(evaluator, base, text_weights(clip))
+
+    def own_accuracies(self, tasks: Sequence[str], split: str) -> dict[str, float]:
+        """Task -> accuracy of its own expert; measured, or looked up, once."""
+        known = self.own.setdefault(split, {})
+        for task in track([task for task in tasks if task not in known], f"experts' own accuracy on {split}"):
+            known[task] = self.evaluator.expert_accuracy(task, split)
+        return {task: known[task] for task in tasks}
 
     def on(self, data: VisionTasks) -> "Workbench":
         """The same encoder and backbone on a variant of the data; what is found of a model counts for both."""

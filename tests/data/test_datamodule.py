@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from mergekit_vision.data.checks import Needs
 from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.data.pixel_cache import PixelCache
 from mergekit_vision.data.proxies import Proxies
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.folder import FlatFolder
@@ -198,6 +199,23 @@ def test_the_cache_is_shared_by_the_processes_of_a_machine(tiny_suite: Path, mon
     assert data.loader("grays", "test").cache.limit == (1 << 20) // 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert VisionTasks(str(tiny_suite), cache_mb=1).loader("grays", "test").cache.limit == (1 << 20) // 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_says_beforehand_what_will_stay_decoded(tiny_suite: Path, world: int) -> None:
+    data = VisionTasks(str(tiny_suite))
+    data.trainer = process(world=world, rank=world - 1, devices=1)
+    tasks = data.task_names
+    assert data.stays_decoded(tasks, "val")
+    for task in tasks:
+        list(data.loader(task, "val"))
+    needed = data._cache.used
+    for limit, fits in ((needed, True), (needed - 1, False)):
+        data._cache = PixelCache(limit)
+        assert data.stays_decoded(tasks, "val") is fits
+        list(data.loader(tasks[0], "val"))
+        assert data.stays_decoded(tasks[:1], "val"), "it is there"
+        assert data.stays_decoded(tasks, "val") is fits
 
 
 def test_zoo_loads(zoo: Path) -> None:

@@ -1,11 +1,15 @@
 """The choice of the scaling coefficient, on the tiny suite."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import TASKS
 
+from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.data.loader import PixelLoader
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merged, merged_weights
@@ -28,14 +32,14 @@ def merged(bench: Workbench) -> Merged:
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Filled with the task of every evaluation."""
     tasks: list[str] = []
-    accuracy = Evaluator.accuracy
+    accuracies = Evaluator.accuracies
 
-    def counting(self: Evaluator, task: str, split: str) -> float:
+    def counting(self: Evaluator, models: Sequence[Evaluator], task: str, split: str) -> list[float]:
         assert split == "val"
         tasks.append(task)
-        return accuracy(self, task, split)
+        return accuracies(self, models, task, split)
 
-    monkeypatch.setattr(Evaluator, "accuracy", counting)
+    monkeypatch.setattr(Evaluator, "accuracies", counting)
     return tasks
 
 
@@ -128,6 +132,36 @@ def test_a_coefficient_that_changes_nothing_is_not_searched(
         used(unscalable)
     assert caplog.records == []
     assert evaluated == []
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_where_images_do_not_stay_decoded_two_coefficients_share_a_pass(
+    bench: Workbench, merged: Merged, tiny_suite: Path, routed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if routed:
+        merged = replace(merged, routed=bench.merge(SMILE(rank=4), bench.evaluator.data.suite.experts).routed)
+    search = ScaleSearch(halvings=1)
+    curve = search_coefficient(bench, merged, search, OWN)
+    forgetful = Workbench.open(VisionTasks(str(tiny_suite), cache_mb=0), bench.evaluator.runtime)
+    passes: list[PixelLoader] = []
+    decoded = PixelLoader._decoded
+    monkeypatch.setattr(PixelLoader, "_decoded", lambda self: passes.append(self) or decoded(self))
+    assert search_coefficient(forgetful, merged, search, OWN) == curve
+    assert len(TASKS) <= len(passes) <= len(TASKS) * (len(curve) + 2) / 2
+    assert all(torch.equal(value, bench.base[key]) for key, value in forgetful.evaluator.encoder.weights().items())
+
+
+def test_experts_are_asked_for_their_own_accuracy_once(bench: Workbench, merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    accuracy = Evaluator.expert_accuracy
+    monkeypatch.setattr(
+        Evaluator, "expert_accuracy", lambda self, task, split: asked.append((task, split)) or accuracy(self, task, split)
+    )
+    first, second = choice(bench, "search"), choice(bench.on(bench.evaluator.data), "search", ScaleSearch(high=0.5, halvings=0))
+    first(merged)
+    second(merged)
+    assert first.curve != second.curve
+    assert asked == [(task, "val") for task in TASKS]
 
 
 def test_an_expert_that_knows_nothing_is_named(bench: Workbench, merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:
