@@ -139,35 +139,47 @@ class RoutedLinear(nn.Module):
         if choice is None:
             return y
         eager = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the host may look at the choice
-        if choice.experts.shape[1] == 1 and choice.experts.shape[2] < len(self.down):
-            y = self._by_image(y, x, choice, eager)
-        elif eager:
-            y = self._grouped(y, x, choice)
+        by_image = choice.experts.shape[1] == 1 and choice.experts.shape[2] < len(self.down)
+        if eager and not by_image:
+            return self._grouped(y, x, choice)
+        if by_image:
+            y = self._one_by_one(y, x, choice) if eager else self._gathered(y, x, choice)
         else:
             y = self._masked(y, x, choice)
         return y if self.shift is None else y + choice.dense(len(self.down)).to(y.dtype) @ self.shift.to(y.dtype)
 
-    def _by_image(self, y: Tensor, x: Tensor, choice: Choice, eager: bool) -> Tensor:
-        """Each image multiplies with its own experts' factors: with a copy of them, or one image after the other."""
+    def _one_by_one(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
+        """Each image multiplies with its own experts' factors where they lie. Not for a graph or an accelerator."""
+        rows, down, up, weight = x.to(y.dtype), self.down.to(y.dtype), self.up.to(y.dtype), choice.weight.to(y.dtype)
+        for image, chosen in enumerate(choice.experts[:, 0].tolist()):
+            for position, expert in enumerate(chosen):
+                codes = rows[image] @ down[expert].T
+                y[image].addmm_(codes if len(chosen) == 1 else codes * weight[image, 0, position], up[expert])
+        return y
+
+    def _gathered(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
+        """Each image multiplies with a copy of its own experts' factors."""
         index, up = choice.experts[:, 0], self.up.to(y.dtype)
         down = self.down.to(y.dtype)[index]  # [N, K, r, d_in]
         codes = torch.bmm(x.to(y.dtype), down.flatten(1, 2).transpose(1, 2)).view(*x.shape[:2], *down.shape[1:3])
         if index.shape[1] > 1:
             codes = codes * choice.weight.to(y.dtype).unsqueeze(-1)
-        if not eager:
-            return y.baddbmm_(codes.flatten(2), up[index].flatten(1, 2))
-        for image, chosen in enumerate(index.tolist()):
-            for position, expert in enumerate(chosen):
-                y[image].addmm_(codes[image, :, position], up[expert])
-        return y
+        return y.baddbmm_(codes.flatten(2), up[index].flatten(1, 2))
 
     def _grouped(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
-        """Each expert runs once, on the tokens that chose it. Needs to know how many: not for a graph or an accelerator."""
+        """Each expert runs once, with its bias, on the tokens that chose it: how many is not for a graph or accelerator."""
         weight = choice.dense(len(self.down)).to(y.dtype).expand(-1, x.shape[1], -1).flatten(0, 1)
         rows, out = x.to(y.dtype).flatten(0, 1), y.view(-1, y.shape[-1])
+        shift = None if self.shift is None else self.shift.to(y.dtype)
         for expert, (down, up) in enumerate(zip(self.down.to(y.dtype), self.up.to(y.dtype), strict=True)):
             chosen = weight[:, expert].nonzero().squeeze(1)
-            out.index_add_(0, chosen, (rows[chosen] @ down.T * weight[chosen, expert, None]) @ up)
+            codes, share = rows[chosen] @ down.T, weight[chosen, expert, None]
+            if shift is None:
+                added = codes * share @ up
+            else:  # a pass over the output less than for the biases by themselves
+                added = torch.addmm(shift[expert], codes, up)
+                added = added if choice.experts.shape[2] == 1 else added.mul_(share)
+            out.index_add_(0, chosen, added)
         return y
 
     def _masked(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:

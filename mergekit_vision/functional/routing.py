@@ -55,11 +55,11 @@ def pool_tokens(x: Tensor, pooling: Sequence[Pooling] = ("mean",), axes: Axes | 
     mean = x.mean(1)
     parts = {"mean": mean, "first": x[:, 0]}
     if "deviation" in pooling:  # torch.var is many times slower over this dimension on the CPU
-        parts["deviation"] = (x - mean.unsqueeze(1)).square().mean(1).sqrt()
+        parts["deviation"] = (x - mean.unsqueeze(1)).square_().mean(1).sqrt()
     if "covariance" in pooling:
         if axes is None:
             raise ValueError("the tokens' covariance is taken along axes; give them")
-        parts["covariance"] = _covariance(x @ axes.basis - axes.offset)
+        parts["covariance"] = _covariance((x @ axes.basis).sub_(axes.offset))
     return torch.cat([parts[part] for part in pooling], dim=-1)
 
 
