@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning
 import numpy as np
@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 
 from benchmarks.experts import label, prepare
 from benchmarks.machine import write
+from benchmarks.meter import Cost
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import describe_backbone
@@ -43,22 +44,6 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "lay
 CLASSES = 10
 SAME = ("model", "tasks", "images", "batch", "precision", "variant")  # a later run's row replaces one with the same
 Row = dict[str, Any]
-
-
-class Cost(NamedTuple):
-    """Seconds on the wall and of this process's processors; of a moment, or between two."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> "Cost":
-        """This moment."""
-        return cls(time.perf_counter(), time.process_time())
-
-    def since(self, start: "Cost") -> "Cost":
-        """From ``start`` to this moment."""
-        return Cost(self.wall - start.wall, self.cpu - start.cpu)
 
 
 Outcome = tuple[Cost, dict[str, float]]
@@ -93,7 +78,7 @@ def suite(place: Path, model: str, tasks: int, images: int) -> Path:
         "tasks": {
             f"task-{task}": {
                 "expert": files.experts[task].name,
-                "data": {"test": {"folder": str(_photos(root / f"photos-{images}" / str(task), images, task).relative_to(root))}},
+                "data": {"test": {"folder": str(photos(root / f"photos-{images}" / str(task), images, task).relative_to(root))}},
                 "templates": ["a photo of a {}."],
             }
             for task in range(tasks)
@@ -113,7 +98,7 @@ def _save_backbone(place: Path, model: str, vision: Path) -> None:
     save_safetensors(place / "open_clip_model.safetensors", {**clip.state_dict(), **load_file(vision)})
 
 
-def _photos(place: Path, images: int, seed: int) -> Path:
+def photos(place: Path, images: int, seed: int) -> Path:
     """A folder of smooth random JPEG files of 500 x 375 pixels, which cost about what photographs do."""
     random = np.random.RandomState(seed)
     for number in range(images):

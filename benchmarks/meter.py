@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,22 @@ def available_gib() -> float:
     """Memory that new processes can have without swapping (Linux)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+
+
+class Cost(NamedTuple):
+    """Seconds on the wall and of this process's processors; of a moment, or between two."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> "Cost":
+        """This moment."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: "Cost") -> "Cost":
+        """From ``start`` to this moment."""
+        return Cost(self.wall - start.wall, self.cpu - start.cpu)
 
 
 class Stopwatch:

@@ -4,7 +4,8 @@
     python -m benchmarks.routing --models ViT-B-32 --batches 32 --device cuda --compile
 
 Weights are random; the cost does not depend on them. All variants of a case take turns, round by round, so that a slow moment of
-the machine falls on all of them; a ratio is the median over rounds of (variant / plain encoder) within a round.
+the machine falls on all of them; a ratio is the median over rounds of (variant / plain encoder) within a round. On a busy machine
+the ratio of processor times, at one thread, tells more: it counts this process alone.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import write
+from benchmarks.meter import Cost
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.functional.routing import Axes, pool_tokens
 from mergekit_vision.merger import linears_of_kind
@@ -77,13 +79,13 @@ def added_megabytes(encoder: VisionEncoder) -> float:
     return sum(buffer.numel() * buffer.element_size() for buffer in encoder.buffers()) / 2**20
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    start = time.perf_counter()
+def cost(run: Callable[[], Any], device: torch.device) -> Cost:
+    """Time of one call, the device's work included."""
+    start = Cost.now()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return Cost.now().since(start)
 
 
 @torch.inference_mode()
@@ -99,25 +101,25 @@ def measure(plain: VisionEncoder, tasks: int, images: Tensor, budget: float, com
     plain_mb = sum(parameter.numel() * parameter.element_size() for parameter in plain.parameters()) / 2**20
     runs[f"all {tasks} experts"] = lambda: [runs["plain encoder"]() for _ in range(tasks)]
     added[f"all {tasks} experts"] = (tasks - 1) * plain_mb
-    rounds: list[dict[str, float]] = []
+    rounds: list[dict[str, Cost]] = []
     start = time.perf_counter()
     while len(rounds) < 3 or time.perf_counter() - start < budget:
         # by construction T plain passes: once is enough to show it
         turn = [name for name in runs if not (rounds and name.startswith("all"))]
-        rounds.append({name: seconds(runs[name], images.device) for name in turn})
+        rounds.append({name: cost(runs[name], images.device) for name in turn})
     rows = []
     for name in runs:
-        ratios = [took[name] / took["plain encoder"] for took in rounds if name in took]
-        best = min(took[name] for took in rounds if name in took)
+        pairs = [(took[name], took["plain encoder"]) for took in rounds if name in took]
         rows.append(
             {
                 "tasks": tasks,
                 "batch": len(images),
                 "variant": name,
-                "images_per_second": round(len(images) / best, 2),
-                "time_ratio": round(median(ratios), 3),
+                "images_per_second": round(len(images) / min(cost.wall for cost, _ in pairs), 2),
+                "time_ratio": round(median(cost.wall / plain.wall for cost, plain in pairs), 3),
+                "cpu_ratio": round(median(cost.cpu / plain.cpu for cost, plain in pairs), 3),
                 "added_MiB": round(added[name], 1),
-                "rounds": len(ratios),
+                "rounds": len(pairs),
             }
         )
     return rows
@@ -125,9 +127,9 @@ def measure(plain: VisionEncoder, tasks: int, images: Tensor, budget: float, com
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    table = Table("model", "T", "batch", "variant", "images/s", "time / plain", "adds MiB")
+    table = Table("model", "T", "batch", "variant", "images/s", "time / plain", "by CPU time", "adds MiB")
     for row in rows:
-        names = ("model", "tasks", "batch", "variant", "images_per_second", "time_ratio", "added_MiB")
+        names = ("model", "tasks", "batch", "variant", "images_per_second", "time_ratio", "cpu_ratio", "added_MiB")
         table.add_row(*(str(row[name]) for name in names))
     Console().print(table)
 

@@ -142,6 +142,24 @@ def test_evaluation_refuses_sides_that_disagree(
     assert not (tmp_path / "results").exists()
 
 
+def test_reading_measures_every_kind_of_file_and_refuses_images_that_differ(
+    evaluation: ModuleType, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = importlib.import_module("benchmarks.reading")
+    command = ["--workdir", str(tmp_path), "--model", model, "--images", "6", "--batch", "4", "--rounds", "1"]
+    reading.main(command)
+    *rows, forward = json.loads((tmp_path / "results" / "reading-cpu.json").read_text())["rows"]
+    assert [row["images"] for row in (*rows, forward)] == [6] * 7
+    assert all(row["images_per_cpu_second"] > 0 and 0 < row["share"] < 1 for row in rows)
+    assert [row["cpu_ratio"] for row in rows if "bare loop" in row["variant"]] == [1, 1]
+    assert "share" not in forward
+    ours = reading.ours
+    other = {"folder": str(reading.photos(tmp_path / "other", 6, seed=1))}
+    monkeypatch.setattr(reading, "ours", lambda config, *rest: ours(other, *rest) if "parquet" in config else ours(config, *rest))
+    with pytest.raises(RuntimeError, match="PNG in Parquet and the bare loop disagree"):
+        reading.main(command)
+
+
 @pytest.mark.slow
 def test_dynamic_models_beside_their_adapters(tiny_suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
