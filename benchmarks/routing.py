@@ -115,9 +115,9 @@ def measure(plain: VisionEncoder, tasks: int, images: Tensor, budget: float, com
                 "tasks": tasks,
                 "batch": len(images),
                 "variant": name,
-                "images_per_second": round(len(images) / min(cost.wall for cost, _ in pairs), 2),
-                "time_ratio": round(median(cost.wall / plain.wall for cost, plain in pairs), 3),
-                "cpu_ratio": round(median(cost.cpu / plain.cpu for cost, plain in pairs), 3),
+                "images_per_second": round(len(images) / min(own.wall for own, _ in pairs), 2),
+                "time_ratio": round(median(own.wall / base.wall for own, base in pairs), 3),
+                "cpu_ratio": round(median(own.cpu / base.cpu for own, base in pairs), 3),
                 "added_MiB": round(added[name], 1),
                 "rounds": len(pairs),
             }
