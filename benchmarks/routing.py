@@ -134,7 +134,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write ``benchmarks/results/routing-DEVICE.json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-B-16"], help="open_clip names; their shapes are used")
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="time of one case, three rounds at least")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, rows = torch.device(options.device), []
     for model in options.models:

@@ -160,6 +160,15 @@ def test_reading_measures_every_kind_of_file_and_refuses_images_that_differ(
         reading.main(command)
 
 
+def test_dynamic_encoders_take_turns_with_the_plain_one(evaluation: ModuleType, model: str, tmp_path: Path) -> None:
+    routing = importlib.import_module("benchmarks.routing")
+    routing.main(["--models", model, "--tasks", "3", "--batches", "2", "--seconds", "0"])
+    plain, *rows = json.loads((tmp_path / "results" / "routing-cpu.json").read_text())["rows"]
+    assert (plain["variant"], plain["time_ratio"], plain["cpu_ratio"], plain["added_MiB"]) == ("plain encoder", 1, 1, 0)
+    assert [row["variant"] for row in rows] == [*routing.VARIANTS, "all 3 experts"]
+    assert all(row["cpu_ratio"] > 0 and row["added_MiB"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_dynamic_models_beside_their_adapters(tiny_suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
