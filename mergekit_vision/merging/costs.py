@@ -89,6 +89,10 @@ def _smile(x: Matrix) -> Work:
     return times(svd(x.rows, x.columns, 32), x.tasks)
 
 
+def _compressed(x: Matrix) -> Work:
+    return times(svd(x.rows, x.columns, x.side // x.tasks), x.tasks)
+
+
 def _truncated(x: Matrix, share: float) -> Work:
     k = max(1, round(share * x.side))
     return times(svd(x.rows, x.columns, x.side) + product(x.rows, k, x.columns), x.tasks)
@@ -215,6 +219,9 @@ METHODS: Mapping[str, Method] = {
     "ESMPP": Method(_routed, kinds=(0, 2), outside=False, forwards=1.0, base="ESM", scaled=False, routing=0.13),
     "ESMPPBayes": Method(_routed_by_moments, kinds=(0, 2), outside=False, forwards=3.0, base="ESM", scaled=False, routing=0.4),
     "SMILE": Method(_smile, outside=False, scaled=False, routing=0.52),
+    "EMR": Method(passes=2.2, visits=1.5, scaled=False),
+    "TALLMasks": Method(passes=1.7, visits=1.5, scaled=False),
+    "TSVC": Method(_compressed, scaled=False),
 }
 """The package's own methods, with their default parameters."""
 
