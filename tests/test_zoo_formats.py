@@ -41,7 +41,7 @@ def huggingface(weights: Weights, base: Weights, place: Path) -> Path:
         "num_attention_heads": 3,
         "projection_dim": 192,
     }
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=32, patch_size=8))
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=32, patch_size=8, hidden_act="gelu"))
     tower: Any = model.vision_model
     found = {key.removeprefix("visual."): value for key, value in weights.items()}
     pairs = [
