@@ -1,6 +1,6 @@
 """ESM++: a merged base plus low-rank experts, one chosen per image in every routed layer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import ShiftStatistic
 from mergekit_vision.functional.linalg import pad_rank, top_svd
-from mergekit_vision.functional.routing import Axes, Pooling, calibrate, discriminant, pool_tokens, principal_axes, subspaces
+from mergekit_vision.functional.routing import Axes, PooledTokens, Pooling, calibrate, discriminant, principal_axes, subspaces
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import (
     DataNeeds,
@@ -27,7 +27,17 @@ from mergekit_vision.merger import (
     settled,
     static_base,
 )
-from mergekit_vision.routers import CosineRouter, Evidence, HeldRouter, LinearRouter, LowRankExperts, Router, SubspaceRouter
+from mergekit_vision.routers import (
+    CosineRouter,
+    Evidence,
+    HeldRouter,
+    LinearRouter,
+    LowRankExperts,
+    Router,
+    SubspaceRouter,
+    check_held_layer,
+    decided_ahead,
+)
 
 Rule = Literal["cosine", "centered", "discriminant", "mass", "sim"]
 Statistics = Literal["experts", "base", "routed"]
@@ -169,7 +179,7 @@ class ESMPP(Merger):
                 )
                 for linear in linears
             }
-            pools = {name: _Pool(self.pooling, axes.get(name), shifts[name]) for name in names}
+            pools = {name: PooledTokens(self.pooling, axes.get(name), shifts[name]) for name in names}
             inputs.observe(task, pools)
             factors = in_threads(lambda name: self._factors(shifts.pop(name)), names)
             return {name: (*factor, pools[name].features) for name, factor in zip(names, factors, strict=True)}
@@ -189,7 +199,7 @@ class ESMPP(Merger):
         """Pooled inputs of the merged ``model``."""
 
         def pooled(task: str) -> dict[str, Tensor]:
-            pools = {name: _Pool(self.pooling, axes.get(name)) for name in names}
+            pools = {name: PooledTokens(self.pooling, axes.get(name)) for name in names}
             inputs.observe(task, pools, model)
             return {name: pool.features for name, pool in pools.items()}
 
@@ -226,12 +236,9 @@ class ESMPP(Merger):
         if self.decision == "branch":
             branches = [None, *((linear.block, linear.kind in ("in_proj", "out_proj")) for linear in linears)]
             return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
-        if self.held_layer is not None and self.held_layer >= len(linears):
-            raise InputError(
-                f"{type(self).__name__}: held_layer is {self.held_layer}, but there are {len(linears)} routed layers, from 0 on"
-            )
+        check_held_layer(self, self.held_layer, len(linears))
         if self.decision == "once":
-            return ["ahead" if self.held_layer in (None, at) else "hold" for at in range(len(linears))]
+            return decided_ahead(self.held_layer, len(linears))
         first = self.held_layer or 0
         return ["own" if at < first else "start" if at == first else "hold" for at in range(len(linears))]
 
@@ -296,23 +303,6 @@ def _routed(
         router = HeldRouter(len(up), deciding.top_k, deciding.temperature) if use == "hold" else deciding
         routed[name] = LowRankExperts(up, down, router, evidence=use)
     return routed
-
-
-class _Pool:
-    """Observer that keeps the pooled tokens of each image, and passes the input on."""
-
-    def __init__(self, pooling: Sequence[Pooling], axes: Axes | None, then: Callable[[Tensor], None] | None = None) -> None:
-        self._pooling, self._axes, self._then = pooling, axes, then
-        self._batches: list[Tensor] = []
-
-    def __call__(self, x: Tensor) -> None:
-        self._batches.append(pool_tokens(x, self._pooling, self._axes))
-        if self._then is not None:
-            self._then(x)
-
-    @property
-    def features(self) -> Tensor:
-        return torch.cat(self._batches)
 
 
 class _Moments:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import pad_rank, top_svd
-from mergekit_vision.functional.routing import Subspaces, pool_tokens, subspaces
+from mergekit_vision.functional.routing import PooledTokens, Subspaces, subspaces
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import (
     LinearInfo,
@@ -18,11 +18,19 @@ from mergekit_vision.merger import (
     MergeInputs,
     Merger,
     ModelKind,
-    Observer,
     check_options,
     linears_of_kind,
 )
-from mergekit_vision.routers import Evidence, HeldRouter, LowRankExperts, ProjectionRouter, Router, SubspaceRouter
+from mergekit_vision.routers import (
+    Evidence,
+    HeldRouter,
+    LowRankExperts,
+    ProjectionRouter,
+    Router,
+    SubspaceRouter,
+    check_held_layer,
+    decided_ahead,
+)
 
 Rule = Literal["projection", "mass", "sim"]
 Decision = Literal["layer", "once"]
@@ -109,17 +117,16 @@ class SMILE(Merger):
         """How each layer comes to its decision."""
         if self.decision == "layer":
             return ["own"] * layers
-        if self.held_layer is not None and not 0 <= self.held_layer < layers:
-            raise InputError(f"SMILE: held_layer is {self.held_layer}, but there are {layers} routed layers, from 0 on")
-        return ["ahead" if self.held_layer in (None, at) else "hold" for at in range(layers)]
+        check_held_layer(self, self.held_layer, layers)
+        return decided_ahead(self.held_layer, layers)
 
     def _subspaces(self, inputs: MergeInputs, names: list[str], model: Merged) -> dict[str, Subspaces]:
         """Of the class tokens that enter layers of the unrouted ``model``, each task's."""
 
         def tokens(task: str) -> dict[str, Tensor]:
-            seen: dict[str, list[Tensor]] = {name: [] for name in names}
-            inputs.observe(task, {name: _keeping(batches) for name, batches in seen.items()}, model)
-            return {name: torch.cat(batches) for name, batches in seen.items()}
+            seen = {name: PooledTokens(("first",)) for name in names}
+            inputs.observe(task, seen, model)
+            return {name: tokens.features for name, tokens in seen.items()}
 
         found = list(inputs.spread(tokens, inputs.tasks, "routing").values())
         return {name: subspaces([task[name] for task in found], self.gate_rank) for name in names}
@@ -139,8 +146,3 @@ class SMILE(Merger):
     ) -> LowRankExperts:
         shift = None if linear.bias is None else inputs.deltas(linear.bias)
         return LowRankExperts(up, down, router, shift, evidence)
-
-
-def _keeping(batches: list[Tensor]) -> Observer:
-    """Observer that keeps the class tokens."""
-    return lambda x: batches.append(pool_tokens(x, ("first",)))

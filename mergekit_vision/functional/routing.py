@@ -1,7 +1,7 @@
 """Statistics of a router that sends each image to one expert."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -68,6 +68,33 @@ def _covariance(z: Tensor) -> Tensor:
     row, column = torch.triu_indices(z.shape[2], z.shape[2], device=z.device)
     moment = (z.transpose(1, 2) @ z / z.shape[1])[:, row, column]
     return moment / (moment.abs() + 0.01).sqrt()  # a plain root would blow rounding errors up near 0
+
+
+class PooledTokens:
+    """Observer of a layer's inputs that keeps the features of each image, and passes the input on.
+
+    Args:
+        pooling: the features, as for :func:`pool_tokens`.
+        axes: as for :func:`pool_tokens`.
+        then: gets the input after it.
+    """
+
+    def __init__(
+        self, pooling: Sequence[Pooling], axes: Axes | None = None, then: Callable[[Tensor], None] | None = None
+    ) -> None:
+        self._pooling, self._axes, self._then = pooling, axes, then
+        self._batches: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        """Pool the tokens ``x [N, L, d]``."""
+        self._batches.append(pool_tokens(x, self._pooling, self._axes))
+        if self._then is not None:
+            self._then(x)
+
+    @property
+    def features(self) -> Tensor:
+        """Those of all images so far, ``[n, f]``."""
+        return torch.cat(self._batches)
 
 
 class Subspaces(NamedTuple):

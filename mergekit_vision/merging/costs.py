@@ -23,9 +23,14 @@ _WIDTH = 768
 """Of the encoder for which :attr:`Method.routing` holds."""
 
 
+def _leading(x: Matrix, k: int) -> Work:
+    """The leading singular triplets of each task vector."""
+    return times(svd(x.rows, x.columns, k), x.tasks)
+
+
 def _tsvm(x: Matrix) -> Work:
     k = x.side // x.tasks
-    return times(svd(x.rows, x.columns, k), x.tasks) + polar_product(x.rows, k * x.tasks, x.columns, single=False)
+    return _leading(x, k) + polar_product(x.rows, k * x.tasks, x.columns, single=False)
 
 
 def _essential(x: Matrix) -> Work:
@@ -62,7 +67,7 @@ def _iso_cts(x: Matrix) -> Work:
 
 def _cart(x: Matrix) -> Work:
     k = max(1, int(0.08 * x.side))
-    return times(svd(x.rows, x.columns, k), x.tasks) + product(x.rows, k * x.tasks, x.columns)
+    return _leading(x, k) + product(x.rows, k * x.tasks, x.columns)
 
 
 def _dc(x: Matrix) -> Work:
@@ -83,14 +88,6 @@ def _opcm(x: Matrix) -> Work:
 def _swudi(x: Matrix) -> Work:
     each = gram(x.rows, x.columns) + product(x.rows, x.columns, x.columns) + Work({"calls": 8, "bytes": 24 * x.columns**2})
     return times(each, x.tasks) + eigh(x.columns) + times(product(x.rows, x.columns, x.columns), 3)
-
-
-def _smile(x: Matrix) -> Work:
-    return times(svd(x.rows, x.columns, 32), x.tasks)
-
-
-def _compressed(x: Matrix) -> Work:
-    return times(svd(x.rows, x.columns, x.side // x.tasks), x.tasks)
 
 
 def _truncated(x: Matrix, share: float) -> Work:
@@ -218,10 +215,10 @@ METHODS: Mapping[str, Method] = {
     "ESM": Method(_essential, kinds=(0, 2, 3), others=_tsvm, passes=2.0, forwards=1.0),
     "ESMPP": Method(_routed, kinds=(0, 2), outside=False, forwards=1.0, base="ESM", scaled=False, routing=0.13),
     "ESMPPBayes": Method(_routed_by_moments, kinds=(0, 2), outside=False, forwards=3.0, base="ESM", scaled=False, routing=0.4),
-    "SMILE": Method(_smile, outside=False, scaled=False, routing=0.52),
+    "SMILE": Method(lambda x: _leading(x, 32), outside=False, scaled=False, routing=0.52),
     "EMR": Method(passes=2.2, visits=1.5, scaled=False),
     "TALLMasks": Method(passes=1.7, visits=1.5, scaled=False),
-    "TSVC": Method(_compressed, scaled=False),
+    "TSVC": Method(lambda x: _leading(x, x.side // x.tasks), scaled=False),
 }
 """The package's own methods, with their default parameters."""
 
