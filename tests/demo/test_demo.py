@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from mergekit_vision import demo
 from mergekit_vision.checkpoints import open_weights
 from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.demo import pretraining, train
 from mergekit_vision.demo import tasks as demo_tasks
-from mergekit_vision.demo import train
 from mergekit_vision.demo.captions import HARDEST, captioned
 from mergekit_vision.demo.concepts import CONCEPTS
 from mergekit_vision.demo.drawing import COLORS, Canvas, ring
+from mergekit_vision.demo.optimizing import Recipe, optimize
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip
 from mergekit_vision.encoders.heads import zero_shot_head
 from mergekit_vision.encoders.vision import VisionEncoder
@@ -236,10 +237,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A suite made by the script itself, with a smaller model and a few steps."""
     place = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
-        model = {**train.CONFIG["model_cfg"], **TINY}
-        patch.setitem(train.CONFIG, "model_cfg", {**model, "text_cfg": {**model["text_cfg"], "width": 8, "layers": 1}})
-        recipe = train.Recipe(images=64, epochs=2, rate=1e-3, batch=32)
-        train.build(place, 0, recipe, dataclasses.replace(recipe, images=32, epochs=1))
+        model = {**pretraining.CONFIG["model_cfg"], **TINY}
+        patch.setitem(pretraining.CONFIG, "model_cfg", {**model, "text_cfg": {**model["text_cfg"], "width": 8, "layers": 1}})
+        recipe, captions = Recipe(images=32, epochs=2, rate=1e-3, batch=32), pretraining.Captions(images=64, batch=16, weight=0.1)
+        train.build(place, 0, recipe, captions, dataclasses.replace(recipe, epochs=1))
     return place
 
 
@@ -274,7 +275,7 @@ def test_optimize_goes_through_every_image_in_every_epoch_and_learns() -> None:
         return F.mse_loss(model(images[batch]), images[batch] @ target.T)
 
     start = float(F.mse_loss(model(images), images @ target.T).detach())
-    train.optimize(model, loss, 40, train.Recipe(images=40, epochs=30, rate=0.1, batch=16, decay=0.0), "a test")
+    optimize(model, loss, 40, Recipe(images=40, epochs=30, rate=0.1, batch=16, decay=0.0), "a test")
     assert [len(batch) for batch in seen[:3]] == [16, 16, 8]
     assert all(sorted(torch.cat(seen[first:end]).tolist()) == list(range(40)) for first, end in pairwise(range(0, 91, 3)))
     assert float(F.mse_loss(model(images), images @ target.T).detach()) < 0.05 * start
