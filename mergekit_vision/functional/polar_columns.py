@@ -6,6 +6,8 @@ columns has ten thousand and more. But few of its singular values are small, and
 values at all: the smallest are found by inverse iteration on the matrix itself and raised to the size of the next.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,9 +116,12 @@ def _smallest(M: Tensor, high: float) -> _Smallest | None:
     if failed:
         return None
     V = torch.randn(n, 2 * most, generator=torch.Generator().manual_seed(0)).to(M)
-    for _ in range(ITERATIONS):
+    for _ in range(ITERATIONS - 1):
         U = torch.linalg.qr(torch.linalg.lu_solve(LU, pivots, V, adjoint=True)).Q
-        V, R = torch.linalg.qr(torch.linalg.lu_solve(LU, pivots, U))
+        V = torch.linalg.qr(torch.linalg.lu_solve(LU, pivots, U)).Q
+    exact = M.double()  # for the last step: how far its solutions are rounded, the vectors are off
+    U = torch.linalg.qr(_refined(exact.T, V, partial(torch.linalg.lu_solve, LU, pivots, adjoint=True))).Q
+    V, R = torch.linalg.qr(_refined(exact, U, partial(torch.linalg.lu_solve, LU, pivots)))
     if not R.isfinite().all():
         return None
     A, inverses, Bh = torch.linalg.svd(R)
@@ -125,3 +130,9 @@ def _smallest(M: Tensor, high: float) -> _Smallest | None:
         return None
     raised = min(most, int((high > WANTED_CONDITION * S).sum()))
     return _Smallest(U @ Bh[:raised].T, S[:raised], V @ A[:, :raised], float(S[raised]))
+
+
+def _refined(A: Tensor, B: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    """The solution of ``A X = B`` with one step of iterative refinement: ``A`` in float64, ``B`` and ``solve`` in float32."""
+    X = solve(B)
+    return X + solve((B - A @ X.double()).to(B))
