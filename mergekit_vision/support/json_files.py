@@ -64,9 +64,13 @@ def readable(value: Any) -> str:
     >>> from mergekit_vision.support.json_files import readable
     >>> readable({"name": "ESM", "init_args": {"gain": 2.0, "rank": None}}), readable(["c_fc", "in_proj"])
     ('ESM(gain=2.0, rank=none)', 'c_fc, in_proj')
+    >>> readable({"folder": "photos/", "skip": 2})
+    'folder photos/, skip 2'
     """
     if isinstance(value, Mapping) and "init_args" in value:
         return f"{value['name']}({', '.join(f'{key}={readable(item)}' for key, item in value['init_args'].items())})"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {readable(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(readable(item) for item in value)
     return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))
