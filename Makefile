@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
+NO_ANSWER := "from mergekit_vision.support.hub import refusal; print(refusal('https://pypi.org/pypi/pip/json', 2.5) or '')"
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all test-launch test-kernels test-oldest lint audit style docs clean
@@ -31,14 +32,18 @@ test-kernels: .venv/ready
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/$(PYTEST)
 
+# and advisories about the installed versions, where PyPI answers
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
+	@reason="$$($(BIN)/python -c $(NO_ANSWER))"; if test -n "$$reason"; \
+	then echo "pip-audit skipped: PyPI cannot be reached ($$reason)"; \
+	else $(MAKE) --no-print-directory audit; fi
 
-# asks PyPI for advisories about the installed versions; lint needs no network
+# asks PyPI for advisories about the installed versions
 audit: .venv/ready
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --skip-editable

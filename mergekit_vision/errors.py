@@ -26,3 +26,7 @@ class FailedElsewhereError(InputError):
 
     def __init__(self) -> None:
         super().__init__("another process failed; its message says why")
+
+
+class ProcessLostError(InputError):
+    """Another process of the run was ended from outside; the message names it."""

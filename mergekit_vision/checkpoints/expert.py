@@ -9,13 +9,13 @@ from mergekit_vision.checkpoints.clip_config import activation, clip_config
 from mergekit_vision.checkpoints.clip_lora import clip_lora_adapter
 from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.hub import HubFile, commit_of, fetch_snapshot
-from mergekit_vision.checkpoints.opening import ADAPTER_CONFIG, open_container, read_object, weights_file
+from mergekit_vision.checkpoints.opening import ADAPTER_CONFIG, check_static, open_container, read_object, weights_file
 from mergekit_vision.checkpoints.peft_lora import peft_adapter
 from mergekit_vision.checkpoints.remainder import refusal, unused_names
 from mergekit_vision.checkpoints.towers import Tower, find_part, find_tower, places
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Differences, Expert
 from mergekit_vision.errors import InputError
-from mergekit_vision.support.paths import expanded
+from mergekit_vision.support.paths import expanded, is_directory, is_file
 
 Kind = Literal["auto", "weights", "delta", "lora"]
 
@@ -61,8 +61,8 @@ class ExpertSource:
 
     @property
     def missing(self) -> bool:
-        """Whether it is a file that is not there."""
-        return self.path is not None and not self.path.exists()
+        """Whether it is a file or directory that is not there."""
+        return self.path is not None and not (is_file(self.path) or is_directory(self.path))
 
     def fetch(self) -> Path:
         """The expert's file or directory on this machine, downloaded where it is not.
@@ -80,6 +80,7 @@ def open_expert(source: ExpertSource) -> Expert:
         InputError: when there is none, or it is not one of a CLIP vision tower; the message has the reason and the remedy.
     """
     place = source.fetch()
+    check_static(place)
     container = open_container(weights_file(place))
     tower = find_tower(container, source.key, source.ema)
     if tower is None and source.kind == "delta":  # what is missing in it was not changed, be it the patch embedding

@@ -12,11 +12,15 @@ from mergekit_vision.checkpoints.torch_file import JOINED, LegacyTorchFile, Torc
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import closest_file
 from mergekit_vision.support.json_files import read_json
+from mergekit_vision.support.paths import is_file
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Usual suffixes of weights files; the content decides."""
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+ROUTED = ("experts.safetensors", "experts.json")
+"""Files of the routed experts in the directory of a dynamic merged model."""
 
 _INDEX = ".index.json"  # end of the name of a file that says which other file holds which tensors
 
@@ -97,6 +101,16 @@ def weights_file(path: Path) -> Path:
         return found[0]
     problem = f"several files may hold the weights ({', '.join(file.name for file in found[:4])} …)" if found else "no weights"
     raise InputError(f"{path}: {problem} in this directory; name the file, or one called {' or '.join(names[:3])}")
+
+
+def check_static(path: Path) -> None:
+    """Refuse the directory of a dynamic merged model, of which the weights are only what all routes share.
+
+    Raises:
+        InputError: for such a directory.
+    """
+    if all(is_file(path / name) for name in ROUTED):
+        raise InputError(f"{path}: a dynamic merged model, of which this would be the static base alone; name a static one")
 
 
 def open_container(path: Path) -> Container:

@@ -32,6 +32,9 @@ OTHER_COMMANDS = {
 }
 """Commands that run none, and have options of their own."""
 
+_NUMBERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "PL_GLOBAL_SEED")
+_OF_TORCHRUN = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
 HELP = f"""usage: mergekit-vision COMMAND --suite SUITE.yaml [options]
 
 Merge fine-tuned CLIP vision encoders without training, and evaluate the result.
@@ -68,6 +71,18 @@ def check_command(arguments: list[str]) -> None:
     near = get_close_matches(first, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(f"{first}: not a command{hint}; the commands are {', '.join(known)}")
+
+
+def check_variables() -> None:
+    """Refuse variables of the environment that Lightning reads as numbers, some when it is imported, and that are none.
+
+    Raises:
+        InputError: for the first that is none.
+    """
+    names = _NUMBERS + (_OF_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else ())
+    for name, value in ((name, os.environ.get(name)) for name in names):
+        if value is not None and not re.fullmatch("[0-9]{1,10}", value):
+            raise InputError(f"the environment variable {name} is {value!r:.40}, but must be a whole number; correct or unset it")
 
 
 def check_suite_file(arguments: Sequence[str]) -> None:

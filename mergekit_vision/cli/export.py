@@ -1,9 +1,8 @@
 """``mergekit-vision export``: a merged model in another format."""
 
 from argparse import BooleanOptionalAction
-from pathlib import Path
 
-from mergekit_vision.cli.plain_parser import PlainParser
+from mergekit_vision.cli.plain_parser import PlainParser, place
 from mergekit_vision.export.formats import FORMATS
 
 
@@ -33,9 +32,9 @@ def parser() -> PlainParser:
         "export", "Write a merged model in another format, load it again by the format's own library, and compare the two."
     )
     formats = "; ".join(f"{name}: {form.text}" for name, form in FORMATS.items())
-    parser.add_argument("--merged", type=Path, required=True, metavar="DIR", help="directory of the merged model")
+    parser.add_argument("--merged", type=place, required=True, metavar="DIR", help="directory of the merged model")
     parser.add_argument("--to", required=True, choices=FORMATS, help=formats)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("-o", "--output", type=place, required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--device", default="cpu", help="device that a torch program is made for; cpu unless given")
     parser.add_argument("--base-only", action="store_true", help="leave out the routed experts of a dynamic model")
     parser.add_argument("--allow-code", action="store_true", help="import router classes that the model names: trust it first")

@@ -3,6 +3,7 @@
 import re
 
 from mergekit_vision.cli.plain_parser import PlainParser
+from mergekit_vision.errors import InputError
 
 
 def fetch(arguments: list[str]) -> None:
@@ -21,6 +22,8 @@ def fetch(arguments: list[str]) -> None:
     from mergekit_vision.support.console import console_output
 
     tasks = [name for word in chosen.tasks for name in re.split(r"[\[\],\s]+", word) if name]
+    if chosen.tasks and not tasks:
+        raise InputError("fetch: --tasks names none; leave it out to fetch what all tasks need")
     with console_output():
         fetch_suite(Suite.load(chosen.suite, chosen.allow_code), tasks)
 

@@ -4,10 +4,9 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_vision.cli.plain_parser import PlainParser
+from mergekit_vision.cli.plain_parser import PlainParser, place
 from mergekit_vision.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def parser() -> PlainParser:
     """The parser of the command's options."""
     parser = PlainParser("inspect", "Show what a checkpoint holds, and whether it can be an expert.")
     parser.add_argument("checkpoint", metavar="PATH_OR_ID", help="file, directory, or hf-hub:org/name[@revision][:path/in/repo]")
-    parser.add_argument("-s", "--suite", type=Path, metavar="FILE", help="suite whose backbone it is compared with")
+    parser.add_argument("-s", "--suite", type=place, metavar="FILE", help="suite whose backbone it is compared with")
     kinds = ("auto", "weights", "delta", "lora")
     parser.add_argument("--kind", choices=kinds, default="auto", help="what it holds; found out unless given, differences aside")
     parser.add_argument("--key", metavar="PREFIX", help="beginning of the tower's names, where it holds several")

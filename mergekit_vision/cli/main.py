@@ -10,15 +10,18 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from typing import TextIO, cast
 
-from mergekit_vision.cli.commands import HELP, OTHER_COMMANDS, check_command, check_suite_file
+from mergekit_vision.cli.commands import HELP, OTHER_COMMANDS, check_command, check_suite_file, check_variables
 from mergekit_vision.cli.short import shortened
 from mergekit_vision.cli.signals import Terminated, terminable
-from mergekit_vision.errors import FailedElsewhereError, InputError
+from mergekit_vision.errors import FailedElsewhereError, InputError, ProcessLostError
 from mergekit_vision.support.terminal import Output, harmless
 from mergekit_vision.version import __version__
 
 _PREFIX = {"model": "--model.", "data": "--data.", "trainer": "--trainer.", "command": "--"}
-_LINKED = {"--trainer.default_root_dir": "--output", "--data.suite": "--suite", "--base_only": "--base-only"}
+_LINKED = {
+    **{"--trainer.default_root_dir": "--output", "--data.suite": "--suite"},
+    **{f"--{name}": f"--{name.replace('_', '-')}" for name in ("base_only", "batch_size", "cache_mb")},  # of export and plan
+}
 _CALLS = {"Trainer.merge": "mergekit-vision merge -o DIR"}  # what a remedy may name in Python, on the command line
 _FUNCTIONS = {"methods": "list_methods", "suites": "list_suites"}
 """Commands that run no trainer are modules beside this one; the function of each, where it has not the command's name."""
@@ -58,6 +61,8 @@ def _status(arguments: list[str], debug: bool) -> int:
             return _run(arguments)
     except FailedElsewhereError:
         return 1
+    except ProcessLostError as error:  # what has started the processes asks the others to end then
+        return _failed(error, debug)
     except (KeyboardInterrupt, Terminated) as error:
         return _asked_to_end(isinstance(error, KeyboardInterrupt))
     except Exception as error:
@@ -112,6 +117,7 @@ def _run(arguments: list[str]) -> int:
         print(f"mergekit-vision {__version__}")
         return 0
     check_command(arguments)
+    check_variables()
     if (command := arguments[0]) in OTHER_COMMANDS:
         module = import_module(f"mergekit_vision.cli.{command}")
         getattr(module, _FUNCTIONS.get(command, command))(arguments[1:])

@@ -7,12 +7,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 
+import yaml
+
 from mergekit_vision import registry
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import closest
-from mergekit_vision.support.yaml_files import read_yaml
+from mergekit_vision.support.yaml_files import parse_yaml, read_yaml
 
 _FREE = {"help", "class_path", "init_args", "dict_kwargs"}  # the parser's own words in a path
+_PATHS = {"--suite", "--output", "--images", "--variants", "--config", "--model.merged"}
 
 
 def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
@@ -29,11 +32,23 @@ def check_options(arguments: Sequence[str], known: Collection[str]) -> None:
         if os.path.lexists(config):
             read_yaml(Path(config))
     values = dict(_pairs(arguments))
+    for option, value in values.items():
+        if value[:1] in ("{", "[", "&") and option not in _PATHS:
+            _check_value(option, value)
     if (name := values.get("--model.merger", "")) and _is_name(name):
         registry.get(name)
     for option in values:
         if option not in known and option != "--":
             _check_part(option, known, values)
+
+
+def _check_value(option: str, value: str) -> None:
+    """Refuse a list or mapping with a key twice, of which the parser takes the last, or with aliases without end."""
+    try:
+        yaml.compose(value)
+    except (yaml.YAMLError, RecursionError):
+        return  # the parser says what it must be
+    parse_yaml(value, option)
 
 
 def method_first(arguments: Sequence[str]) -> list[str]:

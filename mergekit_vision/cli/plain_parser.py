@@ -1,6 +1,7 @@
 """The parser of commands that run no trainer."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from mergekit_vision.errors import InputError
@@ -25,3 +26,14 @@ class PlainParser(argparse.ArgumentParser):
             InputError: always.
         """
         raise InputError(f"{self.command}: {message}")
+
+
+def place(text: str) -> Path:
+    """The path that an option names.
+
+    Raises:
+        ArgumentTypeError: where it is empty, which would be the working directory.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or directory")
+    return Path(text)

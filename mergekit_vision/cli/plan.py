@@ -1,10 +1,9 @@
 """``mergekit-vision plan``: what a run on a suite would do, read and take."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from mergekit_vision.cli.plain_parser import PlainParser
+from mergekit_vision.cli.plain_parser import PlainParser, place
 from mergekit_vision.suites.splits import TEST, VAL
 from mergekit_vision.support.faults import raise_faults
 
@@ -47,7 +46,7 @@ def parser() -> PlainParser:
     made = PlainParser("plan", "Show what a run on a suite would do, read and take. Nothing is downloaded.")
     made.add_argument("-s", "--suite", required=True, metavar="FILE", help="suite file, demo, or the name of a published suite")
     made.add_argument("--mergers", default="all", metavar="LIST", help="methods: '[TIES, ESM]'; all unless given")
-    made.add_argument("-o", "--output", type=Path, metavar="DIR", help="directory in which plan.json is written")
+    made.add_argument("-o", "--output", type=place, metavar="DIR", help="directory in which plan.json is written")
     made.add_argument("--proxies", type=int, default=32, metavar="N", help="proxy images a task; 32 unless given")
     made.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a batch; 128 unless given")
     made.add_argument("--cache-mb", type=int, default=2048, metavar="MIB", help="memory for decoded pixels; 2048 unless given")

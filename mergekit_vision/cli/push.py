@@ -1,9 +1,8 @@
 """``mergekit-vision push``: a merged model on the Hugging Face hub."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_vision.cli.plain_parser import PlainParser
+from mergekit_vision.cli.plain_parser import PlainParser, place
 
 if TYPE_CHECKING:
     from mergekit_vision.export.hub_push import Parcel
@@ -34,14 +33,14 @@ def push(arguments: list[str]) -> None:
 def parser() -> PlainParser:
     """The parser of the command's options."""
     parser = PlainParser("push", "Upload a merged model to the Hugging Face hub in one commit, with a model card.")
-    parser.add_argument("--merged", type=Path, required=True, metavar="DIR", help="directory of the merged model")
+    parser.add_argument("--merged", type=place, required=True, metavar="DIR", help="directory of the merged model")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository, made where it is missing")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where it is missing; main unless given")
     results = (
         "results.json that test or validate wrote of this model, for the card; DIR/results.json unless given, if it is there"
     )
-    parser.add_argument("--results", type=Path, metavar="FILE", help=results)
+    parser.add_argument("--results", type=place, metavar="FILE", help=results)
     parser.add_argument("--license", metavar="ID", help="license as the hub names it, such as apache-2.0; other unless given")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare the files with their checksums")
     parser.add_argument("--dry-run", action="store_true", help="list the files and print the card, and upload nothing")

@@ -23,7 +23,7 @@ from mergekit_vision.sources.config import is_fetched
 from mergekit_vision.sources.folder import FlatFolder
 from mergekit_vision.suites.splits import TEST, VAL
 from mergekit_vision.suites.suite import Suite
-from mergekit_vision.support.faults import closest
+from mergekit_vision.support.faults import closest, repeated
 from mergekit_vision.support.fingerprints import digest
 
 _DEFAULT_PROXIES = Proxies()
@@ -92,6 +92,8 @@ class VisionTasks(LightningDataModule):
         if unknown or not self._chosen:
             wrong = ", ".join(f"{name}{closest(name, self.suite.tasks)}" for name in unknown) or "an empty list"
             raise InputError(f"`tasks`: not in the suite: {wrong}; it has {', '.join(self.suite.tasks)}", of="data")
+        if twice := repeated(self._chosen):
+            raise InputError(f"`tasks`: {twice[0]} is named twice", of="data")
         return tuple(name for name in self.suite.tasks if name in self._chosen)
 
     def variant(self, proxies: Proxies, tasks: Sequence[str]) -> "VisionTasks":

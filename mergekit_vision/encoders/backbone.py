@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mergekit_vision.checkpoints.hub import HubFile, fetch_snapshot
-from mergekit_vision.encoders.config import CONFIG, check_size, read_config
+from mergekit_vision.encoders.config import CONFIG, check_context, check_size, read_config
 from mergekit_vision.encoders.huggingface import as_open_clip, is_huggingface
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.hub import without_retries
@@ -123,6 +123,8 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
         raise InputError(f"backbone {name}: add `pretrained:` to the suite (a tag such as `openai`, or a checkpoint file)")
     with _loading(name), nullcontext() if name.startswith("local-dir:") else without_retries():
         model: nn.Module = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+        if directory := _directory(name):
+            check_context(directory, int(getattr(model, "context_length", 0)))
     if faults := unusable(dict(model.named_parameters())):
         more = f" (and {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
         raise InputError(f"backbone {name}: {faults[0]}{more}; copy or download its weights again")
@@ -281,7 +283,7 @@ def _loading(name: str) -> Iterator[None]:
         except _UNLOADABLE as error:
             if is_spent(error):
                 raise
-            raise InputError(f"backbone {name}: {_shortened(str(error))}") from error
+            raise InputError(f"backbone {name}: {_shortened(str(error)) or _unexplained(error)}") from error
 
 
 def _shortened(message: str) -> str:
@@ -289,6 +291,11 @@ def _shortened(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     more = f" … and {len(lines) - 3} more" if len(lines) > 3 else ""
     return " ".join(lines[:3]) + more
+
+
+def _unexplained(error: Exception) -> str:
+    """What to say of an error without a text, such as open_clip's assertions."""
+    return f"open_clip cannot build it ({type(error).__name__}); see its `{CONFIG}`"
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from mergekit_vision.checkpoints.opening import open_container, weights_file
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import raise_faults
 from mergekit_vision.support.json_files import read_json
@@ -24,14 +25,20 @@ def _whole(most: int, value: Any) -> Any:
 
 _Side = Annotated[Any, AfterValidator(partial(_whole, 1 << 16))]
 _Layers = Annotated[Any, AfterValidator(partial(_whole, 1000))]
-_Three = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+_Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]
+"""Of pixels in [0, 1]; what is far from them makes infinity of an image, or nothing."""
 
 
 class _Open(Schema):
     """A mapping of which open_clip knows more keys."""
 
     model_config = ConfigDict(extra="allow")
+
+
+class _Norm(_Open):
+    eps: _Positive = 1e-5
 
 
 class _Vision(_Open):
@@ -41,6 +48,7 @@ class _Vision(_Open):
     width: _Side = 768
     head_width: _Side = 64
     mlp_ratio: _Positive = 4.0
+    norm_kwargs: _Norm | None = None
 
     @model_validator(mode="after")
     def _whole_heads(self) -> "_Vision":
@@ -57,6 +65,9 @@ class _Text(_Open):
     width: _Side = 512
     heads: _Side = 8
     layers: _Layers = 12
+    norm_kwargs: _Norm | None = None
+    tokenizer_kwargs: dict[str, Any] | None = Field(default=None, description="a mapping of arguments")
+    embed_cls: Literal[False] = Field(default=False, description="false: CLIP's text tower has no such token")
 
 
 class _Model(_Open):
@@ -67,10 +78,9 @@ class _Model(_Open):
 
 
 class _Preprocess(_Open):
-    mean: _Three = Field(default=[0.0, 0.0, 0.0], description="a list of three numbers")
-    std: list[_Positive] = Field(
-        default=[1.0, 1.0, 1.0], min_length=3, max_length=3, description="a list of three numbers above 0"
-    )
+    mean: list[_Mean] = Field(default=[0.0] * 3, min_length=3, max_length=3, description="three numbers from -1000 to 1000")
+    std: list[_Deviation] = Field(default=[1.0] * 3, min_length=3, max_length=3, description="three numbers from 0.001 to 1000")
+    mode: Literal["RGB"] = "RGB"
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
 
@@ -107,3 +117,20 @@ def check_size(directory: Path, parameters: int) -> None:
     if largest < parameters:
         problem = f"describes a model of {parameters} parameters, but the weights beside it are {largest} bytes"
         raise InputError(f"{directory / CONFIG}: {problem}; copy or download both again")
+
+
+def check_context(directory: Path, length: int) -> None:
+    """Refuse a configuration of another context length than the weights have: open_clip would interpolate without a word.
+
+    Args:
+        directory: of the model, with its weights.
+        length: that is described, in tokens.
+
+    Raises:
+        InputError: when the text tower's positional embedding has another.
+    """
+    stored = open_container(weights_file(directory)).entries
+    names = [name for name in ("positional_embedding", "text.positional_embedding") if name in stored]
+    if names and stored[names[0]].shape[0] != length:
+        problem = f"`context_length` is {length}, and the weights have {stored[names[0]].shape[0]}"
+        raise InputError(f"{directory / CONFIG}: model_cfg.text_cfg: {problem}; copy or download both again")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt
 
+from mergekit_vision.checkpoints.opening import ROUTED
 from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.console import logger
@@ -20,7 +21,7 @@ from mergekit_vision.support.switching import unsettled
 
 RECORD, CARD = "merge.json", "README.md"
 MODEL = "open_clip_model.safetensors"
-EXPERTS, ROUTERS = "experts.safetensors", "experts.json"
+EXPERTS, ROUTERS = ROUTED
 FILES = (RECORD, CARD, CONFIG, MODEL, EXPERTS, ROUTERS)
 """Files that a merged model can have, besides those of a tokenizer."""
 

@@ -21,6 +21,7 @@ from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.console import track
+from mergekit_vision.support.faults import repeated
 from mergekit_vision.support.fingerprints import remembered_sha256
 from mergekit_vision.support.source_code import versions
 from mergekit_vision.support.tensors import FINITE, LARGEST, unusable
@@ -91,6 +92,8 @@ class Recipe:
         if unknown or not names:
             remedy = f"name some of the suite's tasks, {', '.join(suite.tasks)}"
             raise InputError(f"`experts` {unknown or names}: {remedy}", of="model")
+        if twice := repeated(names):
+            raise InputError(f"`experts`: {twice[0]} is named twice; no expert can be merged with itself", of="model")
         return {name: suite.experts[name] for name in names}
 
     def merge(self, bench: Workbench, merger: Merger, judging: Workbench | None = None) -> MergedModel:

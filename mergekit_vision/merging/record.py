@@ -16,12 +16,13 @@ def merger_record(merger: Merger) -> dict[str, Any]:
     'ESMPP(TIES)'
     """
     parameters = {name: value for name, value in vars(merger).items() if not name.startswith("_")}
-    parts = [merger_record(value)["recipe"] for value in parameters.values() if isinstance(value, Merger)]
+    records = {name: merger_record(value) for name, value in parameters.items() if isinstance(value, Merger)}
+    parts = [record["recipe"] for record in records.values()]
     return {
         "name": type(merger).__name__,
         "recipe": f"{type(merger).__name__}({', '.join(parts)})" if parts else type(merger).__name__,
         "class_path": f"{type(merger).__module__}.{type(merger).__qualname__}",
-        "init_args": {name: merger_record(value) if isinstance(value, Merger) else value for name, value in parameters.items()},
+        "init_args": {**parameters, **records},
     }
 
 

@@ -16,7 +16,7 @@ from mergekit_vision.support.source_code import code_fingerprint, versions
 from mergekit_vision.support.team import Team
 from mergekit_vision.support.writable import place_fault
 
-_WRITTEN = ("results.json", "predictions.csv", "report.html", "config.yaml", "routing.png")
+_WRITTEN = ("results.json", "predictions.csv", "report.html", "config.yaml", "routing.png", "plan.json")
 
 
 def check_place(directory: str | os.PathLike[str]) -> None:

@@ -10,6 +10,7 @@ from mergekit_vision.merger import Merger
 from mergekit_vision.merging.record import merger_record
 from mergekit_vision.runs.building import build_merger
 from mergekit_vision.support.json_files import readable, to_json
+from mergekit_vision.support.schema import brief
 
 Grid = Mapping[str, Sequence[Any]]
 """Parameter -> values to try; that of a method which is itself a parameter with a dot, as ``base.rank``."""
@@ -55,6 +56,8 @@ def _check_sizes(grid: Grid) -> None:
     if not grid:
         raise InputError("`grid` is empty; name parameters and values, such as '{rank: [4, 8]}'", of="command")
     for name, values in grid.items():
+        if not isinstance(name, str) or not name:
+            raise InputError(f"`grid`: {brief(name)} is no parameter's name", of="command")
         if not values:
             raise InputError(f"`grid`: {name} has no values", of="command")
         if len({to_json(value) for value in values}) < len(values):

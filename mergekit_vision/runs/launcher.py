@@ -7,19 +7,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-import torch.distributed
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from torch.distributed.distributed_c10d import _get_default_store
 
-from mergekit_vision.errors import FailedElsewhereError, InputError
+from mergekit_vision.errors import FailedElsewhereError, InputError, ProcessLostError
+from mergekit_vision.runs.notices import Notices
 
-_FAILURES = "mergekit_vision/failures"
 _GRACE = 4.0  # seconds for what ends by itself
 _POLL = 0.2  # seconds
+_SIGNALS = {-each.value: each.name for each in signal.Signals} | {143: "SIGTERM"}
+"""Exit status -> the signal that ended a process."""
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "recvBytes", "sendBytes", "gloo", "NCCL")
 
 
@@ -31,7 +32,7 @@ def end_together(strategy: Strategy) -> None:
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Starts a process for each further device, as Lightning does, and ends all when one fails.
+    """Starts a process for each further device, as Lightning does, unless torchrun or SLURM has; and ends all when one fails.
 
     Lightning kills the first process without a word when another one is gone, and leaves the others to the time limit of the
     process group when the first one is. Here, the first process that fails says why; all others end in silence. Of a process
@@ -44,26 +45,28 @@ class Launcher(_SubprocessScriptLauncher):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.children: list[subprocess.Popen[bytes]] = []
-        self._parent, self._done = os.getppid(), threading.Event()
+        self._parent, self._launches = os.getppid(), 0
 
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function in all processes.
 
         Raises:
             FailedElsewhereError: when another process failed first.
-            InputError: when another process was lost.
+            ProcessLostError: when another process was lost.
         """
-        self._done.clear()
-        if self._rank:
-            self._watch()
+        self._launches += 1
+        self._notices, done = Notices(self._rank, self._size, self._launches), threading.Event()
+        if self._size > 1:
+            threading.Thread(target=self._end_with_others, args=(done,), daemon=True).start()
         try:
             return super().launch(function, *args, **kwargs)
-        except Exception as error:
+        except BaseException as error:
             if self._size > 1:
                 self._fail(error)
             raise
         finally:
-            self._done.set()
+            done.set()
+            self._notices.leave()
 
     def kill(self, signum: signal.Signals) -> None:  # type: ignore[override]
         """Send a signal to the processes that were started."""
@@ -73,7 +76,6 @@ class Launcher(_SubprocessScriptLauncher):
     def _call_children_scripts(self) -> None:
         super()._call_children_scripts()
         self.children, self.procs = self.procs, []  # of none, Lightning's own observer ends at once
-        self._watch()
 
     @property
     def _rank(self) -> int:
@@ -83,67 +85,94 @@ class Launcher(_SubprocessScriptLauncher):
     def _size(self) -> int:
         return self.cluster_environment.world_size()
 
-    def _fail(self, error: Exception) -> None:
+    @property
+    def _external(self) -> bool:
+        """Whether another program has started the processes, and ends them."""
+        return not isinstance(self.cluster_environment, LightningEnvironment)
+
+    @property
+    def _first_here(self) -> int:
+        """Rank of the first process of this machine, which has started the others unless another program has."""
+        return self._rank - self.cluster_environment.local_rank()
+
+    def _fail(self, error: BaseException) -> None:
         """Decide who says why, and raise what is to be raised instead of the error."""
-        lost = self._lost() if any(sign in str(error) for sign in _LOST) and not isinstance(error, InputError) else None
-        silent = lost == "" or not _first_to_fail(self._rank)
+        self._notices.join()
+        asked = not isinstance(error, Exception | SystemExit)  # by a signal: the user's, or of what has started the processes
+        if asked and (isinstance(error, KeyboardInterrupt) or not self._is_known()):
+            self.kill(signal.SIGKILL)
+            return
+        if self._external:
+            _ignore_sigterm()
+        broken = asked or (any(sign in str(error) for sign in _LOST) and not isinstance(error, InputError))
+        lost = self._lost() if broken else None
+        silent = lost == "" or not self._speaks(lost)
         if silent:
             _wait(lambda: all(child.poll() is not None for child in self.children))  # until the one that speaks has spoken
         self.kill(signal.SIGKILL)
         if silent:
             raise FailedElsewhereError from error
         if lost:
-            raise InputError(lost) from error
+            raise ProcessLostError(lost) from error
+
+    def _speaks(self, lost: str | None) -> bool:
+        """Whether this process is to say why the run ends: that of no other has failed yet."""
+        first = self._notices.first_to_fail()
+        return (not lost or self._rank == 1) if first is None else first  # the first process is gone, and the store with it
 
     def _lost(self) -> str | None:
         """What to say where the connection to another process broke; nothing where another one says it."""
-        if self.children or self._started:
-            _wait(lambda: self._gone() is not None)
-            return "" if self._started and self._gone() is None else self._gone()
-        return self._how_lost(f"process {1 - self._rank}" if self._size == 2 else "another process")
+        _wait(self._is_known)
+        message = self._gone()
+        if message is not None:
+            return message
+        if self._notices.failures() or (self._first_here < self._rank and not self._external):
+            return ""
+        if self.children:
+            return None
+        return self._how_lost(1 - self._rank if self._size == 2 else None)
 
-    @property
-    def _started(self) -> bool:
-        """Whether the first process of this machine has started this one."""
-        return isinstance(self.cluster_environment, LightningEnvironment) and self.cluster_environment.local_rank() > 0
+    def _is_known(self) -> bool:
+        """Whether another process has failed, or has gone."""
+        return self._gone() is not None or self._notices.failures() > 0
 
     def _gone(self) -> str | None:
         """What to say of a process that has gone: nothing where it ended by itself, which it has said why, ``None`` of none."""
-        for rank, child in enumerate(self.children, start=1):
+        for rank, child in enumerate(self.children, start=self._rank + 1):
             if code := child.poll():
-                return self._how_lost(f"process {rank}", signal.Signals(-code).name) if code < 0 else ""
-        return self._how_lost("process 0") if self._rank and os.getppid() != self._parent else None
+                return self._how_lost(rank, _SIGNALS.get(code, "")) if code < 0 or code in _SIGNALS else ""
+        if self._external:
+            rank = self._notices.gone()
+            return None if rank is None else self._how_lost(rank)
+        return self._how_lost(self._first_here) if self._first_here < self._rank and os.getppid() != self._parent else None
 
-    def _how_lost(self, who: str, name: str = "") -> str:
-        how = f"was ended by {name}" if name else "ended without a message"
+    def _how_lost(self, rank: int | None, by: str = "") -> str:
+        who = f"{'another process' if rank is None else f'process {rank}'} of {self._size}"
+        how = f"was ended by {by}" if by else "ended without a message"
+        if by not in ("", "SIGKILL"):
+            return f"{who} {how}"
         return (
-            f"{who} of {self._size} {how}, as processes do where memory runs out; run fewer of them (`devices`), take smaller "
+            f"{who} {how}, as processes do where memory runs out; run fewer of them (`devices`), take smaller "
             "batches (`batch_size`), or see the system's log"
         )
 
-    def _watch(self) -> None:
-        threading.Thread(target=self._end_with_others, daemon=True).start()
-
-    def _end_with_others(self) -> None:
+    def _end_with_others(self, done: threading.Event) -> None:
         """End this process when another one has gone and it does not notice, as it need not while it computes."""
-        while not self._done.wait(_POLL):
+        while not done.wait(_POLL):
+            self._notices.join()
             message = self._gone()
-            if message is None or self._done.wait(_GRACE):
+            if message is None or done.wait(_GRACE):
                 continue
-            if message:
+            if message and self._speaks(message):
                 print(f"mergekit-vision: error: {message}", file=sys.stderr, flush=True)
             self.kill(signal.SIGKILL)
             os._exit(1)  # the main thread may wait in a library, where nothing interrupts it
 
 
-def _first_to_fail(rank: int) -> bool:
-    """Whether no other process of the run has failed yet; the store that they share counts them."""
-    if not torch.distributed.is_initialized():
-        return True
-    try:
-        return bool(_get_default_store().add(_FAILURES, 1) == 1)
-    except RuntimeError:  # the first process is gone, and the store with it: the next one speaks
-        return rank == 1
+def _ignore_sigterm() -> None:
+    """Let what has started the processes not interrupt the last words of this one, which ends anyway."""
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _wait(until: Callable[[], bool]) -> None:

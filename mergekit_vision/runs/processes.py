@@ -65,3 +65,20 @@ def check_slurm() -> None:
             f"SLURM_NTASKS is {tasks} without numbers in {', '.join(missing) or 'it'}; start the processes with "
             "srun --ntasks-per-node N, or unset SLURM_NTASKS to run one process"
         )
+
+
+def check_started(processes: int) -> None:
+    """Refuse another number of processes than torchrun has started: each would do the whole work, or wait for ever.
+
+    Args:
+        processes: of the run, as the trainer has them.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    started = os.environ.get("WORLD_SIZE", "")
+    if torch.distributed.is_torchelastic_launched() and started.isdigit() and int(started) != processes:
+        raise InputError(
+            f"torchrun started {started} processes, but `devices` and `num_nodes` are for {processes}; give the same numbers",
+            of="trainer",
+        )

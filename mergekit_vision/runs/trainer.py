@@ -26,7 +26,7 @@ from mergekit_vision.runs.launcher import end_together
 from mergekit_vision.runs.memory import explained_memory, settings_of
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
-from mergekit_vision.runs.processes import check_devices, check_slurm, cpu_devices
+from mergekit_vision.runs.processes import check_devices, check_slurm, check_started, cpu_devices
 from mergekit_vision.runs.runtime import runtime_of
 from mergekit_vision.runs.tuning import Tuning
 from mergekit_vision.runs.variant_files import read_variants
@@ -91,6 +91,7 @@ class Trainer(lightning.Trainer):
                 enable_model_summary=False,
                 use_distributed_sampler=False,  # the data module's own sampler repeats no image
             )
+        check_started(self.world_size)
         end_together(self.strategy)
 
     def merge(self, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -178,6 +179,8 @@ class Trainer(lightning.Trainer):
         model = cast(MergedCLIP, model)
         if model.merger is not None or model.merged is not None:
             raise InputError("compare merges by methods of its own: give it neither `merger` nor `merged`", of="model")
+        if variants is not None and not variants.strip():
+            raise InputError("`variants` is empty; name a file", of="command")
         chosen = "all" if mergers is None and variants is None else mergers
         methods = {} if chosen is None else default_mergers(chosen)
         rows = [] if variants is None else read_variants(Path(variants))

@@ -14,7 +14,7 @@ from mergekit_vision.merging.coefficient import Scale
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.runs.building import build_merger
 from mergekit_vision.runs.variants import Variant
-from mergekit_vision.support.faults import raise_faults
+from mergekit_vision.support.faults import raise_faults, repeated
 from mergekit_vision.support.schema import Schema, Text, faults, shown
 from mergekit_vision.support.yaml_files import read_yaml
 
@@ -89,6 +89,8 @@ class _Proxies(Schema):
 
 def _tasks(value: object) -> object:
     if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
+        if twice := repeated(value):
+            raise ValueError(f"names {twice[0]} twice")
         return tuple(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value

@@ -16,14 +16,16 @@ from mergekit_vision.support.faults import in_one_line
 from mergekit_vision.support.files import WORK, draft_folder, move_into
 from mergekit_vision.support.fingerprints import digest, stamps
 from mergekit_vision.support.imports import import_by_path, registered
+from mergekit_vision.support.memory import is_spent
 
 GROUP = "mergekit_vision.datasets"
 """Entry points of data set classes."""
 
-_REFUSALS = (RuntimeError, OSError, ValueError, TypeError)
-"""What a data set class raises where its data is missing or its arguments are wrong."""
-
 _TORCHVISION, _OWN = "torchvision.datasets", "mergekit_vision.demo.tasks"
+_UNPICKLING = {"LSUN", "LSUNClass"}
+"""Data sets of torchvision that unpickle a file of the working directory, which may run code."""
+
+_MOST = 10**8  # images; the largest public sets of labeled ones have a few 10^7
 
 
 class TorchvisionImages(ImageSource):
@@ -34,13 +36,18 @@ class TorchvisionImages(ImageSource):
         self._where, self._args = class_path, dict(args)
         try:
             self._data = _built(build, class_path, args)
-        except _REFUSALS as error:
-            raise InputError(f"{class_path}: {error}") from error
+            self._length = len(self._data)
+        except Exception as error:  # whatever its code raises where data is missing or arguments are wrong
+            if is_spent(error):
+                raise
+            raise InputError(f"{class_path}: {in_one_line(error)}") from error
+        if self._length > _MOST:
+            raise InputError(f"{class_path}: has {self._length} images, and {_MOST} are the limit")
         names = getattr(self._data, "classes", None)
         self.names = tuple(map(str, names)) if names is not None else None
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._length
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Image and class at ``index``."""
@@ -90,7 +97,7 @@ def _built(build: Callable[..., Any], class_path: str, args: Mapping[str, Any]) 
     here = {**args, "download": False}
     try:
         return build(**here)
-    except _REFUSALS:
+    except (RuntimeError, OSError, ValueError, TypeError):
         with draft_folder(Path(root) / WORK) as draft:
             build(**{**args, "root": str(draft)})
             move_into(draft, Path(root))
@@ -149,7 +156,8 @@ def _known(class_path: str) -> Any:
     if module == _TORCHVISION:
         import torchvision.datasets
 
-        return getattr(torchvision.datasets, name) if name in torchvision.datasets.__all__ else None
+        known = name in torchvision.datasets.__all__ and name not in _UNPICKLING
+        return getattr(torchvision.datasets, name) if known else None
     if module == _OWN:
         return import_by_path(class_path)
     return registered(GROUP, class_path)

@@ -1,11 +1,14 @@
 """Checks of a suite's experts and data against its backbone, from headers alone: no weight and no image is read."""
 
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from mergekit_vision.checkpoints import Expert
+from mergekit_vision.checkpoints.opening import check_static
 from mergekit_vision.checkpoints.sizes import tower_sizes
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import check_source
+from mergekit_vision.suites.layout import LOCAL
 from mergekit_vision.suites.suite import Suite, Task
 from mergekit_vision.support.faults import closest, raise_faults
 
@@ -51,7 +54,7 @@ def suite_faults(
         activation: of the backbone.
     """
     experts = suite.tasks if experts is None else experts
-    shared = _shared_faults(suite, shapes, experts, activation)
+    shared = [*_backbone_faults(suite), *_shared_faults(suite, shapes, experts, activation)]
     faults = [f"backbone: {fault}" for fault in shared]
     for task in suite.tasks.values():
         if task.name in experts and not shared:
@@ -59,6 +62,15 @@ def suite_faults(
         for split in dict.fromkeys(splits.get(task.name, ())):
             faults += [f"tasks.{task.name}.data.{split}: {fault}" for fault in _split_faults(suite, task, split)]
     return faults
+
+
+def _backbone_faults(suite: Suite) -> list[str]:
+    try:
+        if suite.backbone.startswith(LOCAL):
+            check_static(Path(suite.backbone.removeprefix(LOCAL)))
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def _shared_faults(suite: Suite, shapes: Shapes, experts: Collection[str], activation: str | None) -> list[str]:

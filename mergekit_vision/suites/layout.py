@@ -19,7 +19,7 @@ from mergekit_vision.support.faults import closest, raise_faults
 from mergekit_vision.support.paths import expanded, is_directory, is_file
 from mergekit_vision.support.schema import FilePath, Schema, Text, brief, faults, shown
 
-_LOCAL = "local-dir:"
+LOCAL = "local-dir:"
 _TASK_NAME = re.compile(r"\w[\w-]*")
 
 BUILTIN = {"demo": Path(str(files("mergekit_vision.demo"))) / "suite.yaml", **published()}
@@ -41,7 +41,7 @@ def _split_name(name: object) -> object:
 
 
 def _word(value: object) -> object:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must be text, not {shown(value)}; put it in quotes")
     return value
 
@@ -53,7 +53,7 @@ def _template(text: str) -> str:
 
 
 def _backbone(name: str) -> str:
-    expanded(name.removeprefix(_LOCAL))
+    expanded(name.removeprefix(LOCAL))
     return name
 
 
@@ -197,8 +197,8 @@ def _plain(schema: Any) -> Any:
 
 def _completed(suite: _Suite, path: Path) -> dict[str, Any]:
     root, backbone, pretrained = path.parent, suite.backbone, suite.pretrained
-    if backbone.startswith(_LOCAL):
-        backbone = f"{_LOCAL}{root / expanded(backbone[len(_LOCAL) :])}"
+    if backbone.startswith(LOCAL):
+        backbone = f"{LOCAL}{root / expanded(backbone[len(LOCAL) :])}"
     if pretrained.endswith(tuple(SUFFIXES)):
         pretrained = str(root / expanded(pretrained))
     tasks = {

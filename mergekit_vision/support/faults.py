@@ -1,7 +1,8 @@
 """Several faults in one message, and hints at what was meant."""
 
 import difflib
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from mergekit_vision.errors import InputError
@@ -13,6 +14,16 @@ def closest(word: str, known: Collection[str]) -> str:
     """Hint for a misspelled word: ``" (did you mean `parquet`?)"``, or nothing where no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that stand in a list more than once, each once.
+
+    >>> from mergekit_vision.support.faults import repeated
+    >>> repeated(["a", "b", "a"])
+    ['a']
+    """
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def closest_file(path: Path) -> str:

@@ -92,7 +92,7 @@ class Schema(BaseModel):
         place, kind, fields = detail["loc"], detail["type"], cls.model_fields
         key = str(place[0]) if place else ""
         if kind == "extra_forbidden" and len(place) == 1:
-            place, text = (), f"unknown key `{key}`{closest(key, fields) or '; known are ' + ', '.join(fields)}"
+            place, text = (), f"unknown key `{_cut(key)}`{closest(key, fields) or '; known are ' + ', '.join(fields)}"
         elif kind == "missing" and len(place) == 1:
             place, text = (), f"`{key}` is missing"
         elif kind == "model_type" and not place:
@@ -138,7 +138,10 @@ def shown(value: object) -> str:
 
 def brief(value: object) -> str:
     """As much of a value's ``repr`` as fits into a message."""
-    text = _REPR.repr(value)
+    return _cut(_REPR.repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 40 else text[:40] + "…"
 
 

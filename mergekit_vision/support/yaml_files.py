@@ -24,13 +24,25 @@ def read_yaml(path: Path) -> Any:
         InputError: when the file cannot be read, is no YAML of plain values, gives a key twice, or is larger, nested deeper or
             expands further than anything sensible.
     """
-    text = read_text(path, _LARGEST)
+    return parse_yaml(read_text(path, _LARGEST), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Plain values of YAML text.
+
+    Args:
+        text: what :func:`read_yaml` reads.
+        name: where it stands, for messages.
+
+    Raises:
+        InputError: as there.
+    """
     try:
         return _loaded(_PlainLoader(text))
     except RecursionError as error:
-        raise InputError(f"{path}: nested more than {_LEVELS} levels deep") from error
+        raise InputError(f"{name}: nested more than {_LEVELS} levels deep") from error
     except _UNUSABLE as error:
-        raise InputError(f"{path}: not valid YAML: {_reason(error)}") from error
+        raise InputError(f"{name}: not valid YAML: {_reason(error)}") from error
 
 
 def _loaded(loader: "_PlainLoader") -> Any:

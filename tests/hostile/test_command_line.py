@@ -29,6 +29,8 @@ FILES: dict[str, bytes] = {
     "empty": b"",
 }
 
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}
+
 CASES: dict[str, tuple[list[str], str]] = {
     "no suite": (["-s", ""], "--suite is empty"),
     "a directory as suite": (["-s", "."], "a directory, not a file"),
@@ -91,6 +93,13 @@ def test_each_mistake_is_one_line(command: Callable[..., int], capsys: pytest.Ca
         ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "merge"}, "SLURM_NTASKS is 4 without numbers in SLURM_PROCID"),
         ({"SLURM_NTASKS": "1"}, "SLURM_NTASKS is 1 without numbers in SLURM_PROCID"),
         ({"SLURM_NTASKS": "x"}, "SLURM_NTASKS is x"),
+        *(
+            ({name: value}, f"the environment variable {name} is {value!r}, but must be a whole number")
+            for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "PL_GLOBAL_SEED")
+            for value in ("abc", "", "-1", "9" * 30)
+        ),
+        (TORCHRUN, "torchrun started 3 processes, but --devices and --trainer.num_nodes are for 1"),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "many"}, "the environment variable WORLD_SIZE is 'many'"),
         ({CACHE_VARIABLE: "~nobody-of-this-name"}, f"{CACHE_VARIABLE}: ~nobody-of-this-name: no home directory"),
     ],
 )

@@ -16,6 +16,7 @@ from mergekit_vision.cli.main import main
 
 MERGE, TEST, COMPARE = (f"{command} -s suite/suite.yaml -o out" for command in ("merge", "test", "compare"))
 ESM, TSVM, AVERAGE = f"{MERGE} -m ESM", f"{MERGE} -m TSVM", f"{TEST} -m Average"
+TUNE, PLAN = "tune -s suite/suite.yaml -o out --proxies 4 -m TSVM", "plan -s suite/suite.yaml"
 SEARCH = f"{MERGE} -m Average --scale search"
 PREDICT = "predict -s suite/suite.yaml --merged static -o out"
 EXPORT, PUSH, INSPECT = (
@@ -53,6 +54,8 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     (AVERAGE, "--experts", ["nosuch", "3", "{}", "[3]", "[[colors]]", ""], "--experts must be"),
     (AVERAGE, "--tasks", ["[]", "[nosuch]", "[color]"], "--tasks: not in the suite"),
     (AVERAGE, "--tasks", ["nosuch", "3", "{}", "[3]", ""], "--tasks must be"),
+    (AVERAGE, "--experts", ["[colors, colors]", "[grays, colors, grays]"], "is named twice; no expert can be merged with itself"),
+    (AVERAGE, "--tasks", ["[colors, colors]"], "--tasks: colors is named twice"),
     (AVERAGE, "--route", ["nosuch", "", "3", "[router]"], "--route must be one of"),
     (AVERAGE, "--devices", ["-5", "1.5", "[]", "null", "x"], "--devices must be a number"),
     (f"{AVERAGE} --trainer.accelerator cpu", "--devices", ["-1", "[0, 0]", "[99]"], "the CPU takes a number of processes"),
@@ -72,8 +75,8 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     (TEST, "--merged", [""], "--merged is empty; name the directory of a merged model"),
     (TEST, "--merged", NO_MODELS[1:], "not a merged model ("),
     (f"{PREDICT} --task colors --images photos", "--merged", NO_MODELS[1:], "not a merged model"),
-    ("export --to onnx -o out", "--merged", NO_MODELS, "not a merged model"),
-    ("push --repo a/b --dry-run", "--merged", NO_MODELS, "not a merged model"),
+    ("export --to onnx -o out", "--merged", NO_MODELS[1:], "not a merged model"),
+    ("push --repo a/b --dry-run", "--merged", NO_MODELS[1:], "not a merged model"),
     (TEST, "--merged", ["x" * 300], "File name too long"),
     ("push --repo a/b --dry-run", "--merged", ["x" * 300], "File name too long"),
     (AVERAGE, "--merged", ["static"], "give one of --merger"),
@@ -102,6 +105,22 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     (COMPARE, "--mergers", ["[]", ""], "name at least one method"),
     (COMPARE, "--mergers", ["[NoSuch]", "3", "{}", "[3]", "[null]", "all,"], "there is no merger"),
     (COMPARE, "--mergers", ["[os.system]", "[Average, subprocess.Popen]"], "is not a subclass of"),
+    (COMPARE, "--variants", [""], "--variants is empty; name a file"),
+    (COMPARE, "--variants", ["pipe", "/dev/zero", "photos", "suite"], "not a file"),
+    (TUNE, "--grid", ["{rank: &a [*a]}"], "aliases stand for more than"),
+    (TUNE, "--grid", ["{rank: [1], rank: [2]}"], "--grid: not valid YAML: line 1: key 'rank' is given twice"),
+    (TUNE, "--grid", ["{1: [1]}", "{null: [1]}"], "is no parameter's name"),
+    (TUNE, "--grid", ["", "[]", "x", "{rank: 3}", "{rank: [4]"], "--grid must be"),
+    (PLAN, "--mergers", ["", "[", ","], "name at least one method"),
+    (PLAN, "--mergers", ["[os.system]", "subprocess.Popen"], "is not a subclass of"),
+    (PLAN, "-o", ["", " "], "is empty; name a file or directory"),
+    (PLAN, "-o", ["directories/plan", *NO_PLACES[:6]], "--output "),
+    (PLAN, "--batch-size", ["0", "-3"], "--batch-size must be 1 or more"),
+    ("fetch -s suite/suite.yaml", "--tasks", ["", "[]", ","], "--tasks names none"),
+    ("fetch -s suite/suite.yaml", "--tasks", ["nosuch", "Colors", "colors,nosuch"], "--tasks: not in the suite"),
+    ("export --to onnx -o out", "--merged", [""], "--merged: is empty"),
+    ("push --repo a/b --dry-run", "--merged", [""], "--merged: is empty"),
+    ("inspect", "", ["dynamic"], "dynamic: a dynamic merged model, of which this would be the static base alone"),
     ("inspect", "", ["missing", "pipe", "/dev/zero", "loop"], "cannot be read"),
     ("inspect", "", ["file", "empty", "suite/suite.yaml", "suite/data/colors/val.parquet"], "neither safetensors nor"),
     ("inspect", "", ["hf-hub:", "hf-hub:a", "hf-hub:a/b@"], "must be hf-hub:org/name"),
@@ -125,7 +144,7 @@ def place(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save = small_models(tiny_suite)
     save(place / "static", STATIC)
     save(place / "dynamic", DYNAMIC)
-    for name in ("photos", "damaged", "directories/results.json"):
+    for name in ("photos", "damaged", "directories/results.json", "directories/plan/plan.json"):
         (place / name).mkdir(parents=True)
     image(1).save(place / "photos" / "a.png")
     for name, content in {"file": "x", "empty": "", "damaged/a.png": "x", "list.json": "[]", "kind.json": '{"kind": 3}'}.items():

@@ -63,6 +63,8 @@ CASES: dict[str, tuple[Place, Any, str]] = {
     "no class": (("tasks", "grays", "classes"), [], "classes: must be a list of texts, not the list []"),
     "a class that is false": (("tasks", "grays", "classes"), ["yes", False], "entry 1 must be text, not the bool False"),
     "a class in a class": (("tasks", "grays", "classes"), [["a"]], "entry 0 must be text, not the list ['a']"),
+    "a class of spaces": (("tasks", "grays", "classes"), [" "], "entry 0 must be text, not the str ' '"),
+    "a very long key": (("k" * 5000,), 1, "the file: unknown key `kkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkk…`"),
     "a template that is nothing": (("tasks", "grays", "templates"), [None], "entry 0 must be text, not empty"),
     "a template without a place": (("tasks", "grays", "templates"), ["a {x}"], "'a {x}' has no {} for the class name"),
     "a very long value": (("tasks", "grays", "classes"), "x" * 10**5, "must be a list of texts, not the str 'xxx"),
