@@ -142,8 +142,8 @@ class Launcher(_SubprocessScriptLauncher):
             if code := child.poll():
                 return self._how_lost(rank, _SIGNALS.get(code, "")) if code < 0 or code in _SIGNALS else ""
         if self._external:
-            rank = self._notices.gone()
-            return None if rank is None else self._how_lost(rank)
+            lost = self._notices.gone()
+            return None if lost is None else self._how_lost(lost)
         return self._how_lost(self._first_here) if self._first_here < self._rank and os.getppid() != self._parent else None
 
     def _how_lost(self, rank: int | None, by: str = "") -> str:

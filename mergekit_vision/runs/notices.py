@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 Result = TypeVar("Result")
