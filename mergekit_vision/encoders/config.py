@@ -67,7 +67,7 @@ class _Text(_Open):
     layers: _Layers = 12
     norm_kwargs: _Norm | None = None
     tokenizer_kwargs: dict[str, Any] | None = Field(default=None, description="a mapping of arguments")
-    embed_cls: Literal[False] = Field(default=False, description="false: CLIP's text tower has no such token")
+    embed_cls: bool = False
 
 
 class _Model(_Open):
@@ -75,6 +75,13 @@ class _Model(_Open):
     vision_cfg: _Vision
     text_cfg: _Text
     quick_gelu: bool = False
+
+    @model_validator(mode="after")
+    def _class_token_of_texts(self) -> "_Model":
+        """CLIP's text tower is built with such a token, and then does not run."""
+        if self.text_cfg.embed_cls and "multimodal_cfg" not in (self.model_extra or {}):
+            raise ValueError("`text_cfg.embed_cls` goes with `multimodal_cfg`, as CoCa has it")
+        return self
 
 
 class _Preprocess(_Open):

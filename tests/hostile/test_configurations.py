@@ -24,7 +24,7 @@ REFUSED: dict[str, tuple[Place, Any, str]] = {
     "layers beyond all weights": ((*VISION, "mlp_ratio"), 1e9, "but the weights beside it are"),
     "text beyond all weights": ((*TEXT, "mlp_ratio"), 1e9, "but the weights beside it are"),
     "a text tower from above": ((*TEXT, "hf_model_name"), "../../evil", "Repo id must be in the form"),
-    "a class token of texts": ((*TEXT, "embed_cls"), True, "embed_cls: must be false: CLIP's text tower has no such token"),
+    "a class token of texts": ((*TEXT, "embed_cls"), True, "`text_cfg.embed_cls` goes with `multimodal_cfg`"),
     "arguments in a list": ((*TEXT, "tokenizer_kwargs"), [1], "tokenizer_kwargs: must be a mapping of arguments"),
     "a shorter context": ((*TEXT, "context_length"), 3, "text_cfg: `context_length` is 3, and the weights have 24"),
     "a longer context": ((*TEXT, "context_length"), 77, "text_cfg: `context_length` is 77, and the weights have 24"),
