@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mergekit_vision.cli.plain_parser import PlainParser, place
+from mergekit_vision.support.terminal import harmless
 
 if TYPE_CHECKING:
     from mergekit_vision.export.hub_push import Parcel
@@ -24,7 +25,7 @@ def push(arguments: list[str]) -> None:
 
     with hub_push.packed(chosen.merged, chosen.repo, chosen.results, chosen.license, chosen.verify) as parcel:
         if chosen.dry_run:
-            print(_listed(parcel, chosen.repo))
+            print(harmless(_listed(parcel, chosen.repo)))
         else:
             address = hub_push.push(parcel, chosen.repo, chosen.private, chosen.revision)
             console.print(f"{len(parcel.files)} files in one commit: {address}", markup=False)

@@ -172,7 +172,12 @@ class MergedCLIP(LightningModule):
         if self.merged is None:
             raise InputError(_ONE_OF, of="model")
         routed = load_experts(self.merged, self.data.suite.allow_code)
-        return MergedModel(bench.base, routed, read_record(self.merged, verify=False))  # verified before
+        record = read_record(self.merged, verify=False)  # verified before
+        for name, experts in routed.items():
+            if len(experts.down) != len(record["experts"]):
+                problem = f"{name} has {len(experts.down)} experts, but the record names {len(record['experts'])}; merge again"
+                raise InputError(f"{self.merged}: {problem}")
+        return MergedModel(bench.base, routed, record)
 
     def save(self, directory: Path) -> None:
         """Write the merged model, from the first process (see :func:`~mergekit_vision.export.directory.save_model`).

@@ -79,6 +79,7 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     ("push --repo a/b --dry-run", "--merged", NO_MODELS[1:], "not a merged model"),
     (TEST, "--merged", ["x" * 300], "File name too long"),
     ("push --repo a/b --dry-run", "--merged", ["x" * 300], "File name too long"),
+    (TEST, "--merged", ["dynamic"], "has 3 experts, but the record names 2; merge again"),
     (AVERAGE, "--merged", ["static"], "give one of --merger"),
     (MERGE, "--merged", ["static"], "merge needs --merger"),
     (f"{TEST} --merged static", "--scale", ["1"], "--scale goes with --merger"),
