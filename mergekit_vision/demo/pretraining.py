@@ -77,7 +77,7 @@ def pretrain(suite: Suite, place: Path, seed: int, recipe: Recipe, captions: Cap
     with replacing(place / "open_clip_config.json") as draft:
         draft.write_text(json.dumps(CONFIG, indent=2) + "\n")
     name = f"local-dir:{place.absolute()}"
-    clip = open_clip.CLIP(**CONFIG["model_cfg"]).train()
+    clip: nn.Module = open_clip.CLIP(**CONFIG["model_cfg"]).train()
     tower: Any = clip.visual
     preprocess = eval_transform(describe_backbone(name).preprocess)
 
@@ -100,8 +100,8 @@ def pretrain(suite: Suite, place: Path, seed: int, recipe: Recipe, captions: Cap
         others = task_of_class[labels[batch], None] != task_of_class
         told = F.cross_entropy(head(seen[: len(batch)]).masked_fill(others, -torch.inf), labels[batch])
         images = F.normalize(seen[len(batch) :] @ tower.proj, dim=-1)
-        texts = clip.encode_text(tokens[chosen], normalize=True)
-        return told + captions.weight * contrast(clip.logit_scale.exp() * images @ texts.T, meanings[chosen])
+        texts = clip.encode_text(tokens[chosen], normalize=True)  # type: ignore[operator]
+        return told + captions.weight * contrast(clip.get_parameter("logit_scale").exp() * images @ texts.T, meanings[chosen])
 
     optimize(nn.ModuleList([clip, head]), loss, len(pixels), recipe, "backbone: pre-training")
     clear_unseen(clip, tokens)
