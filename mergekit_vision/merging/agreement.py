@@ -1,6 +1,5 @@
 """How well a merged model agrees with the experts on unlabeled proxy images, each expert the teacher of its own task."""
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -35,15 +34,12 @@ class Agreement(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """What a choice without labels minimizes: the divergence times the distance of the unit embeddings.
+        """What a choice without labels minimizes: the mean divergence over the tasks, in nats.
 
-        ``mean(divergence) * sqrt(2 - 2 * mean(cosine))`` with means over the tasks; the root is the root mean square of the
-        Euclidean distance. The share alone is a coarse curve on a few images a task. Of the others, one errs to each side: the
-        embeddings also differ in directions in which no class does, and ask for too small a coefficient; the divergence counts
-        confidence, and asks for too large a one. In a product, neither needs a weight. ``benchmarks/agreement.py`` compares them.
+        The share is a coarse curve on a few images a task, and the embeddings differ in directions in which no class does, so that
+        they ask for too small a coefficient. ``benchmarks/agreement.py`` compares them.
         """
-        divergence, cosine = fmean(self.divergence.values()), fmean(self.cosine.values())
-        return max(0.0, divergence) * math.sqrt(max(0.0, 2 - 2 * cosine))  # rounding may take either below 0
+        return max(0.0, fmean(self.divergence.values()))  # rounding may take it below 0
 
 
 class _Opinion(NamedTuple):
