@@ -36,8 +36,8 @@ class Agreement(NamedTuple):
     def distance(self) -> float:
         """What a choice without labels minimizes: the mean divergence over the tasks, in nats.
 
-        The share is a coarse curve on a few images a task, and the embeddings differ in directions in which no class does, so that
-        they ask for too small a coefficient. ``benchmarks/agreement.py`` compares them.
+        The share is a coarse curve on a few images a task, and the embeddings differ in directions in which no class does, so
+        that they ask for too small a coefficient. ``benchmarks/agreement.py`` compares them.
         """
         return max(0.0, fmean(self.divergence.values()))  # rounding may take it below 0
 
