@@ -38,6 +38,10 @@ DataNeeds = Literal["none", "proxies", "labels"]
 ModelKind = Literal["static", "dynamic", "oracle"]
 """What a method returns: one plain encoder, one with routed experts, or experts in few bytes that are told each image's task."""
 
+Revisable = Literal["no", "model", "state"]
+"""Whether experts can join and leave a method's merged models exactly, without the files of the other experts: they cannot; with
+what the model's weights hold; or with :attr:`Merged.kept` besides."""
+
 _Result = TypeVar("_Result")
 
 _NO_PROXIES = "this merging method needs proxy images, but none are configured; give the data module proxies"
@@ -137,6 +141,7 @@ class MergeInputs:
         share: behind :meth:`spread`.
         streams: runs the proxy images block by block; ``None`` where there are none. :attr:`blocks` asks for it.
         change: what :meth:`view` does to task vectors.
+        keep: how many experts are to be able to leave the model later, where :attr:`Merged.kept` is wanted; else ``None``.
     """
 
     base: Weights
@@ -151,6 +156,7 @@ class MergeInputs:
     depths: Mapping[str, int] = field(default_factory=dict)
     streams: Streams | None = None
     change: Change | None = None
+    keep: int | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -317,6 +323,7 @@ class Merged:
         routed: Linear name -> low-rank experts added to that layer's output, chosen per image or token.
         experts: of an oracle, task -> its compressed expert. They are what is evaluated; ``update`` is what they share.
         shared_bytes: of an oracle, what all tasks share, besides one encoder.
+        kept: name -> tensor of what :meth:`Merger.revise` needs besides the model, where :attr:`MergeInputs.keep` asks for it.
     """
 
     update: Weights
@@ -325,6 +332,7 @@ class Merged:
     routed: Mapping[str, LowRankExperts] = field(default_factory=dict)
     experts: Mapping[str, CompressedExpert] = field(default_factory=dict)
     shared_bytes: int = 0
+    kept: Weights = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = self.fixed - self.update.keys()
@@ -339,6 +347,33 @@ class Merged:
     def coefficient(self, key: str, scale: float | None = None) -> float:
         """Coefficient of one key when the model is used at ``scale`` (its own where ``None``)."""
         return 1.0 if key in self.fixed else self.scale if scale is None else scale
+
+
+@dataclass(frozen=True)
+class Former:
+    """A model merged before, which an expert joins or leaves.
+
+    Attributes:
+        tasks: of its experts, in the order in which they were merged.
+        change: key -> ``W - W_0``, float32: the update times its coefficient, rounded as the model's weights are.
+        scale: the coefficient.
+        kept: what :attr:`Merged.kept` was.
+    """
+
+    tasks: tuple[str, ...]
+    change: Weights
+    scale: float
+    kept: Weights = field(default_factory=dict)
+
+    def update(self, key: str) -> Tensor:
+        """The merged task vector of one parameter, of those that the coefficient multiplies.
+
+        Raises:
+            InputError: when the coefficient is 0, and the model the backbone.
+        """
+        if not self.scale:
+            raise InputError("the model was merged at coefficient 0, so that nothing of its experts is in it; merge again")
+        return self.change[key] / self.scale
 
 
 class Merger(ABC):
@@ -363,10 +398,38 @@ class Merger(ABC):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Compute the merged model. Pull from ``inputs`` what the method needs, and nothing else."""
 
+    @property
+    def revisable(self) -> Revisable:
+        """Whether :meth:`revise` is there, and what it needs."""
+        return "no"
+
+    def revise(self, former: Former, joining: MergeInputs, leaving: MergeInputs) -> Merged:
+        """The model that :meth:`merge` would make of other experts, up to rounding, without the files of those that stay.
+
+        Args:
+            former: the model so far.
+            joining: experts that join it; there may be none.
+            leaving: experts that leave it; there may be none. Their files are opened when they are asked for, so a method that
+                does not ask does without.
+
+        Returns:
+            The model, and what is kept of it.
+
+        Raises:
+            InputError: when what was kept does not suffice.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges all experts at once")
+
 
 def summed(inputs: MergeInputs, scale: float = 0.3) -> Merged:
     """Task arithmetic, on which methods build by default: ``Σ_t τ_t`` at a coefficient."""
     return Merged(inputs.spread(lambda key: inputs.deltas(key).sum(0), inputs.base, "merging"), scale=scale)
+
+
+def revised_mean(mean: Tensor, key: str, former: Former, joining: MergeInputs, leaving: MergeInputs) -> Tensor:
+    """The mean of a parameter's task vectors after experts joined and left, by what it was before."""
+    total = len(former.tasks) * mean + joining.deltas(key).sum(0) - leaving.deltas(key).sum(0)
+    return total / (len(former.tasks) + len(joining.tasks) - len(leaving.tasks))
 
 
 def check_options(merger: Merger, **options: Any) -> None:

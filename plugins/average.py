@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mergekit_vision.merger import Merged, MergeInputs, Merger
+from torch import Tensor
+
+from mergekit_vision.merger import Former, Merged, MergeInputs, Merger, Revisable, revised_mean
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,16 @@ class Average(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Average every parameter."""
         return Merged(inputs.spread(lambda key: inputs.deltas(key).mean(0), inputs.base, "merging"))
+
+    @property
+    def revisable(self) -> Revisable:
+        """By the mean itself."""
+        return "model"
+
+    def revise(self, former: Former, joining: MergeInputs, leaving: MergeInputs) -> Merged:
+        """Take experts into the mean, and out of it."""
+
+        def revised(key: str) -> Tensor:
+            return revised_mean(former.update(key), key, former, joining, leaving)
+
+        return Merged(joining.spread(revised, joining.base, "merging"))

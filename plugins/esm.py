@@ -1,20 +1,22 @@
 """ESM merging."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
-from mergekit_vision.functional.esm import TaskNorm, esm_merge, inter_layer_factors
+from mergekit_vision.functional.esm import EssentialPart, TaskNorm, esm_merge_of, inter_layer_factors
+from mergekit_vision.functional.linalg import TopSVD, top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.functional.tsvm import tsvm_merge
-from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, check_options
+from mergekit_vision.functional.tsvm import tsvm_merge_of
+from mergekit_vision.merger import DataNeeds, Factors, LinearInfo, Merged, MergeInputs, check_options
+from mergekit_vision.parts import ByParts, Finder, Part
 
 Directions = Literal["esd", "svd"]
 OutProj = Literal["tsvm", "esd", "mean"]
@@ -23,7 +25,7 @@ Subspaces = dict[str, CompactSubspace]
 
 
 @dataclass(frozen=True)
-class ESM(Merger):
+class ESM(ByParts):
     """Essential subspace merging: the directions in which each expert moves its activations on proxy images, made orthogonal.
 
     Source: Essential Subspace Merging (CVPR 2026), in the form of the authors' code. The matrices of the blocks, attention's
@@ -69,18 +71,53 @@ class ESM(Merger):
             raise InputError(f"ESM: rank is {self.rank}, but must be at least 1, or null for d_out // T")
         check_options(self, norm=TaskNorm, out_proj=OutProj, other=Other, directions=Directions)
 
-    def merge(self, inputs: MergeInputs) -> Merged:
-        """Run every expert once on its proxy images, then merge parameter by parameter."""
-        subspaces = inputs.spread(partial(self._subspaces, inputs), inputs.tasks, "proxies")
-        update = inputs.spread_changed(partial(self._merged, inputs, subspaces), inputs.base, "merging")
+    def directions_of(self, inputs: MergeInputs, key: str, tasks: int) -> int | None:
+        """Essential directions a task, or singular triplets of the matrices that TSV-M merges."""
+        shape = inputs.base[key].shape
+        if self._is_essential(inputs, key):
+            return shape[0] // tasks if self.rank is None else self.rank
+        out_proj = key in (linear.weight for linear in inputs.linears if linear.kind == "out_proj")
+        spectral = len(shape) == 2 and (self.out_proj if out_proj else self.other) == "tsvm"
+        return min(shape) // tasks if spectral else None
+
+    def finder(self, inputs: MergeInputs, tasks: int) -> Finder:
+        """Run every expert once on its proxy images, which gives its essential subspaces."""
+        subspaces = inputs.spread(partial(self._subspaces, inputs, tasks), inputs.tasks, "proxies")
+
+        def find(task: str, key: str, change: Factors | Tensor, count: int) -> Part:
+            delta = cast(Tensor, change)
+            if self._is_essential(inputs, key):
+                return Part(*EssentialPart.of(delta, subspaces[task].pop(key).of(delta)))
+            return Part(*top_svd(delta.double(), count), torch.zeros((), dtype=torch.float64))
+
+        return find
+
+    def combined(self, inputs: MergeInputs, key: str, parts: Sequence[Part]) -> Tensor:
+        """Merge one matrix, up to the scaling of layers."""
+        if not self._is_essential(inputs, key):
+            return tsvm_merge_of([TopSVD(part.left, part.weights, part.right) for part in parts]).float()
+        return esm_merge_of(
+            [EssentialPart(*part) for part in parts],
+            eigenvalue_power=self.eigenvalue_power,
+            inter_task=self.inter_task,
+            inter_dimension=self.inter_dimension,
+            gain=self.gain,
+            norm=self.norm,
+        )
+
+    def finished(self, inputs: MergeInputs, update: dict[str, Tensor]) -> Merged:
+        """Scale the layers; all but the essential matrices is fixed."""
         self._scale_layers(update, inputs.linears)
-        return Merged(update, fixed=frozenset(update) - {linear.weight for linear in self._essential_linears(inputs)})
+        return Merged(update, fixed=frozenset(key for key in update if not self._is_essential(inputs, key)))
+
+    def _is_essential(self, inputs: MergeInputs, key: str) -> bool:
+        return any(key == linear.weight for linear in self._essential_linears(inputs))
 
     def _essential_linears(self, inputs: MergeInputs) -> list[LinearInfo]:
         return [linear for linear in inputs.linears if self.out_proj == "esd" or linear.kind != "out_proj"]
 
-    def _subspaces(self, inputs: MergeInputs, task: str) -> Subspaces:
-        """A task's essential subspace of every matrix, by key."""
+    def _subspaces(self, inputs: MergeInputs, tasks: int, task: str) -> Subspaces:
+        """A task's essential subspace of every matrix, by key, as large as models of so many tasks need."""
         linears = self._essential_linears(inputs)
         statistics = {
             linear: ShiftStatistic(partial(inputs.delta, task, linear.weight), inputs.base[linear.weight].shape)
@@ -94,33 +131,13 @@ class ESM(Merger):
             inputs.observe(task, moved)
 
         def decompose(linear: LinearInfo) -> CompactSubspace:
-            k = len(inputs.base[linear.weight]) // len(inputs.tasks) if self.rank is None else self.rank
+            k = self.directions_of(inputs, linear.weight, tasks) or 0
             try:
                 return statistics.pop(linear).compact(k)
             except ValueError as error:
                 raise InputError(f"ESM: expert of task {task}, layer {linear.name}: {error}") from error
 
         return dict(zip((linear.weight for linear in linears), in_threads(decompose, linears), strict=True))
-
-    def _merged(self, inputs: MergeInputs, subspaces: Mapping[str, Subspaces], key: str) -> Tensor:
-        """Merged task vector of one parameter."""
-        deltas = inputs.deltas(key)
-        if key in subspaces[inputs.tasks[0]]:
-            return self._essential(deltas, [subspaces[task].pop(key) for task in inputs.tasks])
-        out_proj = key in (linear.weight for linear in inputs.linears if linear.kind == "out_proj")
-        spectral = deltas.dim() == 3 and (self.out_proj if out_proj else self.other) == "tsvm"
-        return tsvm_merge(deltas) if spectral else deltas.mean(0)
-
-    def _essential(self, deltas: Tensor, subspaces: list[CompactSubspace]) -> Tensor:
-        return esm_merge(
-            deltas,
-            [subspace.of(delta) for subspace, delta in zip(subspaces, deltas, strict=True)],
-            eigenvalue_power=self.eigenvalue_power,
-            inter_task=self.inter_task,
-            inter_dimension=self.inter_dimension,
-            gain=self.gain,
-            norm=self.norm,
-        )
 
     def _scale_layers(self, update: dict[str, Tensor], linears: tuple[LinearInfo, ...]) -> None:
         """Scale the merged matrices in place by their norm among the layers of their kind, unchanged layers included."""

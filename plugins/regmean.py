@@ -1,7 +1,7 @@
 """RegMean and its family."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -11,13 +11,27 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import RowGram
-from mergekit_vision.functional.regression import Normal, add_up, of_delta, of_inputs, solved, total
+from mergekit_vision.functional.gram import symmetric, triangle
+from mergekit_vision.functional.regression import NULL, Normal, add_up, of_delta, of_inputs, solved, total
 from mergekit_vision.functional.streams import Stream
-from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, Weights, check_options
+from mergekit_vision.merger import (
+    DataNeeds,
+    Former,
+    LinearInfo,
+    Merged,
+    MergeInputs,
+    Merger,
+    Revisable,
+    Weights,
+    check_options,
+    revised_mean,
+)
 
 Gram = Literal["experts", "merged", "delta"]
 PostNorm = Literal["mean", "pretrained"]
 Normals = dict[str, Normal]
+Find = Callable[[str], Normal | None]
+Fitted = tuple[Tensor, dict[str, Tensor]] | None
 
 
 @dataclass(frozen=True)
@@ -57,40 +71,91 @@ class RegMean(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Average what is no Linear layer's weight, then fit the Linear layers, block after block where inputs count."""
-        weights = [linear.weight for linear in inputs.linears]
-        kept = _post_norm(inputs) if self.post_norm == "pretrained" else set()
-        rest = [key for key in inputs.base if key not in weights and key not in kept]
-        update = inputs.spread_changed(lambda key: inputs.deltas(key).mean(0), rest, "averages")
+        update = inputs.spread_changed(lambda key: inputs.deltas(key).mean(0), self._averaged(inputs), "averages")
         if self.gram == "delta":
-            update |= inputs.spread_changed(partial(self._without_inputs, inputs), weights, "merging")
+            weights, kept = [linear.weight for linear in inputs.linears], dict[str, Tensor]()
+            normals = partial(self._of_deltas, inputs)
+            found = inputs.spread_changed(lambda key: self._fitted(normals(key), inputs.keep is not None), weights, "merging")
+            _sort(found, update, kept)
         else:
-            self._fit_blocks(inputs, update)
-        return Merged(update, fixed=frozenset(update))
+            kept = self._fit_blocks(inputs, update)
+        return Merged(update, fixed=frozenset(update), kept=kept)
 
-    def _without_inputs(self, inputs: MergeInputs, key: str) -> Tensor:
+    @property
+    def revisable(self) -> Revisable:
+        """By the normal equations; not where these depend on the merged model."""
+        return "no" if self.gram == "merged" else "state"
+
+    def revise(self, former: Former, joining: MergeInputs, leaving: MergeInputs) -> Merged:
+        """Add to the normal equations, and subtract from them."""
+
+        def mean(key: str) -> Tensor:
+            return revised_mean(former.change[key], key, former, joining, leaving)
+
+        update, kept = joining.spread(mean, self._averaged(joining), "averages"), dict[str, Tensor]()
+        for name, keys, more, less in self._changes(joining, leaving):
+
+            def fitted(key: str, more: Find = more, less: Find = less) -> Fitted:
+                return self._fitted(_revised(_former(former, key), more(key), less(key)), True)
+
+            _sort(joining.spread(fitted, keys, name), update, kept)
+        return Merged(update, fixed=frozenset(update), kept=kept)
+
+    def _averaged(self, inputs: MergeInputs) -> list[str]:
+        """Keys of the parameters that are averaged."""
+        apart = {linear.weight for linear in inputs.linears} | (_post_norm(inputs) if self.post_norm == "pretrained" else set())
+        return [key for key in inputs.base if key not in apart]
+
+    def _changes(self, joining: MergeInputs, leaving: MergeInputs) -> Iterator[tuple[str, list[str], Find, Find]]:
+        """Layers, and what is added to and subtracted from their normal equations, with a description."""
+        if self.gram == "delta":
+            keys = [linear.weight for linear in joining.linears]
+            yield "merging", keys, partial(self._of_deltas, joining), partial(self._of_deltas, leaving)
+        else:
+            blocks = (self._blocks(inputs, _own_streams(inputs)) for inputs in (joining, leaving))
+            for (name, keys, more), (_, _, less) in zip(*blocks, strict=True):
+                yield f"{name}, merging", keys, more.get, less.get
+
+    def _of_deltas(self, inputs: MergeInputs, key: str) -> Normal | None:
+        """Normal equations of one layer without inputs; ``None`` where no expert changed it."""
         totals: Normals = {}
         for task in inputs.tasks:
             if (normal := of_delta(inputs.delta(task, key), self.shrink)) is not None:
                 add_up(totals, {key: normal})
-        return self._solved(totals, key)
+        return totals.get(key)
+
+    def _fitted(self, normal: Normal | None, keeping: bool) -> Fitted:
+        """The solution of normal equations, if there are any, and what is kept of them."""
+        if normal is None:
+            return None
+        return solved(normal, self.ridge).float(), _packed(normal) if keeping else {}
+
+    def _fit_blocks(self, inputs: MergeInputs, update: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the updates of the Linear layers; each block sees the tokens that the blocks before it let through."""
+        merged = {key: value.float().to(inputs.device) for key, value in inputs.base.items()}
+        merged.update({key: merged[key] + value for key, value in update.items()})
+        streams = (
+            {task: _stream(inputs, task, merged) for task in inputs.tasks} if self.gram == "merged" else _own_streams(inputs)
+        )
+        kept: dict[str, Tensor] = {}
+        for name, keys, totals in self._blocks(inputs, streams):
+            found = inputs.spread_changed(partial(self._solved, totals), keys, f"{name}, merging")
+            merged.update({key: merged[key] + value for key, value in found.items()})
+            update |= found
+            if inputs.keep is not None:  # of unchanged layers too: an expert that joins may have changed them
+                kept |= {f"{key}/{part}": tensor for key in keys for part, tensor in _packed(totals[key]).items()}
+        return kept
 
     def _solved(self, totals: Normals, key: str) -> Tensor:
         return solved(totals[key], self.ridge).float()
 
-    def _fit_blocks(self, inputs: MergeInputs, update: dict[str, Tensor]) -> None:
-        """Add the updates of the Linear layers; each block sees the tokens that the blocks before it let through."""
-        merged = {key: value.float().to(inputs.device) for key, value in inputs.base.items()}
-        merged.update({key: merged[key] + value for key, value in update.items()})
-        own = dict.fromkeys(inputs.tasks, merged) if self.gram == "merged" else inputs.experts
-        streams = {task: _stream(inputs, task, own[task]) for task in inputs.tasks}
+    def _blocks(self, inputs: MergeInputs, streams: Mapping[str, Stream]) -> Iterator[tuple[str, list[str], Normals]]:
+        """Name, layers and normal equations of each block, by the inputs of its layers."""
         for block, group in groupby(inputs.linears, key=lambda linear: linear.block):
             linears, name = list(group), f"block {block + 1}"
             normals = partial(self._normals, inputs, linears, streams)
             totals = total(inputs.tasks, partial(inputs.spread, normals, description=f"{name}, inputs"))
-            keys = [linear.weight for linear in linears]
-            found = inputs.spread_changed(partial(self._solved, totals), keys, f"{name}, merging")
-            merged.update({key: merged[key] + value for key, value in found.items()})
-            update |= found
+            yield name, [linear.weight for linear in linears], totals
 
     def _normals(self, inputs: MergeInputs, linears: list[LinearInfo], streams: Mapping[str, Stream], task: str) -> Normals:
         """A task's part in the normal equations of a block's Linear layers."""
@@ -111,3 +176,43 @@ def _post_norm(inputs: MergeInputs) -> set[str]:
 def _stream(inputs: MergeInputs, task: str, weights: Weights) -> Stream:
     blocks = inputs.blocks
     return Stream(partial(blocks.embed, task, weights), lambda index, tokens: blocks.block(index, weights, tokens, {}))
+
+
+def _own_streams(inputs: MergeInputs) -> dict[str, Stream]:
+    """Each task's proxy images in its own expert."""
+    return {task: _stream(inputs, task, inputs.experts[task]) for task in inputs.tasks}
+
+
+def _sort(found: Mapping[str, Fitted], update: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Put solutions into the update, and what is kept to the rest of it."""
+    for key, fitted in found.items():
+        if fitted is not None:
+            update[key] = fitted[0]
+            kept |= {f"{key}/{part}": tensor for part, tensor in fitted[1].items()}
+
+
+def _packed(normal: Normal) -> dict[str, Tensor]:
+    return {"matrix": triangle(normal.matrix), "target": normal.target}
+
+
+def _former(former: Former, key: str) -> Normal | None:
+    """The normal equations of a layer that were kept; ``None`` where nothing was."""
+    matrix, target = (former.kept.get(f"{key}/{part}") for part in Normal._fields)
+    if matrix is None or target is None:
+        return None
+    d_out, d_in = former.change[key].shape
+    if tuple(target.shape) != (d_in, d_out) or tuple(matrix.shape) != (d_in * (d_in + 1) // 2,):
+        raise InputError(f"what was kept does not fit the model: {key}; merge again")
+    return Normal(symmetric(matrix, d_in), target)
+
+
+def _revised(former: Normal | None, more: Normal | None, less: Normal | None) -> Normal | None:
+    """The sum of normal equations without some; nothing where all that is left of them is rounding."""
+    found = [normal for normal in (former, more) if normal is not None]
+    if not found:
+        return None
+    whole = Normal(*(sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)))
+    if less is None:
+        return whole
+    rest = Normal(whole.matrix - less.matrix, whole.target - less.target)
+    return rest if rest.matrix.norm() > NULL * whole.matrix.norm() else None

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mergekit_vision.merger import Merged, MergeInputs, Merger, summed
+from torch import Tensor
+
+from mergekit_vision.merger import Former, Merged, MergeInputs, Merger, Revisable, summed
 
 
 @dataclass(frozen=True)
@@ -22,3 +24,16 @@ class TaskArithmetic(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Add up the task vectors of every parameter."""
         return summed(inputs)
+
+    @property
+    def revisable(self) -> Revisable:
+        """By the sum itself."""
+        return "model"
+
+    def revise(self, former: Former, joining: MergeInputs, leaving: MergeInputs) -> Merged:
+        """Add task vectors to the sum, and subtract them from it."""
+
+        def revised(key: str) -> Tensor:
+            return former.update(key) + joining.deltas(key).sum(0) - leaving.deltas(key).sum(0)
+
+        return Merged(joining.spread(revised, joining.base, "merging"), scale=0.3)

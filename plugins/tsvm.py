@@ -1,21 +1,23 @@
 """TSV-M merging."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import TopSVD, top_svd, top_svd_of_product
-from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge_of
-from mergekit_vision.merger import Factors, Merged, MergeInputs, Merger, check_options
+from mergekit_vision.merger import Factors, Merged, MergeInputs, check_options
+from mergekit_vision.parts import ByParts, Finder, Part
 
 Other = Literal["tsvm", "mean"]
 
 
 @dataclass(frozen=True)
-class TSVM(Merger):
+class TSVM(ByParts):
     """Task singular vectors: truncated SVDs of the task vectors, orthogonalized against each other.
 
     Source: Gargiulo et al., "Task Singular Vectors" (CVPR 2025), TSV-Merge. Parameters that are no matrices are averaged. The
@@ -43,21 +45,28 @@ class TSVM(Merger):
             raise InputError(f"TSVM: rank is {self.rank}, but must be at least 1, or null for min(d_out, d_in) // T")
         check_options(self, other=Other)
 
-    def merge(self, inputs: MergeInputs) -> Merged:
-        """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
+    def directions_of(self, inputs: MergeInputs, key: str, tasks: int) -> int | None:
+        """Singular triplets a task of a matrix."""
+        if key not in inputs.matrices(everywhere=self.other == "tsvm"):
+            return None
+        return min(inputs.base[key].shape) // tasks if self.rank is None else self.rank
+
+    def change_of(self, inputs: MergeInputs, task: str, key: str) -> Factors | Tensor:
+        """The factors of a task vector where they are known, which say more of it than their product does."""
+        return inputs.factors(task, key) or inputs.delta(task, key)
+
+    def finder(self, inputs: MergeInputs, tasks: int) -> Finder:
+        """The truncated SVD, float64."""
+        return lambda task, key, change, count: Part(*_top(change, count), torch.zeros((), dtype=torch.float64))
+
+    def combined(self, inputs: MergeInputs, key: str, parts: Sequence[Part]) -> Tensor:
+        """Make the singular vectors of all tasks orthogonal."""
+        return tsvm_merge_of([TopSVD(part.left, part.weights, part.right) for part in parts]).float()
+
+    def finished(self, inputs: MergeInputs, update: dict[str, Tensor]) -> Merged:
+        """The model, in which the averages may be fixed."""
         spectral = inputs.matrices(everywhere=self.other == "tsvm")
-
-        def merged(key: str) -> Tensor:
-            return self._spectral(inputs, key) if key in spectral else inputs.deltas(key).mean(0)
-
-        update = inputs.spread_changed(merged, inputs.base, "merging")
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - spectral)
-
-    def _spectral(self, inputs: MergeInputs, key: str) -> Tensor:
-        """One matrix, by the factors of the task vectors where they are known."""
-        k = min(inputs.base[key].shape) // len(inputs.tasks) if self.rank is None else self.rank
-        changes = [inputs.factors(task, key) or inputs.delta(task, key) for task in inputs.tasks]
-        return tsvm_merge_of(in_threads(lambda change: _top(change, k), changes)).float()
 
 
 def _top(change: Factors | Tensor, k: int) -> TopSVD:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import formulas
+import torch
 from safetensors.torch import load_file
-from synthetic import INFOS, Zoo, relative_error
+from synthetic import INFOS, LINEARS, Zoo, relative_error, weight_key
 from tolerances import of_model
 from torch import Tensor
 
@@ -46,3 +49,38 @@ def real_inputs(zoo: Path, tasks: int = 5) -> MergeInputs:
     experts = {name: load_file(zoo / "experts" / f"{name}.safetensors") for name in names}
     base = load_file(zoo / "base" / "open_clip_model.safetensors")
     return MergeInputs({key: base[key] for key in REAL_KEYS}, experts)
+
+
+def is_matrix(zoo: Zoo, key: str) -> bool:
+    return zoo.base[key].dim() == 2
+
+
+def tsvm_formula(zoo: Zoo, rank: int | None = None, block: bool = False) -> dict[str, Tensor]:
+    """The merged update of the whole model; of the blocks' matrices only, or of all."""
+    linears, found = {weight_key(linear) for linear in LINEARS}, {}
+    for key, base in zoo.base.items():
+        spectral = key in linears if block else is_matrix(zoo, key)
+        deltas = zoo.delta64(key)
+        found[key] = formulas.tsvm(deltas, rank) if spectral else deltas.mean(0)
+        if spectral and rank is None and min(base.shape) // zoo.tasks == 0:
+            found[key] = torch.zeros_like(base).double()
+    return found
+
+
+def esm_formula(
+    zoo: Zoo, *, inter_layer: float = 2.0, out_proj: str = "tsvm", other: str = "tsvm", **options: Any
+) -> dict[str, Tensor]:
+    """The merged update of the whole model."""
+    expected = {}
+    for key in zoo.base:
+        deltas = zoo.delta64(key)
+        expected[key] = formulas.tsvm(deltas) if is_matrix(zoo, key) and other == "tsvm" else deltas.mean(0)
+    for linear in LINEARS:
+        deltas, how = zoo.delta64(weight_key(linear)), out_proj if linear.endswith("out_proj") else "esd"
+        rows = [zoo.rows(task, linear) for task in zoo.experts]
+        methods = {"esd": lambda d, x: formulas.esm(d, x, **options), "tsvm": lambda d, _: formulas.tsvm(d)}
+        expected[weight_key(linear)] = methods[how](deltas, rows) if how in methods else deltas.mean(0)
+    for kind in ("in_proj", "out_proj", "c_fc", "c_proj"):
+        keys = [weight_key(linear) for linear in LINEARS if linear.endswith(f".{kind}")]
+        expected.update(zip(keys, formulas.inter_layer([expected[key] for key in keys], inter_layer), strict=True))
+    return expected

@@ -12,6 +12,8 @@ from mergekit_vision.support.paths import expanded
 
 COMMANDS = {
     "merge": "merge the experts of a suite into one encoder and write it as a directory",
+    "add": "have experts join a merged model, without the files of the others",
+    "drop": "have experts leave a merged model, without the files of the others",
     "validate": "evaluate a merged encoder on every task's val split",
     "test": "evaluate a merged encoder on every task's test split",
     "predict": "classify images with a merged encoder and one task's classes",

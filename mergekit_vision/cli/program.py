@@ -58,7 +58,7 @@ def _is_merging(trainer: lightning.Trainer) -> bool:
 
 
 class MergeCLI(LightningCLI):
-    """``mergekit-vision {merge,validate,test,predict,compare,tune}``."""
+    """``mergekit-vision {merge,add,drop,validate,test,predict,compare,tune}``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -100,6 +100,14 @@ class MergeCLI(LightningCLI):
     def after_merge(self) -> None:
         """Save the configuration of a merge, now that the model is there."""
         self._save_config("merge")
+
+    def after_add(self) -> None:
+        """Save that of a revision, beside the merge's own."""
+        self._save_config("add")
+
+    def after_drop(self) -> None:
+        """Likewise."""
+        self._save_config("drop")
 
     def after_predict(self) -> None:
         """Save that of predictions, likewise."""
@@ -144,7 +152,7 @@ def run(arguments: list[str]) -> None:
         InputError: for anything the user can mend.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    arguments = [arguments[0], *method_first(expanded(arguments[1:]))]
+    arguments = [arguments[0], *method_first(expanded(arguments[1:], arguments[0]))]
     with _process(arguments), console_output(), quiet_lightning():
         registry.mergers()  # their names become values of --model.merger
         _import_mergers(arguments)

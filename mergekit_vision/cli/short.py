@@ -28,20 +28,49 @@ class Short(NamedTuple):
 
 _RUNNING = ("validate", "test", "predict")
 _MERGING = ("merge", *_RUNNING, "tune")
+_MERGED = ("add", "drop")
 
 SHORT = (
     Short(("-s", "--suite"), "--suite", "FILE", "suite: backbone, tasks and experts; `demo` comes with the package"),
     Short(("-m", "--merger"), "--model.merger", "NAME", "merging method; --merger.rank 8 sets its parameter rank", _MERGING),
-    Short(("--merged",), "--model.merged", "DIR", "a model merged before, instead of --merger", _RUNNING),
+    Short(("--merged",), "--model.merged", "DIR", "a model merged before, instead of --merger", (*_RUNNING, *_MERGED)),
     Short(("--mergers",), "--mergers", "LIST", "methods to compare: '[TIES, ESM]'; all without --variants", ("compare",)),
     Short(("--variants",), "--variants", "FILE", "methods with parameters, and what else differs by row (YAML)", ("compare",)),
     Short(("--seeds",), "--seeds", "N", "draws of proxy images to average over; 1 unless given", ("compare",)),
     Short(("--grid",), "--grid", "MAPPING", "parameters and their values: '{rank: [8, 16], other: [mean, esd]}'", ("tune",)),
     Short(("--task",), "--task", "NAME", "task whose classes are predicted", ("predict",)),
     Short(("--images",), "--images", "PATH", "directory of images, or one image", ("predict",)),
-    Short(("--scale",), "--model.scale", "VALUE", "coefficient: a number, merger (own), search (compare's default) or agreement"),
-    Short(("--experts",), "--model.experts", "LIST", "merge the experts of these tasks only: '[mnist, gtsrb]'"),
-    Short(("--route",), "--model.route", "RULE", "dynamic models: router, oracle (the true task's expert) or base"),
+    Short(
+        ("--scale",),
+        "--model.scale",
+        "VALUE",
+        "coefficient: a number, merger (own), search (compare's default) or agreement",
+        (*_MERGING, "compare"),
+    ),
+    Short(
+        ("--experts",),
+        "--model.experts",
+        "LIST",
+        "merge the experts of these tasks only: '[mnist, gtsrb]'",
+        (*_MERGING, "compare"),
+    ),
+    Short(("--experts",), "--experts", "LIST", "tasks whose experts join or leave: '[mnist, gtsrb]'", _MERGED),
+    Short(("--scale",), "--scale", "NUMBER", "coefficient; the model's own unless given", _MERGED),
+    Short(
+        ("--keep-state",),
+        "--model.keep_state",
+        "N",
+        "keep what add and drop need, for N experts that may leave; 0 without N",
+        ("merge",),
+        "0",
+    ),
+    Short(
+        ("--route",),
+        "--model.route",
+        "RULE",
+        "dynamic models: router, oracle (the true task's expert) or base",
+        (*_MERGING, "compare"),
+    ),
     Short(("--proxies",), "--data.proxies.n", "N", "unlabeled proxy images a task; --proxies.split and others set the rest"),
     Short(("--tasks",), "--data.tasks", "LIST", "evaluate these tasks only", ("validate", "test", "compare")),
     Short(("--devices",), "--trainer.devices", "N", "processes of a machine, one a device"),
@@ -53,21 +82,21 @@ SHORT = (
         "import classes that a suite or a merged model names: trust it first",
         alone="true",
     ),
-    Short(("--no-verify",), "--model.verify", "", "use a merged model whose files were changed", _RUNNING, "false"),
+    Short(("--no-verify",), "--model.verify", "", "use a merged model whose files were changed", (*_RUNNING, *_MERGED), "false"),
     Short(("-o", "--output"), "--output", "DIR", "directory of everything that is written; runs/latest unless given"),
 )
 
 _PARTS = {"--data.proxies.n": "--data.proxies"}  # what parts follow: --proxies.split is --data.proxies.split
 
 
-def expanded(arguments: Sequence[str]) -> list[str]:
-    """Arguments with short names written out.
+def expanded(arguments: Sequence[str], command: str = "") -> list[str]:
+    """Arguments with short names written out, as they are meant in a command.
 
     >>> from mergekit_vision.cli.short import expanded
     >>> expanded(["-m", "ESM", "--merger.rank=8", "--proxies.split", "train"])
     ['--model.merger', 'ESM', '--model.merger.rank=8', '--data.proxies.split', 'train']
     """
-    known = {name: short for short in SHORT for name in short.names}
+    known = {name: short for short in sorted(SHORT, key=lambda short: command in short.commands) for name in short.names}
     return [_expanded(argument, known, following) for argument, following in pairwise([*arguments, ""])]
 
 
@@ -77,7 +106,8 @@ def _expanded(argument: str, known: Mapping[str, Short], following: str) -> str:
     if name not in known:
         return argument
     full, alone = known[name].full, known[name].alone
-    if alone and not dot and not equals and (alone == "false" or following not in ("true", "false")):
+    given = following.isdigit() if alone.isdigit() else following in ("true", "false")
+    if alone and not dot and not equals and (alone == "false" or not given):
         return f"{full}={alone}"
     return f"{_PARTS.get(full, full)}.{parts}{equals}{value}" if dot else f"{full}{equals}{value}"
 

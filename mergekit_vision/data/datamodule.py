@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -102,6 +103,15 @@ class VisionTasks(LightningDataModule):
         other.proxies, other._chosen = proxies, list(tasks)
         other.__dict__ |= {"_images": self._images.with_proxies(proxies), "_cache": self._cache}
         other.__dict__.pop("_checks", None)
+        return other
+
+    def only(self, tasks: Collection[str]) -> "VisionTasks":
+        """The same of a suite that has some of the tasks alone; nothing of the others is looked at."""
+        other = copy.copy(self)
+        kept = {name: task for name, task in self.suite.tasks.items() if name in tasks}
+        other.__dict__["suite"], other._chosen = replace(self.suite, tasks=kept), None
+        for name in ("_images", "_checks"):
+            other.__dict__.pop(name, None)
         return other
 
     def check(self, needs: Needs) -> None:

@@ -26,6 +26,7 @@ from mergekit_vision.export.manifest import (
     read_record,
     write_record,
 )
+from mergekit_vision.export.state import State, write_state
 from mergekit_vision.merger import Weights
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.support.json_files import write_json
@@ -54,7 +55,12 @@ def check_output(directory: Path) -> None:
 
 
 def save_model(
-    directory: Path, backbone: Backbone, weights: Weights, routed: Mapping[str, LowRankExperts], record: Mapping[str, Any]
+    directory: Path,
+    backbone: Backbone,
+    weights: Weights,
+    routed: Mapping[str, LowRankExperts],
+    record: Mapping[str, Any],
+    state: State | None = None,
 ) -> None:
     """Write a merged model that ``open_clip.create_model_and_transforms("local-dir:…")`` loads.
 
@@ -66,6 +72,7 @@ def save_model(
         weights: of the whole CLIP model, the merged vision tower with the backbone's text tower.
         routed: Linear name -> its routed experts; empty for a static model.
         record: what was merged and how; becomes ``merge.json`` and the model card.
+        state: what was kept for experts that join or leave later.
 
     Raises:
         InputError: when the files cannot be written. An earlier merge is still there then.
@@ -73,22 +80,30 @@ def save_model(
     check_output(directory)
     try:
         with replacing_set(directory, lambda: {*FILES, *files_of(directory)}, deciding=RECORD) as draft:
-            _write(draft, backbone, weights, routed, record)
+            _write(draft, backbone, weights, routed, record, state)
     except (OSError, SafetensorError) as error:
-        size = sum(value.nbytes for value in weights.values()) / 1e6
+        tensors = [*weights.values(), *(state.tensors.values() if state else ())]
+        size = sum(value.nbytes for value in tensors) / 1e6
         reason = getattr(error, "strerror", None) or error
         problem = f"the model cannot be written ({reason}); it takes {size:.0f} MB more, and what was there before is unchanged"
         raise InputError(f"`default_root_dir` {directory}: {problem}", of="trainer") from error
 
 
 def _write(
-    draft: Path, backbone: Backbone, weights: Weights, routed: Mapping[str, LowRankExperts], record: Mapping[str, Any]
+    draft: Path,
+    backbone: Backbone,
+    weights: Weights,
+    routed: Mapping[str, LowRankExperts],
+    record: Mapping[str, Any],
+    state: State | None,
 ) -> None:
     """Write the files of a model into an empty folder, the one that lists them last."""
     if routed:
         tensors, routers = pack_experts(routed)
         save_safetensors(draft / EXPERTS, tensors)
         write_json(draft / ROUTERS, routers)
+    if state:
+        write_state(draft, state, record)
     save_safetensors(draft / MODEL, weights)
     write_json(draft / CONFIG, open_clip_config(backbone))
     (draft / CARD).write_text(model_card(record, bool(routed)), encoding="utf-8")

@@ -11,7 +11,7 @@ from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.card import model_card
 from mergekit_vision.export.hub_errors import hub_errors
-from mergekit_vision.export.manifest import CARD, EXPERTS, ROUTERS, read_record, write_record
+from mergekit_vision.export.manifest import CARD, EXPERTS, ROUTERS, STATE, read_record, write_record
 from mergekit_vision.export.results import RESULTS, read_results
 from mergekit_vision.export.sharing import shareable, without_directories
 from mergekit_vision.support.json_files import read_json, same, write_json
@@ -45,7 +45,8 @@ def packed(
     """Put together what goes to the hub, without asking it.
 
     The model's files go as they are, but no path of this machine goes along: ``merge.json`` names files without their
-    directories, and the model card is written anew. Files that are no part of the model stay.
+    directories, and the model card is written anew. Files that are no part of the model stay, and what was kept for experts that
+    join or leave it.
 
     Args:
         directory: of the merged model.
@@ -63,7 +64,7 @@ def packed(
     """
     _check_repository(repository)
     record = read_record(directory, verify)
-    names = [name for name in record.get("files", {}) if name != CARD]
+    names = [name for name in record.get("files", {}) if name not in (CARD, STATE)]
     if not names:
         raise InputError(f"{directory}: merged by an earlier version, which did not record the model's files; merge again")
     if results is None and (directory / RESULTS).is_file():

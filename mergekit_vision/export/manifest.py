@@ -22,7 +22,8 @@ from mergekit_vision.support.switching import unsettled
 RECORD, CARD = "merge.json", "README.md"
 MODEL = "open_clip_model.safetensors"
 EXPERTS, ROUTERS = ROUTED
-FILES = (RECORD, CARD, CONFIG, MODEL, EXPERTS, ROUTERS)
+STATE = "state.safetensors"
+FILES = (RECORD, CARD, CONFIG, MODEL, EXPERTS, ROUTERS, STATE)
 """Files that a merged model can have, besides those of a tokenizer."""
 
 _BLANK = "0" * 64  # stands for a file's own hash while that is computed
@@ -67,6 +68,7 @@ class _Record(Schema):
     sources: dict[str, dict[str, Any]] = Field(default_factory=dict)
     datasets: dict[str, str] = Field(default_factory=dict)
     citation: list[str] = Field(default_factory=list)
+    history: list[dict[str, Any]] = Field(default_factory=list)
     version: Literal[1] = Field(1, alias="schema")
     files: dict[_FileName, _File] = Field(default_factory=dict)
     sha256: _Digest = ""

@@ -37,6 +37,7 @@ class _Results(_Kind):
     suite: str
     merger: dict[str, Any]
     scale: float
+    history: list[dict[str, Any]] = Field(default_factory=list)
     split: Literal["val", "test"]
     route: Route | None
     tasks: Annotated[dict[str, _Task], Field(min_length=1)]
@@ -57,7 +58,9 @@ def read_results(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     if found := faults(_Kind, content, "the file") or faults(_Results, content, "the file"):
         found[-1] += f"; {_REMEDY}"
     raise_faults(path, found, brief=True)
-    if differs := [key for key in ("suite", "merger", "scale") if not same(content[key], record[key])]:
+    differs = [key for key in ("suite", "merger", "scale") if not same(content[key], record[key])]
+    differs += ["history"] if not same(content.get("history", []), record.get("history", [])) else []
+    if differs:
         problem = f"measured on another model, by its {', '.join(differs)}"
         raise InputError(f"`results` {path}: {problem}; test this one", of="command")
     if content["route"] not in (None, "router"):

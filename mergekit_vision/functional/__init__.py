@@ -5,7 +5,7 @@ Nothing here knows a model, a file or a merger, and nothing but torch is importe
 
 from mergekit_vision.functional.dc import dc_merge
 from mergekit_vision.functional.esd import CompactSubspace, EssentialSubspace, RowGram, ShiftStatistic, essential_subspace
-from mergekit_vision.functional.esm import esm_merge, inter_layer_factors
+from mergekit_vision.functional.esm import EssentialPart, esm_merge, esm_merge_of, inter_layer_factors
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
 from mergekit_vision.functional.linalg import (
     Polar,
@@ -22,6 +22,7 @@ from mergekit_vision.functional.tsvm import tsvm_merge, tsvm_merge_of
 
 __all__ = [
     "CompactSubspace",
+    "EssentialPart",
     "EssentialSubspace",
     "Polar",
     "PolarProduct",
@@ -31,6 +32,7 @@ __all__ = [
     "TopSVD",
     "dc_merge",
     "esm_merge",
+    "esm_merge_of",
     "essential_subspace",
     "flat_spectrum",
     "inter_layer_factors",

@@ -5,7 +5,7 @@ follow it: 3 eigenvalue weights, 4 inter-task, 5 inter-dimension, 6 polar factor
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,28 @@ from mergekit_vision.functional.esd import EssentialSubspace
 from mergekit_vision.functional.linalg import polar_product
 
 TaskNorm = Literal["delta", "truncated"]
+
+
+class EssentialPart(NamedTuple):
+    """What ESM merges of one task vector ``Δ``, in its dtype.
+
+    Attributes:
+        directions: essential directions ``E``, largest first, ``[d_out, k]``.
+        eigenvalues: mean squared shift along each, ``[k]``, float64.
+        coordinates: ``Eᵀ Δ``, ``[k, d_in]``.
+        norm: of ``Δ``, a float64 scalar.
+    """
+
+    directions: Tensor
+    eigenvalues: Tensor
+    coordinates: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, delta: Tensor, subspace: EssentialSubspace) -> "EssentialPart":
+        """The part of a task vector ``[d_out, d_in]`` in its essential subspace."""
+        norm = torch.linalg.vector_norm(delta, dtype=torch.float64)
+        return cls(subspace.directions, subspace.eigenvalues, subspace.directions.T @ delta, norm)
 
 
 def esm_merge(
@@ -43,18 +65,36 @@ def esm_merge(
     Returns:
         ``[d_out, d_in]`` in the dtype of ``deltas``; zero where no task has a direction.
     """
+    return esm_merge_of(
+        [EssentialPart.of(delta, subspace) for delta, subspace in zip(deltas, subspaces, strict=True)],
+        eigenvalue_power=eigenvalue_power,
+        inter_task=inter_task,
+        inter_dimension=inter_dimension,
+        gain=gain,
+        norm=norm,
+    )
+
+
+def esm_merge_of(
+    parts: Sequence[EssentialPart],
+    *,
+    eigenvalue_power: float = 0.15,
+    inter_task: float = 2.0,
+    inter_dimension: float = 2.0,
+    gain: float = 2.0,
+    norm: TaskNorm = "delta",
+) -> Tensor:
+    """:func:`esm_merge` by the tasks' parts, which is all that it needs of the task vectors."""
     bases, coordinates, norms = [], [], []
-    for delta, subspace in zip(deltas, subspaces, strict=True):
-        E = subspace.directions
-        C = E.T @ delta
-        norms.append(torch.linalg.vector_norm(delta if norm == "delta" else C, dtype=torch.float64))
-        weights = eigenvalue_weights(subspace.eigenvalues, eigenvalue_power).to(delta.dtype)
+    for E, eigenvalues, C, whole in parts:
+        norms.append(whole if norm == "delta" else torch.linalg.vector_norm(C, dtype=torch.float64))
+        weights = eigenvalue_weights(eigenvalues, eigenvalue_power).to(C.dtype)
         bases.append(E * weights)
         coordinates.append(weights[:, None] * C)
-    factors = _relative_power(torch.stack(norms), inter_task).to(deltas.dtype)
+    factors = _relative_power(torch.stack(norms), inter_task).to(parts[0].coordinates.dtype)
     C = torch.cat([factor * C for factor, C in zip(factors, coordinates, strict=True)])
     if not C.any():
-        return torch.zeros_like(deltas[0])
+        return C.new_zeros(len(parts[0].directions), C.shape[1])
     C *= _relative_power(C.norm(dim=0), inter_dimension)
     merged = polar_product(torch.cat(bases, 1), C)
     return merged.product * (gain * merged.left_mean * merged.right_mean)

@@ -23,3 +23,23 @@ def gram(A: Tensor) -> Tensor:
         torch.mm(A[:, start:stop].T, A[:, start:], out=G[start:stop, start:])
         G[stop:, start:stop] = G[start:stop, stop:].T
     return G
+
+
+def triangle(G: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix ``[d, d]``, row by row: ``[d (d + 1) / 2]``, half of what there is to store."""
+    row, column = torch.triu_indices(len(G), len(G), device=G.device)
+    return G[row, column]
+
+
+def symmetric(triangle: Tensor, side: int) -> Tensor:
+    """The matrix that :func:`triangle` was taken of.
+
+    >>> symmetric(triangle(torch.tensor([[1.0, 2.0], [2.0, 5.0]])), 2)
+    tensor([[1., 2.],
+            [2., 5.]])
+    """
+    row, column = torch.triu_indices(side, side, device=triangle.device)
+    G = triangle.new_empty(side, side)
+    G[row, column] = triangle
+    G[column, row] = triangle
+    return G

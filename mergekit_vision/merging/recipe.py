@@ -14,7 +14,7 @@ from mergekit_vision.encoders.routed import Route
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.coefficient import Scale, ScaleChoice
-from mergekit_vision.merging.record import citations, composed, merger_record
+from mergekit_vision.merging.record import citations, composed, merger_record, revisable
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import LowRankExperts
@@ -35,12 +35,14 @@ class MergedModel(NamedTuple):
         routed: Linear name -> its routed experts; empty for a static model.
         record: what was merged and how, as ``merge.json`` keeps it.
         oracle: what an oracle made, which cannot be run as one model; ``None`` for a model that can.
+        kept: name -> tensor of what experts that join or leave the model later need; ``None`` where nothing was to be kept.
     """
 
     weights: Weights
     routed: Mapping[str, LowRankExperts]
     record: dict[str, Any]
     oracle: Merged | None = None
+    kept: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,18 @@ class Recipe:
         search: range and effort of a search.
         experts: tasks whose experts are merged; all of the suite where ``None``.
         route: how a dynamic model chooses its experts.
+        keep_state: how many experts are to be able to leave the model later, where what that needs is kept; else ``None``.
 
     Raises:
-        InputError: when ``scale`` is neither a number that weights can be multiplied by nor one of the words.
+        InputError: when ``scale`` is neither a number that weights can be multiplied by nor one of the words, or ``keep_state``
+            is below 0.
     """
 
     scale: Scale = "merger"
     search: ScaleSearch = field(default_factory=ScaleSearch)
     experts: tuple[str, ...] | None = None
     route: Route = "router"
+    keep_state: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, str) and self.scale not in ("merger", "search", "agreement"):
@@ -70,6 +75,9 @@ class Recipe:
             raise InputError(
                 f"`scale` is {self.scale}, but must be a finite number, of magnitude {LARGEST:.0f} at most", of="model"
             )
+
+        if self.keep_state is not None and self.keep_state < 0:
+            raise InputError(f"`keep_state` is {self.keep_state}, but must be 0 or more experts that may leave", of="model")
 
     @property
     def searched(self) -> frozenset[str]:
@@ -96,6 +104,21 @@ class Recipe:
             raise InputError(f"`experts`: {twice[0]} is named twice; no expert can be merged with itself", of="model")
         return {name: suite.experts[name] for name in names}
 
+    def check_keeping(self, suite: Suite, merger: Merger) -> None:
+        """Refuse to keep what no method could use.
+
+        Raises:
+            InputError: when the method merges all experts at once, or more experts are to leave than may.
+        """
+        if self.keep_state is None:
+            return
+        if revisable(merger) == "no":
+            problem = "merges all experts at once, so that keeping anything of them is of no use; leave it out"
+            raise InputError(f"`keep_state`: {merger_record(merger)['recipe']} {problem}", of="model")
+        if self.keep_state >= (count := len(self.chosen(suite))):
+            problem = f"of {count} experts, {count - 1} can leave at most"
+            raise InputError(f"`keep_state` {self.keep_state}: {problem}", of="model")
+
     def merge(self, bench: Workbench, merger: Merger, judging: Workbench | None = None) -> MergedModel:
         """Merge once and choose the coefficient; every process does, and all get the same.
 
@@ -108,7 +131,7 @@ class Recipe:
         experts = self.chosen(suite)
         choice = ScaleChoice(judging or bench, list(experts), self.scale, self.search)
         start = time.perf_counter()
-        merged = bench.merge(merger, {task: bench.evaluator.expert(task) for task in experts}, choice)
+        merged = bench.merge(merger, {task: bench.evaluator.expert(task) for task in experts}, choice, self.keep_state)
         seconds = time.perf_counter() - start - choice.seconds
         scale = choice(merged)
         record = {
@@ -125,8 +148,9 @@ class Recipe:
             "versions": versions(),
         }
         weights = merged_weights(bench.base, merged, scale)
-        _check_usable(weights, merged.routed, f"{type(merger).__name__} at coefficient {scale:g}")
-        return MergedModel(weights, merged.routed, record, merged if merged.experts else None)
+        check_usable(weights, merged.routed, f"{type(merger).__name__} at coefficient {scale:g}")
+        kept = None if self.keep_state is None else merged.kept
+        return MergedModel(weights, merged.routed, record, merged if merged.experts else None, kept)
 
 
 def halves(data: VisionTasks, mergers: Iterable[Merger]) -> tuple[VisionTasks, VisionTasks]:
@@ -140,7 +164,7 @@ def halves(data: VisionTasks, mergers: Iterable[Merger]) -> tuple[VisionTasks, V
     return data.variant(seen, data.task_names), data.variant(judged, data.task_names)
 
 
-def _check_usable(weights: Weights, routed: Mapping[str, LowRankExperts], what: str) -> None:
+def check_usable(weights: Weights, routed: Mapping[str, LowRankExperts], what: str) -> None:
     """Refuse a merged model that cannot be run, before it is written or evaluated."""
     parts = {f"{name}.{key}": part for name, experts in routed.items() for key, part in experts.tensors().items()}
     faults = [*unusable(weights), *unusable(parts, FINITE)]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from mergekit_vision.merger import Merger
+from mergekit_vision.merger import Merger, Revisable
 
 
 def merger_record(merger: Merger) -> dict[str, Any]:
@@ -40,3 +40,16 @@ def citations(merger: Merger) -> list[str]:
     for value in vars(merger).values():
         papers += citations(value) if isinstance(value, Merger) else []
     return list(dict.fromkeys(papers))
+
+
+def revisable(merger: Merger) -> Revisable:
+    """Whether a method's models can be revised exactly; not where a subclass merges otherwise than what it inherits revises.
+
+    >>> from mergekit_vision.merging.record import revisable
+    >>> from mergekit_vision.plugins.ties import TIES
+    >>> from mergekit_vision.plugins.tsvm import TSVM
+    >>> revisable(TIES()), revisable(TSVM())
+    ('no', 'state')
+    """
+    merges, revises = (next(cls for cls in type(merger).__mro__ if name in vars(cls)) for name in ("merge", "revise"))
+    return merger.revisable if issubclass(revises, merges) else "no"

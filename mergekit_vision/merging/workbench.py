@@ -15,7 +15,7 @@ from mergekit_vision.encoders.hooks import capture_inputs
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
-from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer, Weights, merged_weights
+from mergekit_vision.merger import Former, Merged, MergeInputs, Merger, Observer, Weights, merged_weights
 from mergekit_vision.support.console import track
 
 
@@ -70,7 +70,12 @@ class Workbench:
         """The same encoder and backbone on a variant of the data; what is found of a model counts for both."""
         return replace(self, evaluator=replace(self.evaluator, data=data))
 
-    def inputs(self, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None) -> MergeInputs:
+    def inputs(
+        self,
+        experts: Mapping[str, Weights],
+        choose_scale: Callable[[Merged], float] | None = None,
+        keep: int | None = None,
+    ) -> MergeInputs:
         """What a merger gets of some experts, task -> weights; see :meth:`merge`."""
         evaluator, runtime = self.evaluator, self.evaluator.runtime
         # Apple's devices have no float64, which the kernels need
@@ -97,18 +102,34 @@ class Workbench:
             evaluator.encoder.norms,
             evaluator.encoder.depths,
             _Streams(evaluator, device),
+            keep=keep,
         )
 
     @torch.no_grad()
     def merge(
-        self, merger: Merger, experts: Mapping[str, Weights], choose_scale: Callable[[Merged], float] | None = None
+        self,
+        merger: Merger,
+        experts: Mapping[str, Weights],
+        choose_scale: Callable[[Merged], float] | None = None,
+        keep: int | None = None,
     ) -> Merged:
         """Run a merger on some experts, task -> weights; ``choose_scale`` answers a merger that builds on a scaled model.
+
+        What later revisions need is kept where ``keep`` is given (:attr:`~mergekit_vision.merger.MergeInputs.keep`).
 
         Raises:
             InputError: when the merger refuses its inputs, or returns what it must not.
         """
-        return self._checked(merger.merge(self.inputs(experts, choose_scale)), type(merger).__name__)
+        return self._checked(merger.merge(self.inputs(experts, choose_scale, keep)), type(merger).__name__)
+
+    @torch.no_grad()
+    def revise(self, merger: Merger, former: Former, joining: Mapping[str, Weights], leaving: Mapping[str, Weights]) -> Merged:
+        """Have a merger take experts into a model that it merged before, and out of it.
+
+        Raises:
+            InputError: as :meth:`merge`, or when what was kept of the model does not suffice.
+        """
+        return self._checked(merger.revise(former, self.inputs(joining), self.inputs(leaving)), type(merger).__name__)
 
     def _checked(self, merged: Merged, name: str) -> Merged:
         """Refuse what a plugin must not return, before it is silently ignored or broadcast."""

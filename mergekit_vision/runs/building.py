@@ -8,8 +8,10 @@ from pydantic import Field, TypeAdapter
 from pydantic.errors import PydanticUserError
 
 from mergekit_vision import registry
+from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
 from mergekit_vision.support.faults import closest
+from mergekit_vision.support.imports import registered
 from mergekit_vision.support.schema import Schema, Text, faults, shown
 
 
@@ -46,6 +48,34 @@ def build_merger(content: object) -> Merger:
         return merger(**given)
     except TypeError as error:  # a plugin's own constructor, of values that it cannot use
         raise ValueError(f"{merger.__name__}: {error}") from error
+
+
+def recorded_merger(record: Mapping[str, Any], allow_code: bool = False) -> Merger:
+    """The method that ``merge.json`` names.
+
+    Args:
+        record: as :func:`~mergekit_vision.merging.record.merger_record` wrote it.
+        allow_code: whether a class that no installed package registers may be imported.
+
+    Raises:
+        InputError: when it is not installed, or no longer takes its parameters.
+    """
+    try:
+        return build_merger(_recorded(record, allow_code))
+    except ValueError as error:
+        raise InputError(f"the method of the merged model cannot be made: {error}") from error
+
+
+def _recorded(record: Mapping[str, Any], allow_code: bool) -> dict[str, Any]:
+    path, given = str(record["class_path"]), dict(record["init_args"])
+    if not allow_code and registered(registry.GROUP, path) is None:
+        raise InputError(
+            f"{path:.80} is registered by no installed package, so it is not imported; install the package that defines it, "
+            "or, if you trust the model and the class, allow_code (command line: --allow-code)"
+        )
+    nested = {name for name, value in given.items() if isinstance(value, Mapping) and "class_path" in value}
+    values = {name: _recorded(value, allow_code) if name in nested else value for name, value in given.items()}
+    return {"class_path": path, "init_args": values}
 
 
 def _check_names(merger: type[Merger], given: Mapping[str, Any]) -> None:

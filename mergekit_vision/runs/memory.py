@@ -10,6 +10,7 @@ from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.module import MergedCLIP
+from mergekit_vision.runs.revision import Revision
 from mergekit_vision.runs.tuning import Tuning
 from mergekit_vision.support.memory import Memory, is_spent, measured, readable_size, wanted
 
@@ -32,8 +33,14 @@ class Setting(NamedTuple):
     unit: str
 
 
-def settings_of(model: MergedCLIP | Comparison | Tuning, data: VisionTasks) -> Iterator[Setting]:
+def settings_of(model: MergedCLIP | Comparison | Tuning | Revision, data: VisionTasks) -> Iterator[Setting]:
     """What the memory of a model's next step can grow with: of merging first, where it is not merged yet."""
+    if not isinstance(model, Revision):
+        yield from _of_merging(model, data)
+    yield Setting("data.batch_size", data.batch_size, "images a batch")
+
+
+def _of_merging(model: MergedCLIP | Comparison | Tuning, data: VisionTasks) -> Iterator[Setting]:
     if isinstance(model, Comparison | Tuning):
         mergers = [row.merger for row in model.rows]
     else:
@@ -42,7 +49,6 @@ def settings_of(model: MergedCLIP | Comparison | Tuning, data: VisionTasks) -> I
         yield Setting("model.experts", len(model.recipe.experts or data.suite.tasks), "experts")
     if any(merger.needs != "none" for merger in mergers):
         yield Setting("data.proxies.n", data.proxies.n, "proxy images")
-    yield Setting("data.batch_size", data.batch_size, "images a batch")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.evaluation.metric import TaskMetric
 from mergekit_vision.export.directory import load_experts, save_model
 from mergekit_vision.export.manifest import read_record
+from mergekit_vision.export.state import State
 from mergekit_vision.merger import Merger, Weights
 from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import MergedModel, Recipe, expert_sources
@@ -57,6 +58,8 @@ class MergedCLIP(LightningModule):
         route: how a dynamic model chooses its experts: by its ``router``, by the true task (``oracle``, the ceiling), or not at
             all (``base``).
         verify: whether the files of ``merged`` must be as they were written, by the checksums in its ``merge.json``.
+        keep_state: keep beside the model what the trainer's ``add`` and ``drop`` need, for so many experts that may leave it;
+            ``None`` for nothing.
 
     Attributes:
         encoder: the merged encoder, once it is set up.
@@ -76,9 +79,10 @@ class MergedCLIP(LightningModule):
         experts: list[str] | None = None,
         route: Route = "router",
         verify: bool = True,
+        keep_state: int | None = None,
     ) -> None:
         super().__init__()
-        self.recipe = Recipe(scale, search, None if experts is None else tuple(experts), route)
+        self.recipe = Recipe(scale, search, None if experts is None else tuple(experts), route, keep_state)
         if merger is not None and merged is not None:
             raise InputError(_ONE_OF, of="model")
         if merged == "":
@@ -94,6 +98,7 @@ class MergedCLIP(LightningModule):
         self.expert_accuracy: dict[str, dict[str, float | None]] = {}
         self._evaluator: Evaluator | None = None
         self._text: Weights = {}
+        self._kept: Weights | None = None
         self._predictions: Predictions | None = None
         self._has_experts = True
         self._started = 0.0
@@ -140,6 +145,7 @@ class MergedCLIP(LightningModule):
             if self.merger.kind == "oracle":
                 problem = "is no merge: it must be told each image's task; the command compare shows it beside merges"
                 raise InputError(f"`merger` {type(self.merger).__name__} {problem}", of="model")
+            self.recipe.check_keeping(data.suite, self.merger)
             self.recipe.chosen(data.suite)
             self._check_route(dynamic=self.merger.kind == "dynamic")
         elif self.merged is not None:
@@ -158,6 +164,7 @@ class MergedCLIP(LightningModule):
         self.encoder, self.record = encoder.eval(), model.record
         self._evaluator = replace(bench.evaluator, experts=tuple(model.record["experts"]))
         self._text = bench.text if self.trainer.is_global_zero else {}
+        self._kept = model.kept if self.trainer.is_global_zero else None
 
     def _check_route(self, dynamic: bool) -> None:
         """Refuse a rule of routing for a model that routes nothing."""
@@ -191,7 +198,16 @@ class MergedCLIP(LightningModule):
         record = self.record
         if self.merger is not None:  # hashing the experts takes long, and only what is written is to vouch for them
             record = {**record, "sources": expert_sources(self.recipe.chosen(suite))}
-        save_model(directory, backbone, {**self._text, **encoder.weights()}, routed, record)
+        save_model(directory, backbone, {**self._text, **encoder.weights()}, routed, record, self._state())
+
+    def _state(self) -> State | None:
+        """What goes beside the model for experts that join or leave; nothing where that needs the model alone."""
+        if not self._kept:
+            if self.recipe.keep_state is not None:
+                logger.info("nothing has to be kept: what an expert that joins or leaves needs is in the model")
+            return None
+        sees = self.merger is not None and self.merger.needs != "none"
+        return State(self._kept, asdict(self.data.proxies) if sees else {})
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -262,6 +278,7 @@ class MergedCLIP(LightningModule):
             "kind": "evaluation",
             "schema": 1,
             **{key: self.record.get(key) for key in ("suite", "merger", "scale", "search")},
+            **({"history": self.record["history"]} if self.record.get("history") else {}),
             "split": split,
             "hub": self.data.hub_sources(split),
             "route": None if encoder.routing is None else route,

@@ -17,6 +17,7 @@ from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.data.loader import explained_workers
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.directory import check_output
+from mergekit_vision.export.manifest import STATE
 from mergekit_vision.registry import default_mergers
 from mergekit_vision.reports.html import write_comparison
 from mergekit_vision.reports.tuning import write_tuning
@@ -27,6 +28,7 @@ from mergekit_vision.runs.memory import explained_memory, settings_of
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.processes import check_devices, check_slurm, check_started, cpu_devices
+from mergekit_vision.runs.revision import Revision
 from mergekit_vision.runs.runtime import runtime_of
 from mergekit_vision.runs.tuning import Tuning
 from mergekit_vision.runs.variant_files import read_variants
@@ -39,7 +41,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 class Trainer(lightning.Trainer):
-    """Lightning's Trainer without what only training needs, and with ``merge``, ``compare`` and ``tune`` besides.
+    """Lightning's Trainer without what only training needs, and with methods for the commands that it does not have.
 
     Args:
         accelerator: ``cpu``, ``gpu``, …; ``auto`` takes the best there is.
@@ -113,8 +115,62 @@ class Trainer(lightning.Trainer):
             dynamic = model.encoder is not None and model.encoder.routing is not None
             reads = "mergekit_vision.load reads it; open_clip reads its static base only" if dynamic else "open_clip reads it too"
             logger.info("merged model: %s (%s, as local-dir:%s)", output, reads, output)
-            if (old := output / "results.json").exists():
-                logger.info("%s was there before: it is not about this model until `test` has run again", old)
+            self._tell_of_state(output)
+            self._tell_of_results(output)
+
+    def add(  # noqa: D417 (the CLI hides the others)
+        self, model: LightningModule, datamodule: LightningDataModule, experts: list[str], scale: float | None = None
+    ) -> None:
+        """Have experts join a merged model, without the files of the others, and write the new model as a directory.
+
+        Exactly, up to rounding, where the method's sums are in the model or the model has a state (``keep_state`` of ``merge``);
+        by the rule of OPCM otherwise. The model's own directory is replaced in one step.
+
+        Args:
+            experts: tasks of the suite whose experts join.
+            scale: scaling coefficient; that of the model unless given.
+        """
+        self._revise(self._revision(model, "add", joining=experts, scale=scale), datamodule)
+
+    def drop(  # noqa: D417 (the CLI hides the others)
+        self, model: LightningModule, datamodule: LightningDataModule, experts: list[str], scale: float | None = None
+    ) -> None:
+        """Have experts leave a merged model, without the files of the others, and write the new model as a directory.
+
+        A sum needs the files of the experts that leave it; what a state was kept for (``keep_state`` of ``merge``) does not.
+
+        Args:
+            experts: tasks of the model whose experts leave.
+            scale: scaling coefficient; that of the model unless given.
+        """
+        self._revise(self._revision(model, "drop", leaving=experts, scale=scale), datamodule)
+
+    def _revision(self, model: LightningModule, command: str, **changes: Any) -> Revision:
+        model = cast(MergedCLIP, model)
+        if model.merged is None:
+            raise InputError(f"{command} needs `merged`, the directory of a model merged before", of="model")
+        return Revision(model.merged, **changes, verify=model.verify)
+
+    def _revise(self, revision: Revision, datamodule: LightningDataModule) -> None:
+        output = Path(self.default_root_dir)
+        check_output(output)
+        with self._explained("merging", revision, datamodule):
+            self._set_up_only(revision, datamodule)
+            if self.is_global_zero:
+                revision.save(output)
+        if self.is_global_zero and revision.model is not None:
+            experts = revision.model.record["experts"]
+            logger.info("merged model of %d experts: %s (open_clip reads it as local-dir:%s)", len(experts), output, output)
+            self._tell_of_state(output)
+            self._tell_of_results(output)
+
+    def _tell_of_state(self, output: Path) -> None:
+        if (state := output / STATE).exists():
+            logger.info("%s: %.1f MB, kept for experts that join or leave", state, state.stat().st_size / 1e6)
+
+    def _tell_of_results(self, output: Path) -> None:
+        if (old := output / "results.json").exists():
+            logger.info("%s was there before: it is not about this model until `test` has run again", old)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule) -> Accuracies:  # type: ignore[override]
         """Evaluate a merged encoder on every task's val split."""
@@ -216,7 +272,7 @@ class Trainer(lightning.Trainer):
         """Say in one line what the machine lacks."""
         device = self.strategy.root_device
         sharing = self.num_devices if device.type == "cpu" else 1
-        known = cast(MergedCLIP | Comparison | Tuning, model), cast(VisionTasks, data)
+        known = cast(MergedCLIP | Comparison | Tuning | Revision, model), cast(VisionTasks, data)
         with explained_memory(work, device, lambda: settings_of(*known), sharing), explained_workers():
             yield
 

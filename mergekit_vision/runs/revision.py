@@ -1,0 +1,245 @@
+"""Experts that join or leave a merged model, without the files of those that stay."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from safetensors.torch import load_file
+
+from mergekit_vision import registry
+from mergekit_vision.data.checks import Needs
+from mergekit_vision.data.datamodule import VisionTasks
+from mergekit_vision.encoders.backbone import describe_backbone
+from mergekit_vision.errors import InputError
+from mergekit_vision.export.directory import save_model
+from mergekit_vision.export.manifest import MODEL, ROUTERS, read_record
+from mergekit_vision.export.state import State, read_state
+from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
+from mergekit_vision.merging.lineage import check_lineage
+from mergekit_vision.merging.recipe import MergedModel, check_usable, expert_paths, expert_sources, hub_datasets
+from mergekit_vision.merging.record import citations, revisable
+from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.runs.building import recorded_merger
+from mergekit_vision.runs.checks import check_alike, check_merged
+from mergekit_vision.runs.runtime import data_of, runtime_of
+from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.console import logger
+from mergekit_vision.support.faults import closest
+from mergekit_vision.support.fingerprints import sha256
+from mergekit_vision.support.json_files import same
+from mergekit_vision.support.source_code import versions
+
+Rule = Literal["exact", "OPCM"]
+"""How a model is revised: to what merging all experts again would give, up to rounding; or by adding the task vectors that join,
+each projected as OPCM does."""
+
+
+class _Plan(NamedTuple):
+    """What is to be done, once it is known to be possible.
+
+    Attributes:
+        record: what ``merge.json`` of the model holds.
+        merger: the method that revises.
+        rule: how.
+        state: what was kept.
+    """
+
+    record: dict[str, Any]
+    merger: Merger
+    rule: Rule
+    state: State | None
+
+
+class Revision(LightningModule):
+    """Takes experts of a suite into a merged model, or out of it, while it is set up.
+
+    Args:
+        merged: directory of the model.
+        joining: tasks of the suite whose experts join it.
+        leaving: tasks of the model whose experts leave it.
+        scale: scaling coefficient; that of the model where ``None``.
+        verify: whether the model's files must be as they were written.
+
+    Attributes:
+        model: the new model, once it is set up.
+    """
+
+    def __init__(
+        self,
+        merged: Path,
+        joining: Sequence[str] = (),
+        leaving: Sequence[str] = (),
+        scale: float | None = None,
+        verify: bool = True,
+    ) -> None:
+        super().__init__()
+        self.merged, self.joining, self.leaving = merged, list(dict.fromkeys(joining)), list(dict.fromkeys(leaving))
+        self.scale, self.verify = scale, verify
+        self.model: MergedModel | None = None
+        self._text: Weights = {}
+
+    def prepare_data(self) -> None:
+        """Download what will be read, in one process of each machine."""
+        self._data.fetch(self._needs)
+
+    def setup(self, stage: str) -> None:
+        """Check all that can be checked, then revise the model."""
+        data, plan = self._data, self._plan
+        check_merged(self.merged, data.suite, self.verify)
+        data.check(self._needs)
+        check_alike(data, self._needs, runtime_of(self.trainer).team)
+        bench = Workbench.open(data, runtime_of(self.trainer))
+        former = load_file(self.merged / MODEL)
+        self._check_backbone(bench, former)
+        check_lineage({task: data.suite.experts[task] for task in self.joining}, bench.base, bench.evaluator.encoder.linears)
+        if plan.state and plan.state.proxies and self.joining and not same(plan.state.proxies, asdict(data.proxies)):
+            logger.warning("the experts before were merged with other proxy images: %s", plan.state.proxies)
+        self.model, self._text = self._revised(bench, former, plan), bench.text
+
+    def predict_step(self, *args: Any) -> None:
+        """Nothing, as a :class:`~mergekit_vision.runs.comparison.Comparison`'s."""
+
+    def save(self, directory: Path) -> None:
+        """Write the new model; over the old one, if that is its directory.
+
+        Raises:
+            InputError: when nothing was revised yet, or the files cannot be written.
+        """
+        if self.model is None:
+            raise InputError("no model was revised yet; run this through a trainer's add or drop")
+        suite, model, plan = self._data.suite, self.model, self._plan
+        backbone = describe_backbone(suite.backbone, suite.pretrained)
+        proxies = plan.state.proxies if plan.state else {}
+        state = State(model.kept, proxies) if model.kept else None
+        save_model(directory, backbone, {**self._text, **model.weights}, {}, model.record, state)
+
+    @cached_property
+    def _data(self) -> VisionTasks:
+        """The trainer's data module with the tasks that come and go, of those that the suite has."""
+        return data_of(self.trainer).only([*self.joining, *self.leaving])
+
+    @cached_property
+    def _plan(self) -> _Plan:
+        """What is to be done; raises an :class:`InputError` where it cannot be."""
+        suite, record = data_of(self.trainer).suite, read_record(self.merged, verify=False)
+        if ROUTERS in record.get("files", {}):
+            raise InputError(f"{self.merged}: is a dynamic model, whose routers are of all experts together; merge again")
+        self._check_names(suite, record)
+        merger, state = recorded_merger(record["merger"], suite.allow_code), read_state(self.merged, record)
+        how = "no" if any(step.get("rule") == "OPCM" for step in record.get("history", ())) else revisable(merger)
+        if how == "model" or (how == "state" and state is not None):
+            return _Plan(record, merger, "exact", state)
+        why = f"{record['merger']['name']} merges all experts at once"
+        if how == "state":
+            why = "nothing was kept of its experts (`keep_state` of merge)"
+        if self.leaving:
+            raise InputError(f"{self.merged}: no expert can leave, since {why}; merge the others again")
+        logger.warning("%s: %s; %s by OPCM's rule", self.merged, why, "joins" if len(self.joining) == 1 else "they join")
+        if self.scale is not None:
+            problem = "what joins by OPCM's rule leaves the model's coefficient as it is"
+            raise InputError(f"`scale` {self.scale:g}: {problem}", of="command")
+        return _Plan(record, registry.get("OPCM")(), "OPCM", None)
+
+    @property
+    def _needs(self) -> Needs:
+        seen = self._plan.rule == "exact" and self._plan.merger.needs != "none"
+        return Needs(experts=bool(self.joining), proxies=seen and bool(self.joining))
+
+    def _check_names(self, suite: Suite, record: Mapping[str, Any]) -> None:
+        merged = record["experts"]
+        for task in self.joining:
+            if task not in suite.tasks:
+                known = ", ".join(suite.tasks)
+                raise InputError(f"`experts` {task}: not in the suite{closest(task, suite.tasks)}; it has {known}", of="command")
+            if task in merged:
+                raise InputError(f"`experts` {task}: is in the model already; drop it first", of="command")
+        for task in self.leaving:
+            if task not in merged:
+                raise InputError(f"`experts` {task}: not in the model; it has {', '.join(merged)}", of="command")
+        if not self.joining and not self.leaving:
+            raise InputError("`experts`: name at least one task", of="command")
+        if len(self.leaving) == len(merged):
+            raise InputError("`experts`: at least one expert must stay", of="command")
+
+    def _check_backbone(self, bench: Workbench, former: Weights) -> None:
+        """Refuse a backbone whose text tower, which merging leaves alone, is not the model's."""
+        if any(key not in former or not torch.equal(former[key], value.cpu()) for key, value in bench.text.items()):
+            suite = self._data.suite
+            problem = f"merged from another backbone than that of {suite.path} ({suite.backbone}), by its text tower"
+            raise InputError(f"{self.merged}: {problem}")
+
+    def _revised(self, bench: Workbench, former: Weights, plan: _Plan) -> MergedModel:
+        """The new model and its record."""
+        start, scale = time.perf_counter(), float(plan.record["scale"])
+        device = bench.inputs({}).device
+        change = {key: former[key].to(device) - value.to(device) for key, value in bench.base.items()}
+        kept = {name: tensor.to(device).clone() for name, tensor in plan.state.tensors.items()} if plan.state else {}
+        before = Former(tuple(plan.record["experts"]), change, scale if plan.rule == "exact" else 1.0, kept)
+        joining = {task: bench.evaluator.expert(task) for task in self.joining}
+        merged: Merged = bench.revise(plan.merger, before, joining, _Leaving(bench, plan.record, self.leaving))
+        scale = scale if self.scale is None or not merged.scalable else self.scale
+        weights = merged_weights(bench.base, merged, scale if plan.rule == "exact" else 1.0)
+        check_usable(weights, {}, f"{plan.record['merger']['name']} at coefficient {scale:g}")
+        step = {
+            **({"joined": self.joining} if self.joining else {}),
+            **({"left": self.leaving} if self.leaving else {}),
+            "rule": plan.rule,
+            "scale": scale,
+            "seconds": round(time.perf_counter() - start, 3),
+            "versions": versions(),
+        }
+        return MergedModel(weights, {}, self._record(plan, scale, step), None, merged.kept)
+
+    def _record(self, plan: _Plan, scale: float, step: Mapping[str, Any]) -> dict[str, Any]:
+        """What is recorded of the new model: the merge, and all steps since."""
+        suite, old = self._data.suite, plan.record
+        found = {name: value for name, value in old.items() if name not in ("files", "sha256", "schema")}
+        joining = {task: suite.experts[task] for task in self.joining}
+        new: dict[str, dict[str, Any]] = {
+            "experts": dict(expert_paths(suite, joining)),
+            "datasets": dict(hub_datasets(suite, joining)),
+            "sources": expert_sources(joining),
+        }
+        for name, added in new.items():
+            found[name] = {**{task: value for task, value in old.get(name, {}).items() if task not in self.leaving}, **added}
+        cited = [*old.get("citation", ()), *(citations(plan.merger) if plan.rule == "OPCM" else ())]
+        return {**found, "citation": list(dict.fromkeys(cited)), "scale": scale, "history": [*old.get("history", ()), step]}
+
+
+class _Leaving(Mapping[str, Weights]):
+    """Experts that leave a model, each opened when a method asks for it: many do not.
+
+    Args:
+        bench: opens them.
+        record: of the model, with the hashes of the files that it was merged from.
+        tasks: that leave.
+    """
+
+    def __init__(self, bench: Workbench, record: Mapping[str, Any], tasks: Iterable[str]) -> None:
+        self._bench, self._record, self._tasks = bench, record, dict.fromkeys(tasks)
+        self._opened: dict[str, Weights] = {}
+
+    def __getitem__(self, task: str) -> Weights:
+        if task not in self._opened:
+            self._opened[task] = self._open(task)
+        return self._opened[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def _open(self, task: str) -> Weights:
+        suite, recorded = self._bench.evaluator.data.suite, self._record.get("sources", {}).get(task, {}).get("sha256")
+        if task not in suite.tasks:
+            raise InputError(f"{suite.path}: lacks the task {task}, whose expert is needed to take it out of the model")
+        expert = suite.experts[task]
+        if recorded and sorted(recorded.values()) != sorted(sha256(file) for file in expert.files):
+            raise InputError(f"the expert of task {task} ({expert.path}) is another file than was merged; name that one")
+        return self._bench.evaluator.expert(task)
