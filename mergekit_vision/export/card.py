@@ -59,7 +59,7 @@ def model_card(
 # {_title(record)}
 
 {len(record["experts"])} experts fine-tuned from {code(backbone)} merged without training by mergekit-vision {__version__},
-at scaling coefficient {record["scale"]:g}.
+at scaling coefficient {record["scale"]:g}.{_history(record)}
 
 {_table(shared["experts"], results)}
 
@@ -88,6 +88,16 @@ def _arguments(record: Mapping[str, Any]) -> Mapping[str, Any]:
 def _title(record: Mapping[str, Any]) -> str:
     merger = record["merger"]
     return plain(f"{record['suite']} merged with {merger.get('recipe', merger['name'])}")
+
+
+def _history(record: Mapping[str, Any]) -> str:
+    """Which experts joined and left since, in sentences."""
+    found = []
+    for step in record.get("history", ()):
+        who = [f"{', '.join(map(plain, step[what]))} {what}" for what in ("joined", "left") if step.get(what)]
+        how = "by OPCM's rule" if step.get("rule") == "OPCM" else "as if all others had been merged anew"
+        found.append(f" Then {' and '.join(who)}, {how}.")
+    return "".join(found)
 
 
 def _table(experts: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:

@@ -89,12 +89,17 @@ def test_of_a_model_at_coefficient_0_no_sum_is_known() -> None:
 # --- directions
 
 
-FORMULAS: list[tuple[Merger, Callable[[Zoo], Mapping[str, Tensor]]]] = [
+FORMULAS = [
     (TSVM(), tsvm_formula),
     (TSVM(rank=3, other="mean"), partial(tsvm_formula, rank=3, block=True)),
     (ESM(), esm_formula),
-    (ESM(norm="truncated", out_proj="esd", other="mean"), partial(esm_formula, norm="truncated", out_proj="esd", other="mean")),
-    (ESM(rank=5, out_proj="mean"), partial(esm_formula, k=5, out_proj="mean")),
+    *(
+        pytest.param(ESM(**options, **own), partial(esm_formula, **options, **formula), marks=pytest.mark.slow)
+        for options, own, formula in (
+            ({"norm": "truncated", "out_proj": "esd", "other": "mean"}, {}, {}),
+            ({"out_proj": "mean"}, {"rank": 5}, {"k": 5}),
+        )
+    ),
 ]
 by_parts = pytest.mark.parametrize(("merger", "formula"), FORMULAS, ids=lambda value: repr(value)[:30])
 
