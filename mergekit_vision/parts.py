@@ -5,7 +5,7 @@ merged again. Directions are ordered by what they hold: what a larger model take
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -91,8 +91,9 @@ class ByParts(Merger):
     def revise(self, former: Former, joining: MergeInputs, leaving: MergeInputs) -> Merged:
         """Merge again the parts of those that stay, with those of the experts that join."""
         staying = [task for task in former.tasks if task not in leaving.tasks]
-        known, fewest = _unpacked(former, joining.base), _fewest(former)
-        tasks = len(staying) + len(joining.tasks)
+        tasks, fewest = len(staying) + len(joining.tasks), _fewest(former)
+        parted = {key for key in joining.base if self.directions_of(joining, key, tasks) is not None}
+        known = _unpacked(former, joining.base, parted)
         counts = [[self.directions_of(joining, key, of) or 0 for key in joining.base] for of in (tasks, fewest)]
         if any(now > kept for now, kept in zip(*counts, strict=True)):
             raise InputError(
@@ -155,8 +156,8 @@ def _named(key: str, parts: Mapping[str, Known]) -> Weights:
     return found
 
 
-def _unpacked(former: Former, base: Weights) -> dict[tuple[str, str], Known]:
-    """Task and key -> what is known; parts that do not fit the model are refused."""
+def _unpacked(former: Former, base: Weights, parted: Collection[str]) -> dict[tuple[str, str], Known]:
+    """Task and key -> what is known, of the ``parted`` keys their part; what does not fit the model is refused."""
     tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in former.kept.items():
         if name != _FEWEST:
@@ -164,15 +165,15 @@ def _unpacked(former: Former, base: Weights) -> dict[tuple[str, str], Known]:
             tensors.setdefault((task, key), {})[what] = tensor
     known = {place: _part(parts) for place, parts in tensors.items()}
     for (task, key), part in known.items():
-        if task not in former.tasks or key not in base or not _fits(part, tuple(base[key].shape)):
+        if task not in former.tasks or key not in base or not _fits(part, tuple(base[key].shape), key in parted):
             raise InputError(f"what was kept does not fit the model: {task}, {key or 'an unknown parameter'}; merge again")
     return known
 
 
-def _fits(part: Known, shape: Sequence[int]) -> bool:
+def _fits(part: Known, shape: Sequence[int], parted: bool) -> bool:
     if isinstance(part, Part):
-        return len(shape) == 2 and part.fits(shape)
-    return part is not None and part.shape == shape
+        return parted and part.fits(shape)
+    return part is not None and not parted and part.shape == shape
 
 
 def _part(tensors: Mapping[str, Tensor]) -> Known:

@@ -252,6 +252,7 @@ def test_opcm_on_a_model_of_another_method() -> None:
         (lambda kept: kept.update({f"task0/{FROZEN}/left": torch.zeros(2, 3)}), f"does not fit the model: task0, {FROZEN}"),
         (lambda kept: kept.pop(f"task1/{FROZEN}/norm"), "does not fit the model: task1"),
         (lambda kept: kept.update({"task9/visual.proj/whole": torch.zeros(3)}), "does not fit the model: task9"),
+        (lambda kept: kept.update({f"task0/{FROZEN}/whole": torch.zeros(2, 3)}), f"does not fit the model: task0, {FROZEN}"),
         (lambda kept: kept.update({"x": torch.zeros(3)}), "does not fit the model"),
     ],
 )
