@@ -106,7 +106,7 @@ def _expanded(argument: str, known: Mapping[str, Short], following: str) -> str:
     if name not in known:
         return argument
     full, alone = known[name].full, known[name].alone
-    given = following.isdigit() if alone.isdigit() else following in ("true", "false")
+    given = bool(re.match(r"[^-]|-\d", following)) if alone.isdigit() else following in ("true", "false")
     if alone and not dot and not equals and (alone == "false" or not given):
         return f"{full}={alone}"
     return f"{_PARTS.get(full, full)}.{parts}{equals}{value}" if dot else f"{full}{equals}{value}"

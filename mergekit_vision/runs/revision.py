@@ -21,7 +21,7 @@ from mergekit_vision.export.manifest import MODEL, ROUTERS, read_record
 from mergekit_vision.export.state import State, read_state
 from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.lineage import check_lineage
-from mergekit_vision.merging.recipe import MergedModel, check_usable, expert_paths, expert_sources, hub_datasets
+from mergekit_vision.merging.recipe import MergedModel, Recipe, check_usable, expert_paths, expert_sources, hub_datasets
 from mergekit_vision.merging.record import citations, revisable
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.runs.building import recorded_merger
@@ -67,6 +67,9 @@ class Revision(LightningModule):
 
     Attributes:
         model: the new model, once it is set up.
+
+    Raises:
+        InputError: when ``scale`` is no number that weights can be multiplied by.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class Revision(LightningModule):
         super().__init__()
         self.merged, self.joining, self.leaving = merged, list(dict.fromkeys(joining)), list(dict.fromkeys(leaving))
         self.scale, self.verify = scale, verify
+        if scale is not None:
+            Recipe(scale)  # which refuses what no coefficient is
         self.model: MergedModel | None = None
         self._text: Weights = {}
 
@@ -139,7 +144,8 @@ class Revision(LightningModule):
             why = "nothing was kept of its experts (`keep_state` of merge)"
         if self.leaving:
             raise InputError(f"{self.merged}: no expert can leave, since {why}; merge the others again")
-        logger.warning("%s: %s; %s by OPCM's rule", self.merged, why, "joins" if len(self.joining) == 1 else "they join")
+        who = f"{', '.join(self.joining)} {'joins' if len(self.joining) == 1 else 'join'}"
+        logger.warning("%s: %s, so that %s by OPCM's rule", self.merged, why, who)
         if self.scale is not None:
             problem = "what joins by OPCM's rule leaves the model's coefficient as it is"
             raise InputError(f"`scale` {self.scale:g}: {problem}", of="command")
@@ -168,7 +174,9 @@ class Revision(LightningModule):
 
     def _check_backbone(self, bench: Workbench, former: Weights) -> None:
         """Refuse a backbone whose text tower, which merging leaves alone, is not the model's."""
-        if any(key not in former or not torch.equal(former[key], value.cpu()) for key, value in bench.text.items()):
+        shapes = {key: tuple(former[key].shape) if key in former else None for key in bench.base}
+        known = all(shapes[key] == tuple(value.shape) for key, value in bench.base.items())
+        if not known or any(key not in former or not torch.equal(former[key], value.cpu()) for key, value in bench.text.items()):
             suite = self._data.suite
             problem = f"merged from another backbone than that of {suite.path} ({suite.backbone}), by its text tower"
             raise InputError(f"{self.merged}: {problem}")
