@@ -268,7 +268,7 @@ class MergeInputs:
 
         Args:
             function: of a task's name or a parameter's key, giving tensors, numbers, or collections of them.
-            items: tasks, or keys of :attr:`base`; these are shared out by size.
+            items: tasks, or keys of :attr:`base`; these are shared out by size, matrices by size times rows.
             description: what the progress bar says.
         """
 
@@ -278,7 +278,14 @@ class MergeInputs:
             finally:
                 release_freed_memory()
 
-        return self.share(compute, {item: self.base[item].numel() if item in self.base else 1 for item in items}, description)
+        return self.share(compute, {item: self._cost(item) for item in items}, description)
+
+    def _cost(self, item: str) -> int:
+        """What merging an item costs, roughly: matrices are decomposed, which also tells ``[4d, d]`` from ``[d, 4d]``."""
+        if item not in self.base:
+            return 1
+        value = self.base[item]
+        return value.numel() * (len(value) if value.dim() == 2 else 1)
 
     def spread_changed(self, function: Callable[[str], _Result], keys: Iterable[str], description: str) -> dict[str, _Result]:
         """:meth:`spread` over the parameters among ``keys`` that some expert changed; the others are left out of the result."""

@@ -1,5 +1,6 @@
 """The contract's data: what mergers may ask for, and what a merged model is."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merged, MergeInputs, linears_of_kind, merged_weights
+from mergekit_vision.support.team import assign_by_cost
 
 
 @pytest.fixture(scope="module")
@@ -111,4 +113,15 @@ def test_work_is_shared_out_by_size() -> None:
 
     inputs = MergeInputs(base, {"task": base}, share=share)
     assert inputs.spread(len, [*base, "task"], "counting") == {"visual.proj": 11, "visual.bias": 11, "task": 4}
-    assert seen == {"visual.proj": 12, "visual.bias": 5, "task": 1}
+    assert seen == {"visual.proj": 36, "visual.bias": 5, "task": 1}
+
+
+def test_layers_that_cost_more_are_not_all_of_one_process() -> None:
+    """An MLP's two layers are equally large, and alternate in the encoder: one process must not have all first ones."""
+    seen: dict[str, int] = {}
+    shapes = {"c_fc": (8, 2), "c_proj": (2, 8)}
+    base = {f"{block}.{name}": torch.zeros(shape) for block in range(4) for name, shape in shapes.items()}
+    inputs = MergeInputs(base, {"task": base}, share=lambda function, items, description: seen.update(items) or {})
+    inputs.spread(len, base, "counting")
+    owners = Counter((key.partition(".")[2], owner) for key, owner in assign_by_cost(seen, 2).items())
+    assert owners == {("c_fc", 0): 2, ("c_fc", 1): 2, ("c_proj", 0): 2, ("c_proj", 1): 2}
