@@ -1,6 +1,7 @@
 """Checks of a run before any long work starts."""
 
 import os
+import platform
 from pathlib import Path
 
 from mergekit_vision.data.checks import Needs
@@ -69,7 +70,9 @@ def check_alike(data: VisionTasks, needs: Needs, team: Team) -> None:
     """
     if team.size == 1:
         return
-    first, *others = team.gather(_seen(data, needs))
+    places = team.gather(_places(data, needs))
+    same = places.count(places[0]) == len(places)
+    first, *others = team.gather(_seen(data, needs, read=not same))
     for rank, seen in enumerate(others, start=1):
         if differing := [what for what in first if seen.get(what) != first[what]]:
             raise InputError(
@@ -78,12 +81,29 @@ def check_alike(data: VisionTasks, needs: Needs, team: Team) -> None:
             )
 
 
-def _seen(data: VisionTasks, needs: Needs) -> dict[str, str]:
-    """What must be the same for all processes -> its version or hash; of images that are many files, their number."""
+def _places(data: VisionTasks, needs: Needs) -> str:
+    """Where the code and the experts lie, as no other machine says it: where this is the same, they are the same files."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    experts = [file for name in data.suite.tasks for file in data.suite.experts[name].files] if needs.experts else []
+    found = [(str(file), *_identity(file)) for file in (Path(__file__), *experts)]
+    return repr((platform.node(), boot.read_text() if boot.exists() else "", found))
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _seen(data: VisionTasks, needs: Needs, read: bool) -> dict[str, str]:
+    """What must be the same for all processes -> its version or hash; of images that are many files, their number.
+
+    Code and experts are left out unless they are to be ``read``, which takes seconds on every process.
+    """
     suite = data.suite
-    found = {**versions(), "mergekit_vision's code": code_fingerprint([VisionTasks]) or ""}
-    found[str(suite.path)] = fingerprint(suite.path)
-    if needs.experts:
+    found = {**versions(), str(suite.path): fingerprint(suite.path)}
+    if read:
+        found["mergekit_vision's code"] = code_fingerprint([VisionTasks]) or ""
+    if read and needs.experts:
         found |= {str(task.expert): suite.experts[name].fingerprint() for name, task in suite.tasks.items()}
     for name, task in suite.tasks.items():
         for split in sorted({*needs.everywhere, *(needs.evaluated if name in data.task_names else ())}):

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,18 +85,20 @@ def test_a_merged_model_belongs_to_its_suite(tiny_suite: Path, tmp_path: Path) -
 
 def seen_by(root: Path, rank: int, others: list[dict[str, str]]) -> dict[str, str]:
     """What a process finds, which hears of the other ones what is given."""
-    told: list[dict[str, str]] = []
+    told: list[Any] = []
 
-    def broadcast(value: dict[str, str] | None, source: int) -> dict[str, str]:
+    def broadcast(value: Any, source: int) -> Any:
         if source == rank:
             assert value is not None
             told.append(value)
             return value
-        return {key.replace("ROOT", str(root)): text for key, text in others[source].items()} if others else told[0]
+        if others:
+            return {key.replace("ROOT", str(root)): text for key, text in others[source].items()}
+        return told[-1] if len(told) > 1 else "another machine"
 
     needs = Needs(frozenset({"test"}), frozenset({"val"}))
     check_alike(VisionTasks(str(root / "suite.yaml")), needs, Team(rank, 2, broadcast))
-    return {key.replace(str(root), "ROOT"): text for key, text in told[0].items()}
+    return {key.replace(str(root), "ROOT"): text for key, text in told[-1].items()}
 
 
 def test_processes_that_see_other_files_or_packages_are_refused(root: Path) -> None:
@@ -106,6 +109,24 @@ def test_processes_that_see_other_files_or_packages_are_refused(root: Path) -> N
         with pytest.raises(InputError, match=r"process 1 of 2 sees another version than process 0 of: ") as caught:
             seen_by(root, 1, [{**first, what: "another"}])
         assert f"of: {what.replace('ROOT', str(root))};" in str(caught.value)
+
+
+def test_processes_that_read_the_same_files_hash_no_expert(root: Path) -> None:
+    told: list[Any] = []
+
+    def broadcast(value: Any, source: int) -> Any:
+        told.extend([value] if source == 0 else [])
+        return told[-1]
+
+    needs = Needs(frozenset({"test"}), frozenset({"val"}))
+    check_alike(VisionTasks(str(root / "suite.yaml")), needs, Team(0, 2, broadcast))
+    place, seen = told
+    assert "colors.safetensors" in place
+    assert {"torch", str(root / "suite.yaml"), "tasks.grays.data.val"} <= seen.keys()
+    assert not {"mergekit_vision's code", str(root / "experts" / "colors.safetensors")} & seen.keys()
+    os.utime(root / "experts" / "colors.safetensors", ns=(0, 0))
+    check_alike(VisionTasks(str(root / "suite.yaml")), needs, Team(0, 2, broadcast))
+    assert told[2] != place, "another time stamp is another file"
 
 
 def test_another_expert_is_another_version(root: Path) -> None:
