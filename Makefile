@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 NO_ANSWER := "from mergekit_vision.support.hub import refusal; print(refusal('https://pypi.org/pypi/pip/json', 2.5) or '')"
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-launch test-kernels test-oldest lint audit style docs clean
+.PHONY: demo test test-all test-launch test-kernels test-oldest bench bench-quick lint audit style docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -31,6 +31,14 @@ test-kernels: .venv/ready
 # with the lowest versions that setup.cfg admits
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/$(PYTEST)
+
+# every figure that README and docs state, in under an hour; then the page docs/benchmarks.md
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+# a small encoder and little of everything, in five minutes; results stay in runs/benchmarks
+bench-quick: .venv/ready
+	$(BIN)/python -m benchmarks --quick
 
 # and advisories about the installed versions, where PyPI answers
 lint: .venv/ready

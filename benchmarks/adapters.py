@@ -6,7 +6,6 @@ chooses one adapter for each image, and of the model told each image's true task
     python -m benchmarks.adapters demo
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks import records
+from benchmarks.machine import Recorder
+from benchmarks.records import Row
 from mergekit_vision import MergedCLIP, Trainer, VisionTasks
 from mergekit_vision.encoders.routed import Route
 from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
@@ -28,6 +28,7 @@ from mergekit_vision.export.peft import Peft
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.registry import get
 from mergekit_vision.suites.splits import TEST
+from mergekit_vision.suites.suite import Suite
 
 METHODS = ("ESMPP", "ESMPPBayes", "SMILE")
 ROUTES: dict[str, Route] = {"base": "base", "as merged": "router", "true expert": "oracle"}
@@ -67,18 +68,18 @@ def measure(suite: str, method: str, place: Path) -> Iterator[tuple[str, float]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and show the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, print and keep the rows."""
+    parser = records.parser("adapters", __doc__)
     parser.add_argument("suite", help="demo, or the file of a suite")
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    chosen = parser.parse_args(arguments)
-    columns = (*list(ROUTES)[:2], "once per image", "true expert")
-    table = Table("method", *columns)
-    for method in chosen.methods:
+    options = parser.parse_args(arguments)
+    recorder = Recorder("adapters", options.results)
+    for method in options.methods:
         with TemporaryDirectory() as place:
-            found = dict(measure(chosen.suite, method, Path(place)))
-        table.add_row(method, *(f"{found[column]:.2f}" for column in columns))
-    Console().print(table)
+            about: records.Case = {"suite": Suite.load(options.suite).name, "method": method}
+            found = measure(options.suite, method, Path(place))
+            recorder.keep([Row.of({**about, "choice": choice}, {"accuracy": [value]}) for choice, value in found])
+    print(f"written: {recorder.path}")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ fits on proxy images, a second time: fitted on half of them, with the rules choo
     python -m benchmarks.agreement --suites demo path/to/suite.yaml
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import write
+from benchmarks import records
+from benchmarks.machine import Recorder
+from benchmarks.records import Row
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.data.proxies import Proxies
 from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
@@ -27,6 +25,7 @@ from mergekit_vision.merging.agreement import Agreement, ExpertTeachers
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.registry import get
 from mergekit_vision.suites.splits import TEST
+from mergekit_vision.suites.suite import Suite
 
 GRID = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0)
 RULES: dict[str, Callable[[Agreement], float]] = {
@@ -36,7 +35,6 @@ RULES: dict[str, Callable[[Agreement], float]] = {
     "share + 0.2 cosine": lambda found: found.share + 0.2 * fmean(found.cosine.values()),
     "distance": lambda found: -found.distance,
 }
-Row = dict[str, Any]
 
 
 def opened(suite: str) -> Workbench:
@@ -98,65 +96,53 @@ def regrets(found: Sequence[Agreement], curve: Sequence[float]) -> dict[str, flo
     return {rule: max(curve) - curve[at] for rule, at in chosen.items()}
 
 
-def measure(suite: str, name: str, counts: Sequence[int], seeds: Sequence[int], most: int) -> Iterator[Row]:
-    """Rows of one method: a number of proxy images and a draw each."""
+def measure(
+    suite: str, name: str, counts: Sequence[int], seeds: Sequence[int], most: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """What each rule loses with one method, for a number of proxy images and a draw of them each."""
     bench, merger = opened(suite), get(name)()
     images = test_images(bench, most)
-    experts, fits = bench.evaluator.data.suite.experts, merger.needs == "proxies"
+    experts = {task: bench.evaluator.expert(task) for task in bench.evaluator.data.suite.tasks}
+    fits = merger.needs == "proxies"
     known: dict[Proxies | None, tuple[Merged, list[float]]] = {}
 
-    def lost(fitted: Proxies, judged: Proxies) -> tuple[dict[str, float], list[float]]:
+    def lost(fitted: Proxies, judged: Proxies) -> dict[str, float]:
         key = fitted if fits else None
         if key not in known:
             merged = drawn(bench, fitted).merge(merger, experts)
             known[key] = merged, test_curve(bench, merged, images)
         merged, curve = known[key]
-        return regrets(proxy_curve(drawn(bench, judged), merged), curve), curve
+        return regrets(proxy_curve(drawn(bench, judged), merged), curve)
 
     for proxies in (Proxies(n=n, seed=seed) for n in counts for seed in seeds):
-        found, curve = lost(proxies, proxies)
+        found = lost(proxies, proxies)
         if fits:
-            found |= {f"{rule}, half held out": value for rule, value in lost(*proxies.halves())[0].items()}
-        yield {
-            "suite": bench.evaluator.data.suite.name,
-            "method": name,
-            "proxies": proxies.n,
-            "seed": proxies.seed,
-            "best": round(max(curve), 2),
-            "coefficient": GRID[curve.index(max(curve))],
-            "regret": {rule: round(value, 2) for rule, value in found.items()},
-        }
+            found |= {f"{rule}, half held out": value for rule, value in lost(*proxies.halves()).items()}
+        yield proxies.n, found
 
 
-def summary(rows: Sequence[Row]) -> Table:
-    """Mean and worst regret of each rule, over everything and by method, in points."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    table = Table("rule", "all", *methods)
-    for rule in dict.fromkeys(rule for row in rows for rule in row["regret"]):
-        lost = {
-            name: [row["regret"][rule] for row in rows if row["method"] == name and rule in row["regret"]] for name in methods
-        }
-        every = [value for values in lost.values() for value in values]
-        cells = (f"{fmean(values):.2f} / {max(values):.2f}" if values else "–" for values in (every, *lost.values()))
-        table.add_row(rule, *cells)
-    return table
+def rows(suite: str, name: str, counts: Sequence[int], seeds: Sequence[int], most: int) -> Iterator[Row]:
+    """A row for each number of proxy images and rule; the draws are the repeats."""
+    found = list(measure(suite, name, counts, seeds, most))
+    for count, rule in dict.fromkeys((count, rule) for count, regret in found for rule in regret):
+        case: records.Case = {"suite": Suite.load(suite).name, "method": name, "proxies": count, "rule": rule}
+        yield Row.of(case, {"regret": [regret[rule] for n, regret in found if n == count]})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write the rows and print the summary."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__.split("\n\n")[0])
+    """Measure, print and keep the rows."""
+    parser = records.parser("agreement", __doc__)
     parser.add_argument("--suites", nargs="+", default=["demo"], help="suites with val and test splits")
     parser.add_argument("--methods", nargs="+", default=["TaskArithmetic", "TIES", "TSVM", "ESM", "IsoC", "DCMerge"])
     parser.add_argument("--proxies", nargs="+", type=int, default=[8, 32], help="images a task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="draws of the proxy images")
     parser.add_argument("--images", type=int, default=1000, help="test images a task, at most")
     options = parser.parse_args(arguments)
-    rows: list[Row] = []
+    recorder = Recorder("agreement", options.results)
     for suite in options.suites:
         for name in options.methods:
-            rows += measure(suite, name, options.proxies, options.seeds, options.images)
-        Console().print(summary(rows))
-    print(f"written: {write('agreement', torch.device('cpu'), rows, ('suite', 'method', 'proxies', 'seed'))}")
+            recorder.keep(rows(suite, name, options.proxies, options.seeds, options.images))
+    print(f"written: {recorder.path}")
 
 
 if __name__ == "__main__":

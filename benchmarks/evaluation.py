@@ -1,8 +1,8 @@
 """Images per second of ``test`` beside a bare loop over the same encoder and the same decoded batches.
 
-    python -m benchmarks.evaluation --workdir DIR                     # ViT-B-32, two tasks of 256 images, batch 64
-    python -m benchmarks.evaluation --workdir DIR --device cuda --precision 32-true bf16-mixed --batches 128 --images 4096
-    python -m benchmarks.evaluation --workdir DIR --workers 0 1 2     # and what a first pass, which decodes, costs
+    python -m benchmarks.evaluation                     # ViT-B-32, two tasks of 256 images, batch 64
+    python -m benchmarks.evaluation --device cuda --precision 32-true bf16-mixed --batches 128 --images 4096
+    python -m benchmarks.evaluation --workers 0 1 2     # and what a first pass, which decodes, costs
 
 ``test`` is the library's ``Trainer.test`` on a model it has merged: Lightning's loop, batches made from the cached pixels, the
 metrics, the table and ``results.json``. Its time runs from the start of the evaluation to its end; merging is not part of it,
@@ -12,13 +12,10 @@ On a busy machine, and on the CPU, the ratio of processor times tells more: it c
 cost does not depend on them. That both sides count the same right images is checked.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import lightning
 import numpy as np
@@ -26,13 +23,13 @@ import open_clip
 import torch
 import yaml
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 
-from benchmarks.experts import label, prepare
-from benchmarks.machine import write
+from benchmarks import records
+from benchmarks.experts import label, prepare, quietly
+from benchmarks.machine import Recorder
 from benchmarks.meter import Cost
+from benchmarks.records import Row
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import describe_backbone
@@ -42,9 +39,6 @@ from mergekit_vision.runs.trainer import Precision, Trainer
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # small: its heads are made once
 CLASSES = 10
-SAME = ("model", "tasks", "images", "batch", "precision", "variant")  # a later run's row replaces one with the same
-Row = dict[str, Any]
-
 
 Outcome = tuple[Cost, dict[str, float]]
 """What a pass cost, and the accuracies it found."""
@@ -78,7 +72,10 @@ def suite(place: Path, model: str, tasks: int, images: int) -> Path:
         "tasks": {
             f"task-{task}": {
                 "expert": files.experts[task].name,
-                "data": {"test": {"folder": str(photos(root / f"photos-{images}" / str(task), images, task).relative_to(root))}},
+                "data": {
+                    split: {"folder": str(photos(root / f"{split}-{images}" / str(task), images, seed + task).relative_to(root))}
+                    for split, seed in {"val": 1000, "test": 0}.items()
+                },
                 "templates": ["a photo of a {}."],
             }
             for task in range(tasks)
@@ -94,7 +91,8 @@ def _save_backbone(place: Path, model: str, vision: Path) -> None:
     known = describe_backbone(model)
     config = {**known.model, "text_cfg": TEXT}
     (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": dict(known.preprocess)}))
-    clip = open_clip.create_model(f"local-dir:{place}", load_weights=False)
+    with quietly():
+        clip = open_clip.create_model(f"local-dir:{place}", load_weights=False)
     save_safetensors(place / "open_clip_model.safetensors", {**clip.state_dict(), **load_file(vision)})
 
 
@@ -148,7 +146,7 @@ class Case:
         return self.test(VisionTasks(str(self.suite), self.batch, num_workers=workers, cache_mb=0))
 
 
-def measure(case: Case, workers: list[int], budget: float) -> Iterator[Row]:
+def measure(case: Case, workers: list[int], budget: float, about: records.Case) -> Iterator[Row]:
     """Rows of one case: every variant in turns until the time is up, three rounds at least."""
     runs: dict[str, Callable[[], Outcome]] = {"bare loop": case.bare, "test": lambda: case.test(case.data)}
     for number in workers:
@@ -162,13 +160,12 @@ def measure(case: Case, workers: list[int], budget: float) -> Iterator[Row]:
         rounds.append({name: cost for name, (cost, _) in outcomes.items()})
     for name in runs:
         pairs = [(took["bare loop"], took[name]) for took in rounds]
-        yield {
-            "variant": name,
-            "images_per_second": round(case.images / min(cost.wall for _, cost in pairs), 2),
-            "throughput_ratio": round(median(bare.wall / cost.wall for bare, cost in pairs), 3),
-            "cpu_ratio": round(median(bare.cpu / cost.cpu for bare, cost in pairs), 3),
-            "rounds": len(rounds),
+        samples = {
+            "images_per_second": [case.images / cost.wall for _, cost in pairs],
+            "speedup": [bare.wall / cost.wall for bare, cost in pairs],
+            "cpu_speedup": [bare.cpu / cost.cpu for bare, cost in pairs],
         }
+        yield Row.of({**about, "variant": name}, samples)
 
 
 def _same(accuracies: Mapping[str, Mapping[str, float]]) -> None:
@@ -178,19 +175,9 @@ def _same(accuracies: Mapping[str, Mapping[str, float]]) -> None:
             raise RuntimeError(f"{name} and the bare loop disagree: {accuracies}")
 
 
-def show(rows: list[Row]) -> None:
-    """Print the table."""
-    names = ("model", "tasks", "images", "batch", "precision", "variant", "images_per_second", "throughput_ratio", "cpu_ratio")
-    table = Table("model", "T", "images", "batch", "precision", "variant", "images/s", "of the bare loop's", "by CPU time")
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in names))
-    Console(width=120).print(table)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and write ``benchmarks/results/evaluation-DEVICE.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of made-up experts and images; kept between runs")
+    """Measure, print and keep the rows."""
+    parser = records.parser("evaluation", __doc__)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip name; its shapes are used")
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--images", type=int, default=256, help="images a task")
@@ -200,17 +187,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="time of one case, three rounds at least")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    path, rows = suite(options.workdir, options.model, options.tasks, options.images), []
+    path = suite(options.workdir, options.model, options.tasks, options.images)
+    recorder = Recorder("evaluation", options.results, options.device)
     for batch in options.batches:
         for precision in options.precision:
             case = Case(path, options.workdir / "output", batch, options.device, precision)
-            what = {"model": label(options.model), "tasks": options.tasks, "images": case.images}
-            part = [
-                {**what, "batch": batch, "precision": precision, **row} for row in measure(case, options.workers, options.seconds)
-            ]
-            show(part)
-            rows += part
-    print(f"written: {write('evaluation', torch.device(options.device), rows, SAME)}")
+            about: records.Case = {"model": label(options.model), "tasks": options.tasks, "images": case.images, "batch": batch}
+            about["precision"] = precision
+            recorder.keep(measure(case, options.workers, options.seconds, about))
+    print(f"written: {recorder.path}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergekit_vision.checkpoints import open_weights, save_safetensors
+from mergekit_vision.merger import Weights
 
 CHANGE = 0.05  # a task vector's norm, as a share of the backbone's
 SHARED, NOISE = 0.3, 0.3  # parts of a task vector that all tasks have, and that is white, beside the task's own part of 1
@@ -29,16 +31,16 @@ class Files(NamedTuple):
     images: tuple[Path, ...]
 
 
-def tower(model: str, layers: int | None = None) -> nn.Module:
+def tower(model: str, layers: int | None = None) -> Any:
     """A vision tower without weights (device ``meta``), cut to its first ``layers`` blocks."""
-    with _quietly(), torch.device("meta"):
-        visual: nn.Module = open_clip.create_model(model, load_weights=False, device="meta").visual
+    with quietly(), torch.device("meta"):
+        visual = open_clip.create_model(model, load_weights=False, device="meta").visual
     if layers is not None:
         del visual.transformer.resblocks[layers:]
     return visual.eval().requires_grad_(False)
 
 
-def blocks(visual: nn.Module) -> int:
+def blocks(visual: Any) -> int:
     """Number of a tower's transformer blocks."""
     return len(visual.transformer.resblocks)
 
@@ -67,13 +69,25 @@ def prepare(place: Path, model: str, layers: int | None, tasks: int, proxies: in
         tuple(folder / f"images-{task}-{proxies}.safetensors" for task in range(tasks)),
     )
     _once(files.base, lambda: {key: _pretrained(key, shape) for key, shape in shapes.items()})
-    base = open_weights(files.base)
+    base = whole(files.base)
     for task, path in enumerate(files.experts):
-        _once(path, lambda task=task: {key: base[key] + _task_vector(task, key, base[key]) for key in base})
-    size = visual.image_size[0]
+        _once(path, partial(_expert, task, base))
     for task, path in enumerate(files.images):
-        _once(path, lambda task=task: {"images": torch.randn(proxies, 3, size, size, generator=_generator(f"images {task}"))})
+        _once(path, partial(_images, task, (proxies, 3, *visual.image_size)))
     return files
+
+
+def whole(path: str | Path) -> Weights:
+    """Weights of a tower, read from a file as they are needed."""
+    return cast(Weights, open_weights(path))
+
+
+def _expert(task: int, base: Weights) -> Weights:
+    return {key: base[key] + _task_vector(task, key, base[key]) for key in base}
+
+
+def _images(task: int, shape: tuple[int, ...]) -> Weights:
+    return {"images": torch.randn(shape, generator=_generator(f"images {task}"))}
 
 
 def _once(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> None:
@@ -90,7 +104,7 @@ def _pretrained(key: str, shape: tuple[int, ...]) -> Tensor:
     noise = torch.randn(shape, generator=_generator(key))
     if len(shape) > 1:
         fan_in = shape[0] if key.endswith(("proj", "embedding")) else noise[0].numel()
-        return noise * fan_in**-0.5
+        return noise * float(fan_in**-0.5)
     return noise * 0.02 + (1.0 if ".ln_" in key and key.endswith("weight") else 0.0)
 
 
@@ -106,13 +120,14 @@ def _task_vector(task: int, key: str, base: Tensor) -> Tensor:
 def _low_rank(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """A matrix of a quarter of the full rank, singular values falling like ``1 / sqrt(j)``, entries of variance 1."""
     rank = max(1, min(shape) // 4)
-    spectrum = torch.arange(1.0, rank + 1) ** -0.5
+    spectrum = torch.arange(1.0, rank + 1).pow(-0.5)
     left, right = (torch.randn(side, rank, generator=generator) for side in shape)
-    return (left * (spectrum / spectrum.norm())) @ right.T
+    product: Tensor = (left * (spectrum / spectrum.norm())) @ right.T
+    return product
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep open_clip's warning that the weights are random out of the way."""
     logging.disable(logging.WARNING)
     try:

@@ -1,41 +1,71 @@
-"""What a measurement ran on, and its JSON file."""
+"""What a measurement runs on, and where its rows go."""
 
-import json
 import os
 import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.records import Row, Run, keep
+from benchmarks.tables import show
+from mergekit_vision.support.source_code import versions
+
+ROOT = Path(__file__).parents[1]
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Processor, device, threads and versions."""
+class Recorder:
+    """Shows and keeps the rows of one benchmark as they come.
+
+    Args:
+        benchmark: its name.
+        results: folder of the files of results.
+        device: on which it runs.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, benchmark: str, results: Path, device: str = "cpu") -> None:
+        self.path = results / f"{benchmark}.json"
+        self._here = here(torch.device(device))
+
+    def keep(self, rows: Iterable[Row]) -> None:
+        """Take the rows of some cases; the number of threads belongs to a case, and is this process's unless a row says."""
+        rows = [replace(row, case={**row.case, "threads": row.case.get("threads", torch.get_num_threads())}) for row in rows]
+        keep(self.path, self._here, rows)
+        show(rows)
+
+
+def here(device: torch.device) -> Run:
+    """Machine, versions, commit and date of what is measured now; without rows."""
+    machine = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    return Run(machine, {"python": platform.python_version(), **versions()}, _commit(), f"{datetime.now(timezone.utc):%Y-%m-%d}")
+
+
+def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }
+    return models[0] if models else platform.processor()
 
 
-def write(name: str, device: torch.device, rows: list[dict[str, Any]], keys: tuple[str, ...] = ()) -> Path:
-    """Write rows with the machine they were measured on; gives the file.
+def _commit() -> str:
+    """Short hash of the checkout, with a ``+`` where files of the code differ from it; empty outside of one."""
+    code = ("mergekit_vision", "plugins", "benchmarks", ":!benchmarks/results")
+    commit, changed = _git("rev-parse", "--short=7", "HEAD"), _git("status", "--porcelain", "--", *code)
+    return f"{commit}+" if commit and changed else commit
 
-    With ``keys``, rows of an earlier run on the same machine and versions stay, where no new row has the same values of the keys.
-    """
-    RESULTS.mkdir(exist_ok=True)
-    path, here = RESULTS / f"{name}-{device.type}.json", machine(device)
-    if keys and path.exists():
-        before = json.loads(path.read_text())
-        fresh = {tuple(row[key] for key in keys) for row in rows}
-        if before["machine"] == here:
-            rows = [row for row in before["rows"] if tuple(row[key] for key in keys) not in fresh] + rows
-    path.write_text(json.dumps({"machine": here, "rows": rows}, indent=1) + "\n")
-    return path
+
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()

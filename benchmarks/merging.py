@@ -1,8 +1,8 @@
 """Cost of merging, from checkpoints on disk to the merged model on disk, beside a plain implementation of the same formula.
 
-    python -m benchmarks.merging --workdir DIR                          # ViT-B-32, T = 8, all methods
-    python -m benchmarks.merging --workdir DIR --methods ESM --check    # and how far from float64 SVDs
-    python -m benchmarks.merging --workdir DIR --models ViT-B-32 ViT-B-16 ViT-L-14 --tasks 4 8 16 --layers 2 --draw
+    python -m benchmarks.merging                              # ViT-B-32, T = 8, all methods
+    python -m benchmarks.merging --methods ESM --check        # and how far from float64 SVDs
+    python -m benchmarks.merging --models ViT-B-32 ViT-L-14 --tasks 4 8 16 --layers 2
 
 Experts of full shape are made once, under ``--workdir``, and read once before every case so that all measure warm files. Each
 measurement is a process of its own; its time starts when Python and the libraries are loaded. Memory is the peak of anonymous
@@ -14,75 +14,75 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks import machine
+from benchmarks import records
 from benchmarks.experts import Files, blocks, label, prepare, tower
-from benchmarks.merging_figure import draw
-from benchmarks.merging_worker import MERGERS, Case, errors, work
+from benchmarks.machine import Recorder
+from benchmarks.merging_worker import METHODS, Case, errors, work
 from benchmarks.meter import available_gib
+from benchmarks.records import Row
 
 ROOT = Path(__file__).parents[1]
 RESULT = "result: "
-RATIOS = {"speedup": "seconds", "cpu_ratio": "cpu_seconds", "memory_ratio": "peak_MiB"}  # textbook's over ours
-SAME = ("model", "layers", "tasks", "proxies", "method", "implementation")  # a later run's row replaces one with the same
-Row = dict[str, Any]
+RATIOS = {"speedup": "seconds", "cpu_speedup": "cpu_seconds", "memory_saving": "peak_MiB"}  # textbook's over ours
 
 
-def run(case: Case) -> Row:
-    """Measure a case in a process of its own; ``{"failed": reason}`` where it did not survive, for want of memory say."""
+class FailedError(Exception):
+    """A run did not survive, for want of memory say."""
+
+
+def run(case: Case) -> dict[str, float]:
+    """Measure a case in a process of its own.
+
+    Raises:
+        FailedError: with the last that it said.
+    """
     command = [sys.executable, "-m", "benchmarks.merging", "--worker", case.to_json()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     results = [line.removeprefix(RESULT) for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode == 0 and results:
         return dict(json.loads(results[-1]))
     reason = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1][:200]
-    return {"failed": f"{reason} (exit status {done.returncode})"}
-
-
-def measure(case: Case, repeats: int) -> Row:
-    """The fastest of some runs, with the largest peak of all."""
-    rows = [run(case) for _ in range(repeats)]
-    failed = next((row for row in rows if "failed" in row), None)
-    if failed is not None:
-        return failed
-    return {**min(rows, key=lambda row: row["seconds"]), "peak_MiB": max(row["peak_MiB"] for row in rows)}
+    raise FailedError(f"{reason} (exit status {done.returncode})")
 
 
 def reference(case: Case, double: bool) -> Path | None:
     """Merged model of the textbook, made in a run of its own where no earlier run left one; ``None`` where that fails."""
     exact = replace(case, implementation="textbook", double=double)
     if not exact.output.exists():
-        made = run(exact)
-        if "failed" in made:
-            print(f"no reference: {made['failed']}")
+        try:
+            run(exact)
+        except FailedError as error:
+            print(f"no reference: {error}")
             return None
     return exact.output
 
 
-def compare(cases: list[Case], repeats: int, check: str | None) -> Iterator[Row]:
+def compare(cases: list[Case], about: records.Case, repeats: int, check: str | None) -> Iterator[Row]:
     """Rows of one method on one set of experts; the textbook's comes first, where it is wanted, and the other's ratios follow."""
-    base: Row = {}
+    base: Mapping[str, float] = {}
     for case in sorted(cases, key=lambda case: case.implementation, reverse=True):
-        row = measure(case, repeats)
+        what = {**about, "method": case.method, "implementation": case.implementation}
+        try:
+            runs = [run(case) for _ in range(repeats)]
+        except FailedError as error:
+            yield Row(what, failed=str(error))
+            continue
+        samples = {name: [one[name] for one in runs] for name in runs[0] if name in records.MEASURES}
+        if base:
+            samples |= {ratio: [base[cost] / one[cost] for one in runs] for ratio, cost in RATIOS.items()}
+        exact = reference(case, check == "float64") if check else None
+        if exact is not None and exact != case.output:
+            samples |= {name: [error] for name, error in errors(case, exact).items()}
+        if case.implementation == "ours" or check != "float32":
+            case.output.unlink()
+        row = Row.of(what, samples)
         if case.implementation == "textbook":
-            base = row
-        elif "failed" not in row | base:
-            row |= {ratio: round(base[cost] / row[cost], 2) for ratio, cost in RATIOS.items() if base}
-        if "failed" not in row:
-            exact = reference(case, check == "float64") if check else None
-            if exact not in (None, case.output):
-                row |= errors(case, exact)
-            if case.implementation == "ours" or check != "float32":
-                case.output.unlink()
-        yield {"method": case.method, "implementation": case.implementation, **row}
+            base = row.values
+        yield row
 
 
 def warm(files: Files) -> None:
@@ -93,91 +93,60 @@ def warm(files: Files) -> None:
                 pass
 
 
-COLUMNS = {
-    "method": "method",
-    "implementation": "implementation",
-    "seconds": "wall s",
-    "cpu_seconds": "CPU s",
-    "forward_seconds": "of it forward s",
-    "peak_MiB": "peak MiB",
-    "device_peak_MiB": "device MiB",
-    "speedup": "x faster",
-    "memory_ratio": "x less memory",
-    "error": "error",
-    "update_error": "worst update error",
-}
-
-
-def show(title: str, rows: list[Row]) -> None:
-    """Print the table of one model and number of tasks."""
-    columns = {key: head for key, head in COLUMNS.items() if any(key in row for row in rows)}
-    table = Table(*columns.values(), title=title, title_justify="left")
-    for row in rows:
-        cells = [f"{row[key]:.1e}" if "error" in key and key in row else str(row.get(key, "")) for key in columns]
-        table.add_row(*cells[:2], *([f"failed: {row['failed']}"] if "failed" in row else cells[2:]))
-    Console(width=160).print(table)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = records.parser("merging", __doc__)
     parser.add_argument("--models", nargs="+", default=["ViT-B-32"], help="open_clip names; their vision towers' shapes are used")
     parser.add_argument("--tasks", nargs="+", type=int, default=[8])
-    parser.add_argument("--methods", nargs="+", choices=MERGERS, default=list(MERGERS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--implementations", nargs="+", choices=("ours", "textbook"), default=["ours", "textbook"])
     parser.add_argument("--proxies", type=int, default=32, help="images a task, for ESM")
     parser.add_argument("--layers", type=int, help="keep only the first blocks of every tower; the table says so")
-    parser.add_argument("--workdir", type=Path, help="folder of the made-up experts; they are made once")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each")
     parser.add_argument(
         "--check", nargs="?", const="float64", choices=("float32", "float64"), help="compare weights with the textbook's; kept"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit", type=float, default=0.9 * available_gib(), help="GiB a run may take; it gives up beyond")
-    parser.add_argument("--draw", action="store_true", help="draw cost against T and width")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.workdir is None and options.worker is None:
-        parser.error("--workdir is required")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and write ``benchmarks/results/merging-DEVICE.json``."""
+    """Measure, print and keep the rows."""
     options = parse(arguments)
     if options.worker is not None:
         print(RESULT + json.dumps(work(options.worker)))
         return
-    rows: list[Row] = []
+    recorder = Recorder("merging", options.results, options.device)
     for model in options.models:
         for tasks in options.tasks:
-            rows += measured(model, tasks, options)
-    device = torch.device(options.device)
-    written = machine.write("merging", device, rows, SAME)
-    print(f"written: {written}")
-    if options.draw and any("seconds" in row for row in rows):
-        alike = {(row["layers"], row["of_layers"], row["proxies"]) for row in rows}
-        known = json.loads(written.read_text())["rows"]
-        chosen = [row for row in known if (row["layers"], row["of_layers"], row["proxies"]) in alike]
-        print(f"drawn: {draw(chosen, written.with_suffix('.png'))}")
+            measure(model, tasks, options, recorder)
+    print(f"written: {recorder.path}")
 
 
-def measured(model: str, tasks: int, options: argparse.Namespace) -> list[Row]:
-    """Prepare, measure and print the table of one model and number of tasks."""
+def measure(model: str, tasks: int, options: argparse.Namespace, recorder: Recorder) -> None:
+    """Prepare and measure one model and number of tasks."""
     whole = tower(model)
     depth = min(options.layers or blocks(whole), blocks(whole))
     files = prepare(options.workdir.resolve(), model, depth, tasks, options.proxies)
     warm(files)
-    case = {"model": label(model), "width": whole.conv1.out_channels, "layers": depth, "of_layers": blocks(whole)}
-    case |= {"tasks": tasks, "proxies": options.proxies}
-    rows: list[Row] = []
+    about: records.Case = {"model": label(model), "layers": f"{depth} of {blocks(whole)}"}
+    about |= {"tasks": tasks, "proxies": options.proxies}
     for method in options.methods:
-        fields = {"model": model, "layers": depth, "method": method, "device": options.device, "limit_gib": options.limit}
-        cases = [Case.of(files, implementation=implementation, **fields) for implementation in options.implementations]
-        rows += [{**case, **row} for row in compare(cases, options.repeats, options.check)]
-    part = f", CUT TO {depth} of {blocks(whole)} blocks" if depth < blocks(whole) else ""
-    show(f"{label(model)}, T = {tasks}, {options.proxies} proxies a task, {options.device}{part}", rows)
-    return rows
+        cases = [
+            Case.of(
+                files,
+                model=model,
+                layers=depth,
+                method=method,
+                implementation=implementation,
+                device=options.device,
+                limit_gib=options.limit,
+            )
+            for implementation in options.implementations
+        ]
+        recorder.keep(compare(cases, about, options.repeats, options.check))
 
 
 if __name__ == "__main__":

@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experts import Files, tower
+from benchmarks.experts import Files, tower, whole
 from benchmarks.meter import Meter, Stopwatch
 from benchmarks.textbook import Textbook, load
-from mergekit_vision.checkpoints import open_weights, save_safetensors
+from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.encoders.hooks import capture_inputs
 from mergekit_vision.encoders.vision import VisionEncoder
-from mergekit_vision.merger import Merged, MergeInputs, Merger, Observer, merged_weights
-from mergekit_vision.plugins.esm import ESM
-from mergekit_vision.plugins.iso import IsoC
-from mergekit_vision.plugins.ties import TIES
-from mergekit_vision.plugins.tsvm import TSVM
+from mergekit_vision.merger import Merged, MergeInputs, Observer, merged_weights
+from mergekit_vision.registry import get
 
-MERGERS: dict[str, type[Merger]] = {"ESM": ESM, "TSVM": TSVM, "TIES": TIES, "IsoC": IsoC}
+METHODS = ("ESM", "TSVM", "TIES", "IsoC")
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Case:
     Attributes:
         model: open_clip name, whose shapes the files have.
         layers: number of transformer blocks of the files.
-        method: key of :data:`MERGERS`.
+        method: one of :data:`METHODS`.
         implementation: ``"ours"`` or ``"textbook"``.
         base, experts, images: input files.
         double: textbook in float64.
@@ -77,15 +74,15 @@ def work(argument: str) -> dict[str, float]:
     run = ours if case.implementation == "ours" else textbook
     with torch.no_grad(), meter:
         save_safetensors(case.output, run(case, visual, forward))
-    return {**meter.row, "forward_seconds": round(forward.seconds, 3)}
+    return {**meter.row, **({"forward_seconds": round(forward.seconds, 3)} if forward.seconds else {})}
 
 
 def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tensor]:
     """The merged weights by the package's merger, on files that are read as they are needed."""
-    device, base = torch.device(case.device), open_weights(case.base)
+    device, base = torch.device(case.device), whole(case.base)
     visual.load_state_dict({key.removeprefix("visual."): base[key] for key in base}, assign=True)
     encoder = VisionEncoder(visual).to(device)
-    experts = {path: open_weights(path) for path in case.experts}
+    experts = {path: whole(path) for path in case.experts}
     images = dict(zip(case.experts, case.images, strict=True))
 
     def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
@@ -95,7 +92,7 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
             encoder(batch)
 
     inputs = MergeInputs(base, experts, encoder.linears, device, run_proxies)
-    return merged_weights(base, MERGERS[case.method]().merge(inputs))
+    return merged_weights(base, get(case.method)().merge(inputs))
 
 
 def timed(observer: Observer, forward: Stopwatch) -> Observer:
@@ -129,7 +126,7 @@ def errors(case: Case, reference: Path) -> dict[str, float]:
     Returns:
         ``error`` of all merged weights together, and ``update_error``, the worst matrix's relative to how far merging moved it.
     """
-    base, found, exact = open_weights(case.base), open_weights(case.output), open_weights(reference)
+    base, found, exact = whole(case.base), whole(case.output), whole(reference)
     off = norm = worst = 0.0
     for key in exact:
         expected = exact[key].double()

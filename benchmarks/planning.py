@@ -1,7 +1,7 @@
 """What ``plan`` estimates beside what it takes: time of merging, search and evaluation, and memory.
 
     python -m benchmarks.planning --suites demo ../shared/zoo/suite.yaml
-    python -m benchmarks.planning --workdir DIR --model ViT-B-32 --methods TSVM --parts merge
+    python -m benchmarks.planning --model ViT-B-32 --methods TSVM --parts merge
 
 Each method runs in a process of its own, so that its peak of memory is not another's. Estimate and measurement count seconds of
 the processor by default, which others that are at work on the machine disturb less; with several threads give ``--clock wall``.
@@ -15,17 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import records
 from benchmarks.evaluation import suite as made_up
-from benchmarks.machine import write
+from benchmarks.machine import Recorder
 from benchmarks.meter import MIB, Meter
+from benchmarks.records import Row
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.evaluation.evaluator import Runtime
 from mergekit_vision.merger import Merged, merged_weights
@@ -40,20 +39,19 @@ ROOT = Path(__file__).parents[1]
 RESULT = "result: "
 CLOCKS: Mapping[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 PARTS = ("merge", "search", "evaluation")
-SAME = ("suite", "method")
-Row = dict[str, Any]
+Found = dict[str, float]
 
 
-def estimated(suite: str, methods: list[str], clock: str, proxies: int) -> dict[str, Row]:
+def estimated(suite: str, methods: list[str], clock: str, proxies: int) -> dict[str, Found]:
     """What the plan says of each method."""
     found = Planning(Suite.load(suite), default_mergers(methods), Options(proxies)).content(CLOCKS[clock])
     return dict(found["estimate"]["methods"])
 
 
-def measured(suite: str, method: str, parts: list[str], clock: str) -> Row:
+def measured(suite: str, method: str, parts: list[str], clock: str) -> Found:
     """The same of a run, in this process."""
     now, device = CLOCKS[clock], torch.device("cpu")
-    row: Row = {}
+    row: Found = {}
     with Meter(device) as meter:
         bench = Workbench.open(VisionTasks(suite), Runtime(device))
         tasks = bench.evaluator.data.task_names
@@ -88,7 +86,7 @@ def _evaluate(bench: Workbench, merged: Merged, weights: Mapping[str, torch.Tens
             evaluator.accuracy(task, "test")
 
 
-def run(suite: str, method: str, parts: list[str], clock: str) -> Row:
+def run(suite: str, method: str, parts: list[str], clock: str) -> Found:
     """:func:`measured` in a process of its own, which remembers nothing of earlier ones."""
     case = json.dumps({"suite": suite, "method": method, "parts": parts, "clock": clock})
     command = [sys.executable, "-m", "benchmarks.planning", "--worker", case]
@@ -101,36 +99,28 @@ def run(suite: str, method: str, parts: list[str], clock: str) -> Row:
     return dict(json.loads(results[-1]))
 
 
-def compare(suite: str, methods: list[str], parts: list[str], clock: str) -> list[Row]:
-    """Rows of one suite: of each method what was estimated and measured, and the ratios of the two."""
+def compare(suite: str, methods: list[str], parts: list[str], clock: str) -> Iterator[list[Row]]:
+    """Rows of one method each: of every part what it took, and the estimate's ratio to that."""
     guesses = estimated(suite, methods, clock, Options().proxies)
-    rows = []
+    name = Suite.load(suite).name
+    seconds = "cpu_seconds" if clock == "cpu" else "seconds"
     for method in methods:
         guess, found = guesses[method], run(suite, method, parts, clock)
-        row: Row = {"suite": Path(suite).parent.name if Path(suite).suffix else suite, "method": method}
-        for part in (*parts, "peak_bytes"):
-            row |= {part: round(found[part], 3), f"{part}_estimated": round(guess[part], 3)}
-            row[f"{part}_ratio"] = round(guess[part] / found[part], 2) if found[part] else None
-        print(row, flush=True)
-        rows.append(row)
-    return rows
-
-
-def show(rows: list[Row]) -> None:
-    """Print the ratios."""
-    keys = [f"{part}_ratio" for part in (*PARTS, "peak_bytes")]
-    table = Table("suite", "method", "merge", "search", "evaluation", "memory", title="estimated / measured")
-    for row in rows:
-        table.add_row(row["suite"], row["method"], *(str(row.get(key, "")) for key in keys))
-    Console(width=100).print(table)
+        rows = []
+        for part in (*parts, "memory"):
+            measure, key, unit = ("peak_MiB", "peak_bytes", MIB) if part == "memory" else (seconds, part, 1)
+            samples = {measure: [found[key] / unit]}
+            if found[key]:
+                samples["estimate"] = [guess[key] / found[key]]
+            rows.append(Row.of({"suite": name, "method": method, "part": part}, samples))
+        yield rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Estimate, measure, print and write ``benchmarks/results/planning-cpu.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Estimate, measure, print and keep the rows."""
+    parser = records.parser("planning", __doc__)
     parser.add_argument("--suites", nargs="*", default=[], help="suite files, or names of built-in suites")
-    parser.add_argument("--workdir", type=Path, help="folder of made-up experts of --model; kept between runs")
-    parser.add_argument("--model", default="ViT-B-32", help="open_clip name; its shapes are used")
+    parser.add_argument("--model", help="open_clip name, such as ViT-B-32: also made-up experts of its shapes")
     parser.add_argument("--tasks", type=int, default=8, help="made-up experts")
     parser.add_argument("--methods", nargs="+", default=list(mergers()))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured; merge always is")
@@ -140,10 +130,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker is not None:
         print(RESULT + json.dumps(measured(**json.loads(options.worker))))
         return
-    suites = [*options.suites, *([str(made_up(options.workdir, options.model, options.tasks, 16))] if options.workdir else [])]
-    rows = [row for suite in suites for row in compare(suite, options.methods, options.parts, options.clock)]
-    show(rows)
-    print(f"written: {write('planning', torch.device('cpu'), rows, SAME)}")
+    suites = [*options.suites, *([str(made_up(options.workdir, options.model, options.tasks, 16))] if options.model else [])]
+    recorder = Recorder("planning", options.results)
+    for suite in suites:
+        for rows in compare(suite, options.methods, options.parts, options.clock):
+            recorder.keep(rows)
+    print(f"written: {recorder.path}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images per second of CPU time that a pass over a test set reads, by kind of file, and what bounds an evaluation.
 
-    python -m benchmarks.reading --workdir DIR                         # ViT-B-32, 96 images of 500 x 375 pixels
+    python -m benchmarks.reading      # ViT-B-32, 96 images of 500 x 375 pixels
 
 The library's loader reads JPEG files in folders, PNG files inside Parquet, and pixels that an earlier pass left in its cache.
 Beside it stand torchvision's ``ImageFolder`` in a ``DataLoader``, and a bare loop that opens one file after the other. All end in
@@ -9,12 +9,10 @@ round by round; a figure is the median over rounds, a ratio that of (CPU time of
 ``share`` is the part of an evaluation's CPU time that goes into reading, beside a forward pass measured in the same rounds.
 """
 
-import argparse
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import open_clip
@@ -23,14 +21,15 @@ import pyarrow.parquet as pq
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from benchmarks import records
 from benchmarks.evaluation import photos
-from benchmarks.machine import write
+from benchmarks.experts import label
+from benchmarks.machine import Recorder
+from benchmarks.records import Row
 from mergekit_vision.data.loader import PixelLoader
 from mergekit_vision.data.pixel_cache import PixelCache
 from mergekit_vision.data.preprocess import eval_transform
@@ -115,7 +114,7 @@ def same(readers: dict[str, Callable[[], Batches]]) -> None:
 
 
 @torch.inference_mode()
-def measure(readers: dict[str, Callable[[], Batches]], encoder: VisionEncoder, rounds: int) -> list[dict[str, Any]]:
+def measure(readers: dict[str, Callable[[], Batches]], encoder: VisionEncoder, rounds: int, about: records.Case) -> Iterator[Row]:
     """Rows of one set of files."""
     first, _ = next(iter(readers["decoded pixels"]()))
     images = sum(len(labels) for _, labels in readers["decoded pixels"]())
@@ -125,14 +124,12 @@ def measure(readers: dict[str, Callable[[], Batches]], encoder: VisionEncoder, r
         for name, read in readers.items():
             took[name].append(_cpu(lambda read=read: [None for _ in read()]) / images)  # type: ignore[misc]
         took[FORWARD].append(_cpu(lambda: encoder(first)) / len(first))
-    rows = []
     for name, seconds in took.items():
-        row = {"variant": name, "images": images, "rounds": rounds, "images_per_cpu_second": round(1 / median(seconds), 1)}
+        samples = {"images_per_cpu_second": [1 / one for one in seconds]}
         if name != FORWARD:
-            row["cpu_ratio"] = round(median(base / one for base, one in zip(took[beside(name)], seconds, strict=True)), 3)
-            row["share"] = round(median(one / (one + run) for one, run in zip(seconds, took[FORWARD], strict=True)), 3)
-        rows.append(row)
-    return rows
+            samples["cpu_speedup"] = [base / one for base, one in zip(took[beside(name)], seconds, strict=True)]
+            samples["share"] = [one / (one + run) for one, run in zip(seconds, took[FORWARD], strict=True)]
+        yield Row.of({**about, "images": images, "variant": name}, samples)
 
 
 def _cpu(run: Callable[[], Any]) -> float:
@@ -142,9 +139,8 @@ def _cpu(run: Callable[[], Any]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and write ``benchmarks/results/reading-cpu.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of made-up images; kept between runs")
+    """Measure, print and keep the rows."""
+    parser = records.parser("reading", __doc__)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip name; its shapes are used")
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--batch", type=int, default=32)
@@ -154,13 +150,10 @@ def main(arguments: list[str] | None = None) -> None:
     readers = variants(folder, parquet(folder, folder.with_suffix(".parquet")), options.model, options.batch)
     same(readers)
     encoder = VisionEncoder(open_clip.create_model(options.model, load_weights=False).visual).eval().requires_grad_(False)
-    rows = [{"model": options.model, "batch": options.batch, **row} for row in measure(readers, encoder, options.rounds)]
-    names = ("model", "images", "batch", "variant", "images_per_cpu_second", "cpu_ratio", "share")
-    table = Table("model", "images", "batch", "variant", "images/CPU s", "of the bare loop's", "share of an evaluation")
-    for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in names))
-    Console(width=120).print(table)
-    print(f"written: {write('reading', torch.device('cpu'), rows, ('model', 'images', 'batch', 'variant'))}")
+    about: records.Case = {"model": label(options.model), "batch": options.batch}
+    recorder = Recorder("reading", options.results)
+    recorder.keep(measure(readers, encoder, options.rounds, about))
+    print(f"written: {recorder.path}")
 
 
 if __name__ == "__main__":

@@ -8,28 +8,27 @@ the machine falls on all of them; a ratio is the median over rounds of (variant 
 the ratio of processor times, at one thread, tells more: it counts this process alone.
 """
 
-import argparse
 import copy
 import time
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import open_clip
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import write
+from benchmarks import records
+from benchmarks.experts import label
+from benchmarks.machine import Recorder
 from benchmarks.meter import Cost
+from benchmarks.records import Row
 from mergekit_vision.encoders.vision import VisionEncoder
-from mergekit_vision.functional.routing import Axes, pool_tokens
-from mergekit_vision.merger import linears_of_kind
+from mergekit_vision.functional.routing import Axes, Pooling, pool_tokens
+from mergekit_vision.merger import LinearKind, linears_of_kind
 from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
 
-ALL_KINDS = ("in_proj", "out_proj", "c_fc", "c_proj")
-TOKEN_STATISTICS = ("mean", "deviation", "first", "covariance")  # of ESMPPBayes
+ALL_KINDS: tuple[LinearKind, ...] = ("in_proj", "out_proj", "c_fc", "c_proj")
+TOKEN_STATISTICS: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")  # of ESMPPBayes
 AXES = 32
 
 
@@ -50,7 +49,7 @@ def projection(tasks: int, width: int) -> Router:
     return ProjectionRouter(torch.randn(tasks, 16, width))
 
 
-VARIANTS: dict[str, tuple[tuple[str, ...], int, Callable[[int, int], Router]]] = {  # layers, rank, router
+VARIANTS: dict[str, tuple[tuple[LinearKind, ...], int, Callable[[int, int], Router]]] = {  # layers, rank, router
     "ESM++ r=8": (("in_proj", "c_fc"), 8, cosine),
     "ESM++ r=32": (("in_proj", "c_fc"), 32, cosine),
     "ESMPPBayes r=32": (("in_proj", "c_fc"), 32, bayes),
@@ -59,14 +58,14 @@ VARIANTS: dict[str, tuple[tuple[str, ...], int, Callable[[int, int], Router]]] =
 
 
 def routed(
-    plain: VisionEncoder, tasks: int, kinds: tuple[str, ...], rank: int, router: Callable[[int, int], Router]
+    plain: VisionEncoder, tasks: int, kinds: tuple[LinearKind, ...], rank: int, router: Callable[[int, int], Router]
 ) -> VisionEncoder:
     """The encoder with random experts; the plain weights are shared."""
     memo = {id(parameter): parameter for parameter in plain.parameters()}
     encoder = copy.deepcopy(plain, memo)
     experts = {}
     for linear in linears_of_kind(encoder.linears, kinds):
-        d_out, d_in = encoder.get_submodule(linear.name).weight.shape
+        d_out, d_in = encoder.get_parameter(f"{linear.name}.weight").shape
         up, down = torch.randn(tasks, d_out, rank) / 100, torch.randn(tasks, rank, d_in) / 100
         bias = torch.zeros(tasks, d_out) if router is projection else None
         experts[linear.name] = LowRankExperts(up, down, router(tasks, d_in), bias)
@@ -89,7 +88,9 @@ def cost(run: Callable[[], Any], device: torch.device) -> Cost:
 
 
 @torch.inference_mode()
-def measure(plain: VisionEncoder, tasks: int, images: Tensor, budget: float, compiled: bool) -> list[dict[str, Any]]:
+def measure(
+    plain: VisionEncoder, tasks: int, images: Tensor, budget: float, compiled: bool, about: records.Case
+) -> Iterator[Row]:
     """Rows of one case: every variant in turns until the time is up, three rounds at least."""
     encoders = {"plain encoder": plain, **{name: routed(plain, tasks, *spec) for name, spec in VARIANTS.items()}}
     added = {name: added_megabytes(encoder) for name, encoder in encoders.items()}
@@ -107,36 +108,20 @@ def measure(plain: VisionEncoder, tasks: int, images: Tensor, budget: float, com
         # by construction T plain passes: once is enough to show it
         turn = [name for name in runs if not (rounds and name.startswith("all"))]
         rounds.append({name: cost(runs[name], images.device) for name in turn})
-    rows = []
     for name in runs:
         pairs = [(took[name], took["plain encoder"]) for took in rounds if name in took]
-        rows.append(
-            {
-                "tasks": tasks,
-                "batch": len(images),
-                "variant": name,
-                "images_per_second": round(len(images) / min(own.wall for own, _ in pairs), 2),
-                "time_ratio": round(median(own.wall / base.wall for own, base in pairs), 3),
-                "cpu_ratio": round(median(own.cpu / base.cpu for own, base in pairs), 3),
-                "added_MiB": round(added[name], 1),
-                "rounds": len(pairs),
-            }
-        )
-    return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table."""
-    table = Table("model", "T", "batch", "variant", "images/s", "time / plain", "by CPU time", "adds MiB")
-    for row in rows:
-        names = ("model", "tasks", "batch", "variant", "images_per_second", "time_ratio", "cpu_ratio", "added_MiB")
-        table.add_row(*(str(row[name]) for name in names))
-    Console().print(table)
+        samples = {
+            "images_per_second": [len(images) / own.wall for own, _ in pairs],
+            "slowdown": [own.wall / base.wall for own, base in pairs],
+            "cpu_slowdown": [own.cpu / base.cpu for own, base in pairs],
+            "added_MiB": [added[name]],
+        }
+        yield Row.of({**about, "tasks": tasks, "batch": len(images), "variant": name}, samples)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and write ``benchmarks/results/routing-DEVICE.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print and keep the rows."""
+    parser = records.parser("routing", __doc__)
     parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-B-16"], help="open_clip names; their shapes are used")
     parser.add_argument("--tasks", nargs="+", type=int, default=[8, 20])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 128])
@@ -145,17 +130,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    device, rows = torch.device(options.device), []
+    device, recorder = torch.device(options.device), Recorder("routing", options.results, options.device)
     for model in options.models:
-        plain = VisionEncoder(open_clip.create_model(model, load_weights=False).visual).eval().requires_grad_(False)
+        visual = open_clip.create_model(model, load_weights=False).visual
+        plain, size = VisionEncoder(visual).eval().requires_grad_(False), visual.image_size
         for batch in options.batches:
-            size = plain.visual.image_size[0]
-            images = torch.randn(batch, 3, size, size, device=device)
+            images = torch.randn(batch, 3, *size, device=device)
             for tasks in options.tasks:
-                case = [{"model": model, **row} for row in measure(plain, tasks, images, options.seconds, options.compile)]
-                show(case)
-                rows += case
-    print(f"written: {write('routing', device, rows, ('model', 'tasks', 'batch', 'variant'))}")
+                about: records.Case = {"model": label(model), **({"compiled": "yes"} if options.compile else {})}
+                recorder.keep(measure(plain, tasks, images, options.seconds, options.compile, about))
+    print(f"written: {recorder.path}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ square, TIES' thresholds are found one task at a time.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -71,7 +72,7 @@ class Textbook:
         """Iso-C of all matrices, the mean of the rest."""
         return self._added({key: self._merged(key, iso_c) for key in self.base})
 
-    def esm(self, visual: nn.Module, images: Sequence[Tensor], forward: Stopwatch) -> State:
+    def esm(self, visual: Any, images: Sequence[Tensor], forward: Stopwatch) -> State:
         """ESM: all decompositions first, kept, then all merging.
 
         Args:
@@ -79,13 +80,11 @@ class Textbook:
             images: proxy images of every task.
             forward: counts the time of the forward passes, without the decompositions made on the way.
         """
-        spectra = [self._spectra(visual, task, batch, forward) for task, batch in enumerate(images)]
+        spectra = [self.spectra(visual, task, batch, forward) for task, batch in enumerate(images)]
         update = {}
         for key in self.base:
             essential = [spectrum[key] for spectrum in spectra if key in spectrum]
-            update[key] = self._merged(
-                key, lambda deltas, essential=essential: esm(deltas, essential) if essential else tsvm(deltas)
-            )
+            update[key] = self._merged(key, partial(esm, spectra=essential) if essential else tsvm)
         for kind in ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight"):
             keys = [key for key in update if key.endswith(kind)]
             mean = sum(float(update[key].norm()) for key in keys) / len(keys)
@@ -93,7 +92,7 @@ class Textbook:
                 update[key] *= (float(update[key].norm()) / mean) ** POWER
         return self._added(update)
 
-    def _spectra(self, visual: nn.Module, task: int, images: Tensor, forward: Stopwatch) -> dict[str, tuple[Tensor, Tensor]]:
+    def spectra(self, visual: Any, task: int, images: Tensor, forward: Stopwatch) -> dict[str, tuple[Tensor, Tensor]]:
         """Eigenvalues and directions of the activation shift of every matrix, decomposed as its input comes by."""
         expert = self.experts[task].items()
         weights = {key.removeprefix("visual."): value.to(self.device, self.dtype) for key, value in expert}
@@ -123,7 +122,7 @@ class Textbook:
     def _merged(self, key: str, spectral: Callable[[list[Tensor]], Tensor]) -> Tensor:
         deltas = [vector[key] for vector in self.vectors]
         if self.base[key].dim() != 2:
-            return sum(deltas) / len(deltas)
+            return reduce(torch.add, deltas) / len(deltas)
         return spectral([delta.to(self.device) for delta in deltas]).cpu()
 
     def _added(self, update: State) -> State:
@@ -164,7 +163,7 @@ def tsvm(deltas: list[Tensor]) -> Tensor:
 
 def iso_c(deltas: list[Tensor]) -> Tensor:
     """Iso-C of one matrix: the sum with all its singular values set to their mean."""
-    factor, mean = polar(sum(deltas))
+    factor, mean = polar(reduce(torch.add, deltas))
     return mean * factor
 
 
@@ -176,6 +175,13 @@ def essential_directions(shift: Tensor) -> tuple[Tensor, Tensor]:
 
 def esm(deltas: list[Tensor], spectra: list[tuple[Tensor, Tensor]]) -> Tensor:
     """ESM of one matrix, up to the inter-layer scaling."""
+    E, C = side_by_side(deltas, spectra)
+    (left, left_mean), (right, right_mean) = polar(E), polar(C)
+    return GAIN * left_mean * right_mean * left @ right
+
+
+def side_by_side(deltas: list[Tensor], spectra: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What ESM makes orthogonal: all tasks' weighted directions as columns, and their scaled coordinates as rows."""
     k = len(deltas[0]) // len(deltas)
     mean_norm = sum(delta.norm() for delta in deltas) / len(deltas)
     bases, coordinates = [], []
@@ -187,5 +193,4 @@ def esm(deltas: list[Tensor], spectra: list[tuple[Tensor, Tensor]]) -> Tensor:
         coordinates.append((delta.norm() / mean_norm) ** POWER * weights[:, None] * (directions.T @ delta))
     E, C = torch.cat(bases, 1), torch.cat(coordinates)
     norms = C.norm(dim=0)
-    (left, left_mean), (right, right_mean) = polar(E), polar(C * (norms / norms.mean()) ** POWER)
-    return GAIN * left_mean * right_mean * left @ right
+    return E, C * (norms / norms.mean()) ** POWER

@@ -1,9 +1,10 @@
 """Refresh what is written from the code itself: ``python docs/update.py``.
 
-That is the table of methods in README.md and docs/methods.md, and the JSON Schema of suite files.
+That is the table of methods in README.md and docs/methods.md, the JSON Schema of suite files, and the page of benchmark results.
 """
 
 import re
+import sys
 from pathlib import Path
 
 from mergekit_vision.cli.methods import markdown_table
@@ -28,3 +29,7 @@ if __name__ == "__main__":
     for page, papers in PAGES.items():
         page.write_text(updated(page.read_text(encoding="utf-8"), papers), encoding="utf-8")
     SCHEMA.write_text(indented(suite_schema()), encoding="utf-8")
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import page
+
+    page.write()

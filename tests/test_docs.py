@@ -24,6 +24,8 @@ from PIL import Image
 from synthetic import Zoo
 
 import mergekit_vision
+from benchmarks import page as benchmarks_page
+from benchmarks.records import RESULTS, read_all
 from mergekit_vision import MergedCLIP, Trainer, VisionTasks, functional
 from mergekit_vision.__main__ import main
 from mergekit_vision.cli.commands import COMMANDS, OTHER_COMMANDS
@@ -134,6 +136,11 @@ def test_tables_of_methods_are_up_to_date() -> None:
         text = page.read_text(encoding="utf-8")
         assert "<!-- methods:begin -->" in text
         assert text == update.updated(text, papers), f"{page.name}: run `python docs/update.py`"
+
+
+def test_the_page_of_benchmarks_is_up_to_date() -> None:
+    """It is generated: `python docs/update.py` refreshes it."""
+    assert PAGES["benchmarks.md"] == benchmarks_page.content(read_all(RESULTS)), "run `python docs/update.py`"
 
 
 def test_the_schema_of_suites_is_up_to_date() -> None:
@@ -261,7 +268,8 @@ def test_every_short_option_is_listed() -> None:
 
 def check_benchmark(module: str, words: list[str]) -> None:
     """Each option is one that the script takes."""
-    text = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    names = (f"{module.replace('.', '/')}.py", f"{module}/__main__.py", "benchmarks/records.py")
+    text = "".join(path.read_text(encoding="utf-8") for name in names if (path := ROOT / name).is_file())
     known = re.findall(r'add_argument\(\s*"(--[\w-]+)"', text)
     assert {word for word in words if word.startswith("--")} <= set(known)
 
