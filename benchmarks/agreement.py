@@ -31,9 +31,9 @@ GRID = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.
 RULES: dict[str, Callable[[Agreement], float]] = {
     "share": lambda found: found.share,
     "cosine": lambda found: fmean(found.cosine.values()),
-    "divergence": lambda found: -fmean(found.divergence.values()),
+    "divergence": lambda found: -found.distance,
     "share + 0.2 cosine": lambda found: found.share + 0.2 * fmean(found.cosine.values()),
-    "distance": lambda found: -found.distance,
+    "divergence x distance": lambda found: -found.distance * math.sqrt(2 - 2 * min(1.0, fmean(found.cosine.values()))),
 }
 
 
