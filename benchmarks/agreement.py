@@ -7,6 +7,7 @@ fits on proxy images, a second time: fitted on half of them, with the rules choo
     python -m benchmarks.agreement --suites demo path/to/suite.yaml
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 
