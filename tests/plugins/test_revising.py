@@ -101,7 +101,7 @@ FORMULAS = [
         )
     ),
 ]
-by_parts = pytest.mark.parametrize(("merger", "formula"), FORMULAS, ids=lambda value: repr(value)[:30])
+by_parts = pytest.mark.parametrize(("merger", "formula"), FORMULAS, ids=["TSVM", "TSVM-rank", "ESM", "ESM-norm", "ESM-rank"])
 
 
 @by_parts
