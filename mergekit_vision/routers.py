@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mergekit_vision.errors import InputError
 from mergekit_vision.functional.routing import Axes, Pooling, pool_tokens
 
 Plain = bool | int | float | str | list[str]
@@ -244,30 +243,6 @@ class HeldRouter(Router):
 
 
 Evidence = Literal["own", "start", "add", "hold", "ahead"]
-
-
-def decided_ahead(held_layer: int | None, layers: int) -> list[Evidence]:
-    """The evidence of layers that all decide once for an image, in a run of the base ahead of the model's.
-
-    Args:
-        held_layer: index of the one that decides; where ``None``, the scores of all are added up.
-        layers: how many are routed.
-
-    >>> decided_ahead(1, 3)
-    ['hold', 'ahead', 'hold']
-    """
-    return ["ahead" if held_layer in (None, at) else "hold" for at in range(layers)]
-
-
-def check_held_layer(method: object, held_layer: int | None, layers: int) -> None:
-    """Refuse an index that no routed layer of a method has.
-
-    Raises:
-        InputError: with how many there are.
-    """
-    if held_layer is not None and not 0 <= held_layer < layers:
-        name = type(method).__name__
-        raise InputError(f"{name}: held_layer is {held_layer}, but there are {layers} routed layers, from 0 on")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """ESM++: a merged base plus low-rank experts, one chosen per image in every routed layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.functional.esd import ShiftStatistic
-from mergekit_vision.functional.linalg import pad_rank, top_svd
-from mergekit_vision.functional.routing import Axes, PooledTokens, Pooling, calibrate, discriminant, principal_axes, subspaces
+from mergekit_vision.fitting import Decision, Features, RouterFit, Rule, deciding, evidence_of, routed
+from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
+from mergekit_vision.functional.linalg import pad_rank
+from mergekit_vision.functional.routing import PooledTokens, Pooling
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import (
     DataNeeds,
@@ -22,32 +22,18 @@ from mergekit_vision.merger import (
     MergeInputs,
     Merger,
     ModelKind,
+    Observer,
     check_options,
     linears_of_kind,
     settled,
     static_base,
 )
-from mergekit_vision.routers import (
-    CosineRouter,
-    Evidence,
-    HeldRouter,
-    LinearRouter,
-    LowRankExperts,
-    Router,
-    SubspaceRouter,
-    check_held_layer,
-    decided_ahead,
-)
+from mergekit_vision.routers import Router
 
-Rule = Literal["cosine", "centered", "discriminant", "mass", "sim"]
 Statistics = Literal["experts", "base", "routed"]
-Decision = Literal["layer", "branch", "sum", "hold", "once"]
 
-Features = Mapping[str, list[Tensor]]
-"""Linear name -> for each task, the pooled inputs of its proxy images, ``[n_t, f]``."""
-
-AxesOf = Mapping[str, Axes]
-"""Linear name -> principal axes of its input tokens."""
+Pools = Callable[[Mapping[str, Observer]], dict[str, PooledTokens]]
+"""Observers that pool the inputs of some layers, and pass them on to others'."""
 
 
 @dataclass(frozen=True)
@@ -111,20 +97,8 @@ class ESMPP(Merger):
             value = getattr(self, argument)
             if value is not None and value < least:
                 raise InputError(f"{name}: {argument} is {value}, but must be at least {least}")
-        if not (0 < self.shrinkage <= 1 and (self.temperature is None or self.temperature > 0)):
-            raise InputError(
-                f"{name}: shrinkage is {self.shrinkage} and temperature {self.temperature}, "
-                "but shrinkage must be above 0 and at most 1, temperature above 0"
-            )
-        if not self.pooling or not set(self.pooling) <= set(get_args(Pooling)):
-            raise InputError(f"{name}: pooling is {list(self.pooling)}, but must name some of {', '.join(get_args(Pooling))}")
         check_options(self, rule=Rule, statistics=Statistics, decision=Decision)
-        if tuple(self.pooling) != ("mean",) and self.rule in ("cosine", "centered"):
-            raise InputError(f"{name}: pooling {list(self.pooling)} needs rule discriminant; the cosine is of the mean token")
-        if self.rule == "mass" and tuple(self.pooling) not in (("mean",), ("first",)):
-            raise InputError(f"{name}: pooling is {list(self.pooling)}, but rule mass takes either [mean] or [first]")
-        if self.rule == "sim" and "covariance" in self.pooling:
-            raise InputError(f"{name}: pooling is {list(self.pooling)}, but covariance is for rule discriminant")
+        self._fit()
         summed = self.decision == "sum" or (self.decision == "once" and self.held_layer is None)
         if self.temperature is None and (self.rule != "discriminant" or summed):
             raise InputError(
@@ -134,22 +108,32 @@ class ESMPP(Merger):
         if self.decision == "once" and self.statistics == "routed":
             raise InputError(f"{name}: decision once looks at the base, so statistics must be base or experts, not routed")
 
+    def _fit(self) -> RouterFit:
+        name = type(self).__name__
+        return RouterFit(name, self.rule, self.pooling, self.gate_rank, self.shrinkage, self.top_k, self.temperature)
+
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, decompose the residuals, fit the routers."""
-        linears = linears_of_kind(inputs.linears, self.layers)
-        names = [linear.name for linear in linears]
-        evidence = self._evidence(linears)
+        linears, fit = linears_of_kind(inputs.linears, self.layers), self._fit()
+        evidence = evidence_of(fit.method, self.decision, self.held_layer, linears)
+        scoring = deciding(linears, evidence)
+        names = [linear.name for linear in scoring]
         base = self._merged_base(inputs)
-        axes = self._axes(inputs, names, None if self.statistics == "experts" else base)
-        factors, features = self._decompose(inputs, linears, base, axes)
+        axes = fit.axes(inputs, names, None if self.statistics == "experts" else base)
+        residuals = _Residuals(inputs, base, linears)
+        subspaces, features = residuals.decompose(self.rank, partial(fit.observers, names, axes))
+        factors = residuals.factors(subspaces, self.rank)
+
+        def model(routers: Mapping[str, Router]) -> Merged:
+            return replace(base, routed=routed(factors, routers, evidence))
+
         if self.rule == "mass":
-            return replace(base, routed=_routed(factors, self._mass(inputs, linears, evidence), evidence))
+            return model(fit.of_task_vectors(inputs, scoring))
         if self.statistics != "experts":
-            features = self._observe(inputs, names, base, axes)
-        merged = replace(base, routed=_routed(factors, self._routers(features, axes, evidence), evidence))
+            features = fit.features(inputs, names, base, axes)
+        merged = model(fit.of_features(features, axes))
         if self.statistics == "routed":
-            features = self._observe(inputs, names, merged, axes)
-            merged = replace(base, routed=_routed(factors, self._routers(features, axes, evidence), evidence))
+            merged = model(fit.of_features(fit.features(inputs, names, merged, axes), axes))
         return merged
 
     def _merged_base(self, inputs: MergeInputs) -> Merged:
@@ -157,103 +141,6 @@ class ESMPP(Merger):
         from .esm import ESM  # here, as only the default depends on another plugin
 
         return settled(inputs, static_base(inputs, ESM() if self.base is None else self.base))
-
-    def _axes(self, inputs: MergeInputs, names: list[str], model: Merged | None) -> AxesOf:
-        """Axes of the inputs of ``model``, or of the experts; none where the covariance is not asked for."""
-        if "covariance" not in self.pooling:
-            return {}
-        moments = {name: _Moments() for name in names}
-        for task in inputs.track(inputs.tasks, "axes"):
-            inputs.observe(task, moments, model)
-        return {name: moment.axes() for name, moment in moments.items()}
-
-    def _decompose(
-        self, inputs: MergeInputs, linears: list[LinearInfo], base: Merged, axes: AxesOf
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Features]:
-        """Each layer's factors ``up [T, d_out, r]`` and ``down [T, r, d_in]``, and the experts' pooled inputs."""
-
-        def expert(task: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-            shifts = {
-                linear.name: ShiftStatistic(
-                    partial(_residual, inputs, task, linear.weight, base), inputs.base[linear.weight].shape
-                )
-                for linear in linears
-            }
-            pools = {name: PooledTokens(self.pooling, axes.get(name), shifts[name]) for name in names}
-            inputs.observe(task, pools)
-            factors = in_threads(lambda name: self._factors(shifts.pop(name)), names)
-            return {name: (*factor, pools[name].features) for name, factor in zip(names, factors, strict=True)}
-
-        names = [linear.name for linear in linears]
-        found = list(inputs.spread(expert, inputs.tasks, "experts").values())
-        ups, downs, features = ({name: [parts[name][at] for parts in found] for name in names} for at in range(3))
-        return {name: (torch.stack(ups[name]), torch.stack(downs[name])) for name in names}, features
-
-    def _factors(self, shift: ShiftStatistic) -> tuple[Tensor, Tensor]:
-        """Factors of one expert's residual in one layer, ``[d_out, r]`` and ``[r, d_in]``."""
-        delta, directions = shift.delta, shift.subspace(self.rank).directions
-        rank = min(self.rank, *delta.shape)
-        return pad_rank(directions, rank, 1), pad_rank((directions.double().T @ delta.double()).float(), rank, 0)
-
-    def _observe(self, inputs: MergeInputs, names: list[str], model: Merged, axes: AxesOf) -> Features:
-        """Pooled inputs of the merged ``model``."""
-
-        def pooled(task: str) -> dict[str, Tensor]:
-            pools = {name: PooledTokens(self.pooling, axes.get(name)) for name in names}
-            inputs.observe(task, pools, model)
-            return {name: pool.features for name, pool in pools.items()}
-
-        found = list(inputs.spread(pooled, inputs.tasks, "routing").values())
-        return {name: [features[name] for features in found] for name in names}
-
-    def _routers(self, features: Features, axes: AxesOf, evidence: list[Evidence]) -> dict[str, Router]:
-        """Routers fitted to pooled inputs, of the layers that have scores of their own."""
-        deciding = [name for name, use in zip(features, evidence, strict=True) if use != "hold"]
-        return {name: self._router(features[name], axes.get(name)) for name in deciding}
-
-    def _mass(self, inputs: MergeInputs, linears: list[LinearInfo], evidence: list[Evidence]) -> dict[str, Router]:
-        """Routers made of the task vectors' leading right singular vectors, of the layers that have scores of their own."""
-        assert self.temperature is not None
-
-        def basis(key: str) -> Tensor:
-            full = min(inputs.base[key].shape)
-            rank = min(full, self.gate_rank or max(1, full // len(inputs.tasks)))
-            return torch.stack(
-                in_threads(lambda task: pad_rank(top_svd(inputs.delta(task, key), rank).Vh, rank, 0), inputs.tasks)
-            )
-
-        deciding = [linear for linear, use in zip(linears, evidence, strict=True) if use != "hold"]
-        bases = inputs.spread(basis, [linear.weight for linear in deciding], "routing")
-        options = (None, self.pooling, self.top_k, self.temperature)
-        return {linear.name: SubspaceRouter(bases[linear.weight], *options) for linear in deciding}
-
-    def _evidence(self, linears: list[LinearInfo]) -> list[Evidence]:
-        """How each layer comes to its decision."""
-        if self.decision == "layer":
-            return ["own"] * len(linears)
-        if self.decision == "sum":
-            return ["add" if position else "start" for position in range(len(linears))]
-        if self.decision == "branch":
-            branches = [None, *((linear.block, linear.kind in ("in_proj", "out_proj")) for linear in linears)]
-            return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
-        check_held_layer(self, self.held_layer, len(linears))
-        if self.decision == "once":
-            return decided_ahead(self.held_layer, len(linears))
-        first = self.held_layer or 0
-        return ["own" if at < first else "start" if at == first else "hold" for at in range(len(linears))]
-
-    def _router(self, features: list[Tensor], axes: Axes | None) -> Router:
-        if self.rule == "discriminant":
-            fit = discriminant(features, self.shrinkage)
-            temperature = calibrate(fit.left_out, fit.labels) if self.temperature is None else self.temperature
-            basis, offset = (None, None) if axes is None else (axes.basis, axes.offset)
-            return LinearRouter(fit.weight.float(), fit.bias.float(), self.pooling, basis, offset, self.top_k, temperature)
-        assert self.temperature is not None
-        if self.rule == "sim":
-            basis, center = (part.float() for part in subspaces(features, self.gate_rank or 8))
-            return SubspaceRouter(basis, center, self.pooling, self.top_k, self.temperature)
-        prototypes = torch.stack([group.double().mean(0) for group in features]).float()
-        return CosineRouter(prototypes, prototypes.mean(0) if self.rule == "centered" else None, self.top_k, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -292,40 +179,52 @@ class ESMPPBayes(ESMPP):
     temperature: float | None = None
 
 
-def _routed(
-    factors: Mapping[str, tuple[Tensor, Tensor]], routers: Mapping[str, Router], evidence: list[Evidence]
-) -> dict[str, LowRankExperts]:
-    """Factors with routers; a layer that holds the decision of another mixes the experts as that one does."""
-    routed: dict[str, LowRankExperts] = {}
-    deciding = next(iter(routers.values()))
-    for (name, (up, down)), use in zip(factors.items(), evidence, strict=True):
-        deciding = routers.get(name, deciding)
-        router = HeldRouter(len(up), deciding.top_k, deciding.temperature) if use == "hold" else deciding
-        routed[name] = LowRankExperts(up, down, router, evidence=use)
-    return routed
+@dataclass(frozen=True)
+class _Residuals:
+    """What a merged base misses of the experts' matrices in the routed layers."""
 
+    inputs: MergeInputs
+    base: Merged
+    linears: Sequence[LinearInfo]
 
-class _Moments:
-    """Observer that sums up first and second moments of tokens, in float64."""
+    def of(self, task: str, key: str) -> Tensor:
+        """One residual, ``[d_out, d_in]``; new memory."""
+        delta = self.inputs.delta(task, key)
+        return delta.sub_(self.base.update[key].to(delta.device)) if key in self.base.update else delta
 
-    def __init__(self) -> None:
-        self._first: Tensor | float = 0.0
-        self._second: Tensor | float = 0.0
-        self._tokens = 0
+    def decompose(self, rank: int, pooling: Pools) -> tuple[dict[str, list[CompactSubspace]], Features]:
+        """Of each layer, the essential subspaces of all tasks' residuals; of those with pools, the experts' pooled inputs."""
+        names = [linear.name for linear in self.linears]
 
-    def __call__(self, x: Tensor) -> None:
-        rows = x.flatten(0, 1).double()
-        self._first, self._second = self._first + rows.sum(0), self._second + rows.T @ rows
-        self._tokens += len(rows)
+        def expert(task: str) -> tuple[list[CompactSubspace], dict[str, Tensor]]:
+            shifts = {
+                linear.name: ShiftStatistic(partial(self.of, task, linear.weight), self.inputs.base[linear.weight].shape)
+                for linear in self.linears
+            }
+            pools = pooling(shifts)
+            self.inputs.observe(task, {**shifts, **pools})
+            subspaces = in_threads(lambda name: shifts.pop(name).compact(rank), names)
+            return subspaces, {name: pool.features for name, pool in pools.items()}
 
-    def axes(self) -> Axes:
-        assert isinstance(self._first, Tensor)
-        assert isinstance(self._second, Tensor)
-        basis, offset = principal_axes(self._first / self._tokens, self._second / self._tokens)
-        return Axes(basis.float(), offset.float())
+        found, features = zip(*self.inputs.spread(expert, self.inputs.tasks, "experts").values(), strict=True)
+        return dict(zip(names, map(list, zip(*found, strict=True)), strict=True)), {
+            name: [pooled[name] for pooled in features] for name in features[0]
+        }
 
+    def factors(self, subspaces: Mapping[str, Sequence[CompactSubspace]], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each layer, ``up [T, d_out, r]`` and ``down [T, r, d_in]``."""
+        names = {linear.weight: linear.name for linear in self.linears}
 
-def _residual(inputs: MergeInputs, task: str, key: str, base: Merged) -> Tensor:
-    """What the base misses of an expert's matrix."""
-    delta = inputs.delta(task, key)
-    return delta.sub_(base.update[key].to(delta.device)) if key in base.update else delta
+        def layer(key: str) -> tuple[Tensor, Tensor]:
+            width = min(rank, *self.inputs.base[key].shape)
+
+            def expert(pair: tuple[str, CompactSubspace]) -> tuple[Tensor, Tensor]:
+                delta = self.of(pair[0], key)
+                up = pair[1].of(delta).directions
+                return pad_rank(up, width, 1), pad_rank((up.double().T @ delta.double()).float(), width, 0)
+
+            up, down = zip(*in_threads(expert, zip(self.inputs.tasks, subspaces[names[key]], strict=True)), strict=True)
+            return torch.stack(up), torch.stack(down)
+
+        found = self.inputs.spread(layer, names, "factors")
+        return {names[key]: pair for key, pair in found.items()}

@@ -8,29 +8,11 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.fitting import RouterFit, deciding, evidence_of, routed
 from mergekit_vision.functional.linalg import pad_rank, top_svd
-from mergekit_vision.functional.routing import PooledTokens, Subspaces, subspaces
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import (
-    LinearInfo,
-    LinearKind,
-    Merged,
-    MergeInputs,
-    Merger,
-    ModelKind,
-    check_options,
-    linears_of_kind,
-)
-from mergekit_vision.routers import (
-    Evidence,
-    HeldRouter,
-    LowRankExperts,
-    ProjectionRouter,
-    Router,
-    SubspaceRouter,
-    check_held_layer,
-    decided_ahead,
-)
+from mergekit_vision.merger import LinearKind, Merged, MergeInputs, Merger, ModelKind, check_options, linears_of_kind
+from mergekit_vision.routers import ProjectionRouter, Router, SubspaceRouter
 
 Rule = Literal["projection", "mass", "sim"]
 Decision = Literal["layer", "once"]
@@ -84,22 +66,17 @@ class SMILE(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Decompose the task vectors of the routed layers."""
         linears = linears_of_kind(inputs.linears, self.layers)
-        evidence = self._evidence(len(linears))
-        factors = inputs.spread(partial(self._factors, inputs), [linear.weight for linear in linears], "experts")
+        evidence = evidence_of("SMILE", self.decision, self.held_layer, linears)
+        parts = inputs.spread(partial(self._factors, inputs), [linear.weight for linear in linears], "experts")
         update = {}
         if self.rest == "mean":
             own = {key for linear in linears for key in (linear.weight, linear.bias)}
             update = {key: inputs.deltas(key).mean(0) for key in inputs.base if key not in own}
         model = Merged(update, fixed=frozenset(update))
-        deciding = [linear for linear, use in zip(linears, evidence, strict=True) if use == "ahead"] or linears
-        bases = {linear.name: factors[linear.weight][2] for linear in deciding}
-        routers = self._routers(bases, self._subspaces(inputs, list(bases), model) if self.rule == "sim" else {})
-        held = HeldRouter(len(inputs.tasks), self.top_k)
-        routed = {
-            linear.name: self._experts(inputs, linear, *factors[linear.weight][:2], routers.get(linear.name, held), use)
-            for linear, use in zip(linears, evidence, strict=True)
-        }
-        return replace(model, routed=routed)
+        bases = {linear.name: parts[linear.weight][2] for linear in deciding(linears, evidence)}
+        factors = {linear.name: parts[linear.weight][:2] for linear in linears}
+        biases = {linear.name: inputs.deltas(linear.bias) for linear in linears if linear.bias is not None}
+        return replace(model, routed=routed(factors, self._routers(inputs, bases, model), evidence, biases))
 
     def _factors(self, inputs: MergeInputs, key: str) -> tuple[Tensor, Tensor, Tensor]:
         """All experts' ``up [T, d_out, r]`` and ``down [T, r, d_in]`` of one matrix, and what scores tokens, ``[T, g, d_in]``."""
@@ -113,36 +90,11 @@ class SMILE(Merger):
         up, down, basis = zip(*in_threads(expert, inputs.tasks), strict=True)
         return torch.stack(up), torch.stack(down), torch.stack(basis)
 
-    def _evidence(self, layers: int) -> list[Evidence]:
-        """How each layer comes to its decision."""
-        if self.decision == "layer":
-            return ["own"] * layers
-        check_held_layer(self, self.held_layer, layers)
-        return decided_ahead(self.held_layer, layers)
-
-    def _subspaces(self, inputs: MergeInputs, names: list[str], model: Merged) -> dict[str, Subspaces]:
-        """Of the class tokens that enter layers of the unrouted ``model``, each task's."""
-
-        def tokens(task: str) -> dict[str, Tensor]:
-            seen = {name: PooledTokens(("first",)) for name in names}
-            inputs.observe(task, seen, model)
-            return {name: tokens.features for name, tokens in seen.items()}
-
-        found = list(inputs.spread(tokens, inputs.tasks, "routing").values())
-        return {name: subspaces([task[name] for task in found], self.gate_rank) for name in names}
-
-    def _routers(self, bases: dict[str, Tensor], spaces: dict[str, Subspaces]) -> dict[str, Router]:
-        """By name of the layer, from the right singular vectors of its task vectors or from its class tokens."""
-        if self.rule == "projection":
-            return {name: ProjectionRouter(basis, self.top_k) for name, basis in bases.items()}
+    def _routers(self, inputs: MergeInputs, bases: dict[str, Tensor], model: Merged) -> dict[str, Router]:
+        """By name of the layer, from the right singular vectors of its task vectors or from its class tokens in the backbone."""
+        if self.rule == "sim":
+            fit = RouterFit("SMILE", "sim", ("first",), self.gate_rank, top_k=self.top_k)
+            return fit.of_features(fit.features(inputs, list(bases), model, {}), {})
         if self.rule == "mass":
             return {name: SubspaceRouter(basis, top_k=self.top_k) for name, basis in bases.items()}
-        return {
-            name: SubspaceRouter(space.basis.float(), space.center.float(), top_k=self.top_k) for name, space in spaces.items()
-        }
-
-    def _experts(
-        self, inputs: MergeInputs, linear: LinearInfo, up: Tensor, down: Tensor, router: Router, evidence: Evidence
-    ) -> LowRankExperts:
-        shift = None if linear.bias is None else inputs.deltas(linear.bias)
-        return LowRankExperts(up, down, router, shift, evidence)
+        return {name: ProjectionRouter(basis, self.top_k) for name, basis in bases.items()}

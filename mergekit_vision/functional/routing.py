@@ -97,6 +97,28 @@ class PooledTokens:
         return torch.cat(self._batches)
 
 
+class TokenMoments:
+    """Observer of a layer's inputs that sums up first and second moments of tokens, in float64."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | float = 0.0
+        self._second: Tensor | float = 0.0
+        self._tokens = 0
+
+    def __call__(self, x: Tensor) -> None:
+        """Add the tokens ``x [N, L, d]``."""
+        rows = x.flatten(0, 1).double()
+        self._first, self._second = self._first + rows.sum(0), self._second + rows.T @ rows
+        self._tokens += len(rows)
+
+    def axes(self) -> Axes:
+        """Their principal axes, float32."""
+        assert isinstance(self._first, Tensor)
+        assert isinstance(self._second, Tensor)
+        basis, offset = principal_axes(self._first / self._tokens, self._second / self._tokens)
+        return Axes(basis.float(), offset.float())
+
+
 class Subspaces(NamedTuple):
     """An affine subspace of features for each task, in which its images lie most nearly.
 
