@@ -455,6 +455,25 @@ def check_options(merger: Merger, **options: Any) -> None:
             raise InputError(f"{type(merger).__name__}: {name} is {value!r}, but must be one of {', '.join(get_args(words))}")
 
 
+def check_rank(merger: Merger, others: str, rank: int | str | None, floor: float = 0.0) -> None:
+    """Check a parameter ``rank`` that may be "energy" besides a number, and the ``floor`` of ranks by energy.
+
+    Args:
+        merger: whose parameters they are.
+        others: what the rank may be besides a number, for the message.
+        rank: a whole number from 1 on, "energy", or ``None`` for the method's own.
+        floor: a share in [0, 1].
+
+    Raises:
+        InputError: for anything else.
+    """
+    name = type(merger).__name__
+    if not (rank == "energy" or (rank is None and "null" in others) or (type(rank) is int and rank >= 1)):
+        raise InputError(f"{name}: rank is {rank!r}, but must be at least 1, or {others}")
+    if not 0 <= floor <= 1:
+        raise InputError(f"{name}: floor is {floor}, but must be a share of the default rank in [0, 1]")
+
+
 def static_base(inputs: MergeInputs, base: Merger | None) -> Merged:
     """What a method builds on that takes a ``base``: that merger's static model, or the sum of the task vectors.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergekit_vision.functional.linalg import pad_rank
 from mergekit_vision.functional.routing import Axes, Pooling, pool_tokens
 
 Plain = bool | int | float | str | list[str]
@@ -249,6 +250,9 @@ Evidence = Literal["own", "start", "add", "hold", "ahead"]
 class LowRankExperts:
     """Low-rank experts of one Linear layer: expert ``t`` adds ``up[t] @ down[t] @ x + bias[t]`` to the layer's output.
 
+    An expert of lower rank than others has zeros at the end of its factors. They are held, so that the experts of many images can
+    be gathered and multiplied at once, and not stored.
+
     Attributes:
         up: ``[T, d_out, r]``.
         down: ``[T, r, d_in]``.
@@ -282,3 +286,43 @@ class LowRankExperts:
         parts = {"up": self.up, "down": self.down, "bias": self.bias}
         parts |= {f"router.{key}": buffer for key, buffer in self.router.named_buffers()}
         return {key: part for key, part in parts.items() if part is not None}
+
+    @property
+    def ranks(self) -> list[int]:
+        """How many directions each expert has, without zeros at its end; at least one."""
+        used = self.up.ne(0).any(1) | self.down.ne(0).any(2)
+        places = torch.arange(1, used.shape[1] + 1, device=used.device)
+        ranks: list[int] = (used * places).amax(1).clamp(min=1).tolist()
+        return ranks
+
+    def stored(self) -> tuple[dict[str, Tensor], list[int] | None]:
+        """The tensors as they are stored, and the ranks where they differ: then ``up`` is ``[d_out, Σ r]``, ``down [Σ r, d_in]``.
+
+        >>> up, down = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([[[1.0], [1.0]], [[1.0], [0.0]]])
+        >>> tensors, ranks = LowRankExperts(up, down, HeldRouter(2)).stored()
+        >>> ranks, tensors["up"].tolist()
+        ([2, 1], [[1.0, 2.0, 3.0]])
+        """
+        tensors, ranks, r = self.tensors(), self.ranks, self.up.shape[2]
+        if not min(ranks) < max(ranks) == r:
+            return tensors, None
+        up = torch.cat([part[:, :k] for part, k in zip(self.up, ranks, strict=True)], 1)
+        down = torch.cat([part[:k] for part, k in zip(self.down, ranks, strict=True)])
+        return {**tensors, "up": up, "down": down}, ranks
+
+    @staticmethod
+    def padded(up: Tensor, down: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Factors as they are stored with ``ranks``, back in the form ``[T, d_out, r]`` and ``[T, r, d_in]``.
+
+        Raises:
+            ValueError: when they do not fit each other.
+        """
+        shapes = {"up": tuple(up.shape), "down": tuple(down.shape)}
+        fit = up.dim() == down.dim() == 2 and up.shape[1] == len(down) == sum(ranks)
+        if not (fit and ranks and all(1 <= k <= min(len(up), down.shape[1]) for k in ranks)):
+            raise ValueError(f"up [d_out, r] and down [r, d_in] do not fit the experts' ranks: {shapes}")
+        r = max(ranks)
+        return (
+            torch.stack([pad_rank(part, r, 1) for part in torch.split(up, list(ranks), dim=1)]),
+            torch.stack([pad_rank(part, r, 0) for part in torch.split(down, list(ranks))]),
+        )

@@ -13,9 +13,10 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.esm import EssentialPart, TaskNorm, esm_merge_of, inter_layer_factors
 from mergekit_vision.functional.linalg import TopSVD, top_svd
+from mergekit_vision.functional.ranks import shared_ranks
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge_of
-from mergekit_vision.merger import DataNeeds, Factors, LinearInfo, Merged, MergeInputs, check_options
+from mergekit_vision.merger import DataNeeds, Factors, LinearInfo, Merged, MergeInputs, check_options, check_rank
 from mergekit_vision.parts import ByParts, Finder, Part
 
 Directions = Literal["esd", "svd"]
@@ -38,7 +39,10 @@ class ESM(ByParts):
         inter_dimension: power of an input dimension's relative norm that scales it.
         inter_layer: power of a layer's relative norm, among the layers of its kind, that scales its merged task vector.
         gain: constant factor; doubling it and halving the scaling coefficient gives the same model.
-        rank: directions a task keeps, at most the numerical rank. Published, and the default: ``d_out // T``.
+        rank: directions a task keeps, at most the numerical rank. Published, and the default: ``d_out // T``. With "energy" the
+            tasks share out so many for each of them: the directions of all are taken in the order of their share of the task's
+            eigenvalues. So are the singular triplets of what is merged as in TSV-Merge.
+        floor: least share of the default rank that "energy" leaves a task, in [0, 1].
         norm: a task's norm, of the whole task vector ("delta", published code) or of its coordinates in the essential subspace
             ("truncated", paper's text).
         out_proj: how attention's output projection is merged: "tsvm" (published), "esd" like the other block matrices, "mean".
@@ -57,25 +61,26 @@ class ESM(ByParts):
     inter_dimension: float = 2.0
     inter_layer: float = 2.0
     gain: float = 2.0
-    rank: int | None = None
+    rank: int | Literal["energy"] | None = None
     norm: TaskNorm = "delta"
     out_proj: OutProj = "tsvm"
     other: Other = "tsvm"
     directions: Directions = "esd"
+    floor: float = 0.25
 
     def __post_init__(self) -> None:
         for name in ("eigenvalue_power", "inter_task", "inter_dimension", "inter_layer", "gain"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise InputError(f"ESM: {name} is {value}, but must be a finite number, 0 or more")
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"ESM: rank is {self.rank}, but must be at least 1, or null for d_out // T")
+        check_rank(self, "null for d_out // T, or energy", self.rank, self.floor)
         check_options(self, norm=TaskNorm, out_proj=OutProj, other=Other, directions=Directions)
 
     def directions_of(self, inputs: MergeInputs, key: str, tasks: int) -> int | None:
-        """Essential directions a task, or singular triplets of the matrices that TSV-M merges."""
+        """Essential directions a task, or singular triplets of the matrices that TSV-M merges; by energy, all are looked at."""
         shape = inputs.base[key].shape
+        tasks = 1 if self.rank == "energy" else tasks
         if self._is_essential(inputs, key):
-            return shape[0] // tasks if self.rank is None else self.rank
+            return self.rank if isinstance(self.rank, int) else shape[0] // tasks
         out_proj = key in (linear.weight for linear in inputs.linears if linear.kind == "out_proj")
         spectral = len(shape) == 2 and (self.out_proj if out_proj else self.other) == "tsvm"
         return min(shape) // tasks if spectral else None
@@ -94,7 +99,12 @@ class ESM(ByParts):
 
     def combined(self, inputs: MergeInputs, key: str, parts: Sequence[Part]) -> Tensor:
         """Merge one matrix, up to the scaling of layers."""
-        if not self._is_essential(inputs, key):
+        essential = self._is_essential(inputs, key)
+        if self.rank == "energy":
+            shape, energies = inputs.base[key].shape, [part.weights if essential else part.weights.square() for part in parts]
+            ranks = shared_ranks(energies, (shape[0] if essential else min(shape)) // len(parts), self.floor)
+            parts = [part.leading(k) for part, k in zip(parts, ranks, strict=True)]
+        if not essential:
             return tsvm_merge_of([TopSVD(part.left, part.weights, part.right) for part in parts]).float()
         return esm_merge_of(
             [EssentialPart(*part) for part in parts],

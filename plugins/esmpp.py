@@ -1,5 +1,6 @@
 """ESM++: a merged base plus low-rank experts, one chosen per image in every routed layer."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.fitting import Decision, Features, RouterFit, Rule, deciding, evidence_of, routed
 from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.linalg import pad_rank
+from mergekit_vision.functional.ranks import share_out
 from mergekit_vision.functional.routing import PooledTokens, Pooling
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import (
@@ -24,6 +26,7 @@ from mergekit_vision.merger import (
     ModelKind,
     Observer,
     check_options,
+    check_rank,
     linears_of_kind,
     settled,
     static_base,
@@ -32,8 +35,11 @@ from mergekit_vision.routers import Router
 
 Statistics = Literal["experts", "base", "routed"]
 
-Pools = Callable[[Mapping[str, Observer]], dict[str, PooledTokens]]
-"""Observers that pool the inputs of some layers, and pass them on to others'."""
+Subspaces = dict[str, list[CompactSubspace]]
+"""Linear name -> essential subspace of each task."""
+
+Observers = Callable[[Mapping[str, Observer]], dict[str, PooledTokens]]
+"""What pools the inputs of layers, and passes them on to the observers that it is given."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class ESMPP(Merger):
     Args:
         base: merges the base; ESM with its defaults where ``None``. With scaling coefficient 0, :class:`TaskArithmetic` makes it
             the backbone.
-        rank: of the experts.
+        rank: of the experts. With "energy" each has its own in each layer, within ``megabytes``: the directions of all are taken
+            in the order of their share of the residual's activation shift a byte, after one of each.
         layers: which Linear layers of each block are routed.
         rule: "cosine" to the prototypes (published); "centered", the same after subtracting the mean of the prototypes;
             "discriminant", the log-posteriors of a linear discriminant with a shared, shrunk covariance; "mass", the distance
@@ -71,6 +78,8 @@ class ESMPP(Merger):
         top_k: experts an image mixes, weighted by the softmax of their scores over ``temperature``.
         temperature: of that softmax. ``None`` takes, in each layer, the one at which the discriminant is the best judge of proxy
             images that were left out of it, one by one and in closed form.
+        megabytes: what the experts of all tasks may take with rank "energy", as float32 and in millions of bytes. ``None`` is
+            what rank 32 takes.
     """
 
     title: ClassVar[str] = "ESM++"
@@ -79,7 +88,7 @@ class ESMPP(Merger):
     kind: ClassVar[ModelKind] = "dynamic"
 
     base: Merger | None = None
-    rank: int = 32
+    rank: int | Literal["energy"] = 32
     layers: tuple[LinearKind, ...] = ("in_proj", "c_fc")
     rule: Rule = "cosine"
     statistics: Statistics = "experts"
@@ -90,10 +99,14 @@ class ESMPP(Merger):
     shrinkage: float = 0.5
     top_k: int = 1
     temperature: float | None = 1.0
+    megabytes: float | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for argument, least in (("rank", 1), ("top_k", 1), ("held_layer", 0), ("gate_rank", 1)):
+        check_rank(self, "energy", self.rank)
+        if self.megabytes is not None and not (self.rank == "energy" and 0 < self.megabytes < math.inf):
+            raise InputError(f"{name}: megabytes is {self.megabytes}, but must be above 0, and goes with rank energy only")
+        for argument, least in (("top_k", 1), ("held_layer", 0), ("gate_rank", 1)):
             value = getattr(self, argument)
             if value is not None and value < least:
                 raise InputError(f"{name}: {argument} is {value}, but must be at least {least}")
@@ -115,14 +128,16 @@ class ESMPP(Merger):
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, decompose the residuals, fit the routers."""
         linears, fit = linears_of_kind(inputs.linears, self.layers), self._fit()
+        budget = _budget(self, inputs, linears)
         evidence = evidence_of(fit.method, self.decision, self.held_layer, linears)
         scoring = deciding(linears, evidence)
         names = [linear.name for linear in scoring]
         base = self._merged_base(inputs)
         axes = fit.axes(inputs, names, None if self.statistics == "experts" else base)
         residuals = _Residuals(inputs, base, linears)
-        subspaces, features = residuals.decompose(self.rank, partial(fit.observers, names, axes))
-        factors = residuals.factors(subspaces, self.rank)
+        rank = None if self.rank == "energy" else self.rank
+        subspaces, features = residuals.subspaces(rank, partial(fit.observers, names, axes))
+        factors = residuals.factors(subspaces if budget is None else residuals.within(budget, subspaces), rank)
 
         def model(routers: Mapping[str, Router]) -> Merged:
             return replace(base, routed=routed(factors, routers, evidence))
@@ -167,6 +182,7 @@ class ESMPPBayes(ESMPP):
         top_k: as for :class:`ESMPP`.
         temperature: as for :class:`ESMPP`. Proxy images are few, so that log-posteriors are too sure of themselves, and the more
             so the fewer they are, which no constant corrects.
+        megabytes: as for :class:`ESMPP`.
     """
 
     title: ClassVar[str] = "ESM++ with a Bayes router"
@@ -192,39 +208,63 @@ class _Residuals:
         delta = self.inputs.delta(task, key)
         return delta.sub_(self.base.update[key].to(delta.device)) if key in self.base.update else delta
 
-    def decompose(self, rank: int, pooling: Pools) -> tuple[dict[str, list[CompactSubspace]], Features]:
-        """Of each layer, the essential subspaces of all tasks' residuals; of those with pools, the experts' pooled inputs."""
+    def subspaces(self, rank: int | None, observers: Observers) -> tuple[Subspaces, Features]:
+        """Their essential subspaces, whole where ``rank`` is ``None``; and the experts' features."""
         names = [linear.name for linear in self.linears]
+        shapes = {linear: self.inputs.base[linear.weight].shape for linear in self.linears}
 
         def expert(task: str) -> tuple[list[CompactSubspace], dict[str, Tensor]]:
             shifts = {
-                linear.name: ShiftStatistic(partial(self.of, task, linear.weight), self.inputs.base[linear.weight].shape)
-                for linear in self.linears
+                linear.name: ShiftStatistic(partial(self.of, task, linear.weight), shape) for linear, shape in shapes.items()
             }
-            pools = pooling(shifts)
+            pools = observers(shifts)
             self.inputs.observe(task, {**shifts, **pools})
-            subspaces = in_threads(lambda name: shifts.pop(name).compact(rank), names)
-            return subspaces, {name: pool.features for name, pool in pools.items()}
+            found = in_threads(lambda linear: shifts.pop(linear.name).compact(rank or shapes[linear][0]), self.linears)
+            return found, {name: pool.features for name, pool in pools.items()}
 
         found, features = zip(*self.inputs.spread(expert, self.inputs.tasks, "experts").values(), strict=True)
-        return dict(zip(names, map(list, zip(*found, strict=True)), strict=True)), {
-            name: [pooled[name] for pooled in features] for name in features[0]
-        }
+        layers = (list(layer) for layer in zip(*found, strict=True))
+        return dict(zip(names, layers, strict=True)), {name: [part[name] for part in features] for name in features[0]}
 
-    def factors(self, subspaces: Mapping[str, Sequence[CompactSubspace]], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each layer, ``up [T, d_out, r]`` and ``down [T, r, d_in]``."""
+    def within(self, budget: int, subspaces: Subspaces) -> Subspaces:
+        """The directions of most energy a byte that a budget in bytes allows, and at least one of each expert and layer."""
+        prices = [_price(self.inputs, linear) for linear in self.linears for _ in self.inputs.tasks]
+        energies = [subspace.eigenvalues for layer in subspaces.values() for subspace in layer]
+        ranks = iter(share_out(energies, budget, floor=1, costs=prices))
+        return {name: [subspace.leading(next(ranks)) for subspace in layer] for name, layer in subspaces.items()}
+
+    def factors(self, subspaces: Subspaces, rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each layer, ``up [T, d_out, r]`` and ``down [T, r, d_in]``; ``r`` is the largest rank where none is given."""
         names = {linear.weight: linear.name for linear in self.linears}
 
         def layer(key: str) -> tuple[Tensor, Tensor]:
-            width = min(rank, *self.inputs.base[key].shape)
+            parts = subspaces[names[key]]
+            r = min(rank or max(1, *(len(part.eigenvalues) for part in parts)), *self.inputs.base[key].shape)
 
-            def expert(pair: tuple[str, CompactSubspace]) -> tuple[Tensor, Tensor]:
-                delta = self.of(pair[0], key)
-                up = pair[1].of(delta).directions
-                return pad_rank(up, width, 1), pad_rank((up.double().T @ delta.double()).float(), width, 0)
+            def expert(task: str, subspace: CompactSubspace) -> tuple[Tensor, Tensor]:
+                delta = self.of(task, key)
+                up = subspace.of(delta).directions
+                return pad_rank(up, r, 1), pad_rank((up.double().T @ delta.double()).float(), r, 0)
 
-            up, down = zip(*in_threads(expert, zip(self.inputs.tasks, subspaces[names[key]], strict=True)), strict=True)
+            pairs = zip(self.inputs.tasks, parts, strict=True)
+            up, down = zip(*in_threads(lambda pair: expert(*pair), pairs), strict=True)
             return torch.stack(up), torch.stack(down)
 
-        found = self.inputs.spread(layer, names, "factors")
-        return {names[key]: pair for key, pair in found.items()}
+        return {names[key]: pair for key, pair in self.inputs.spread(layer, names, "factors").items()}
+
+
+def _price(inputs: MergeInputs, linear: LinearInfo) -> int:
+    """Bytes of one direction of one expert, float32."""
+    return 4 * sum(inputs.base[linear.weight].shape)
+
+
+def _budget(method: ESMPP, inputs: MergeInputs, linears: Sequence[LinearInfo]) -> int | None:
+    """Bytes of all experts, enough for one direction of each in every layer; ``None`` where the rank is given."""
+    if method.rank != "energy":
+        return None
+    least = len(inputs.tasks) * sum(_price(inputs, linear) for linear in linears)
+    budget = 32 * least if method.megabytes is None else int(1e6 * method.megabytes)
+    if budget < least:
+        problem = f"one direction of each expert in {len(linears)} layers takes {math.ceil(least / 1e4) / 100}"
+        raise InputError(f"{type(method).__name__}: megabytes is {method.megabytes}, but {problem}; give more, or fewer layers")
+    return budget

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import TopSVD, top_svd, top_svd_of_product
+from mergekit_vision.functional.ranks import shared_ranks
 from mergekit_vision.functional.tsvm import tsvm_merge_of
-from mergekit_vision.merger import Factors, Merged, MergeInputs, check_options
+from mergekit_vision.merger import Factors, Merged, MergeInputs, check_options, check_rank
 from mergekit_vision.parts import ByParts, Finder, Part
 
 Other = Literal["tsvm", "mean"]
@@ -25,6 +25,9 @@ class TSVM(ByParts):
 
     Args:
         rank: singular triplets a task keeps, at most the numerical rank. Published, and the default: ``min(d_out, d_in) // T``.
+            With "energy" the tasks share out so many for each of them: the triplets of all are taken in the order of their share
+            of the task vector's squared singular values.
+        floor: least share of the default rank that "energy" leaves a task, in [0, 1].
         other: how the matrices outside of the blocks, ``visual.proj`` and ``visual.positional_embedding``, are merged: "tsvm"
             like the rest (published) or "mean".
         scale_average: whether the scaling coefficient multiplies the averaged parameters too (published), or they are added as
@@ -36,20 +39,22 @@ class TSVM(ByParts):
         "Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025, arXiv:2412.00081"
     )
 
-    rank: int | None = None
+    rank: int | Literal["energy"] | None = None
     other: Other = "tsvm"
     scale_average: bool = True
+    floor: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"TSVM: rank is {self.rank}, but must be at least 1, or null for min(d_out, d_in) // T")
+        check_rank(self, "null for min(d_out, d_in) // T, or energy", self.rank, self.floor)
         check_options(self, other=Other)
 
     def directions_of(self, inputs: MergeInputs, key: str, tasks: int) -> int | None:
-        """Singular triplets a task of a matrix."""
+        """Singular triplets a task of a matrix; by energy, all are looked at."""
         if key not in inputs.matrices(everywhere=self.other == "tsvm"):
             return None
-        return min(inputs.base[key].shape) // tasks if self.rank is None else self.rank
+        if isinstance(self.rank, int):
+            return self.rank
+        return min(inputs.base[key].shape) // (tasks if self.rank is None else 1)
 
     def change_of(self, inputs: MergeInputs, task: str, key: str) -> Factors | Tensor:
         """The factors of a task vector where they are known, which say more of it than their product does."""
@@ -61,6 +66,10 @@ class TSVM(ByParts):
 
     def combined(self, inputs: MergeInputs, key: str, parts: Sequence[Part]) -> Tensor:
         """Make the singular vectors of all tasks orthogonal."""
+        if self.rank == "energy":
+            energies = [part.weights.square() for part in parts]
+            ranks = shared_ranks(energies, min(inputs.base[key].shape) // len(parts), self.floor)
+            parts = [part.leading(k) for part, k in zip(parts, ranks, strict=True)]
         return tsvm_merge_of([TopSVD(part.left, part.weights, part.right) for part in parts]).float()
 
     def finished(self, inputs: MergeInputs, update: dict[str, Tensor]) -> Merged:

@@ -28,14 +28,33 @@ def ties(vectors: Tensor, percent: int, aggregate: str) -> Tensor:
     return total / (agreeing != 0).sum(0).clamp(min=1) if aggregate == "mean" else total
 
 
-def tsvm(deltas: Tensor, k: int | None = None) -> Tensor:
-    """The leading singular vectors of all tasks, side by side, made orthogonal."""
+def one_by_one(energies: list[Tensor], budget: int, floor: int = 0, costs: list[int] | None = None) -> list[int]:
+    """The next direction of most energy a unit of cost, again and again, until the budget does not allow it."""
+    costs = costs or [1] * len(energies)
+    ranks = [min(floor, len(energy)) for energy in energies]
+    budget -= sum(k * cost for k, cost in zip(ranks, costs, strict=True))
+    while True:
+        best, gain = None, 0.0
+        for owner, energy in enumerate(energies):
+            if ranks[owner] < len(energy):
+                share = float(energy[ranks[owner]]) / float(energy.sum()) / costs[owner]
+                if share > gain:
+                    best, gain = owner, share
+        if best is None or costs[best] > budget:
+            return ranks
+        ranks[best] += 1
+        budget -= costs[best]
+
+
+def tsvm(deltas: Tensor, k: int | None = None, floor: int | None = None) -> Tensor:
+    """The leading singular vectors of all tasks, side by side, made orthogonal; with a floor, shared out by energy."""
     T, o, i = deltas.shape
     k = min(o, i) // T if k is None else k
     svds = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
-    U = torch.cat([svd[0][:, :k] for svd in svds], 1)
-    S = torch.cat([svd[1][:k] for svd in svds])
-    V = torch.cat([svd[2][:k] for svd in svds])
+    ks = [k] * T if floor is None else one_by_one([svd[1] ** 2 for svd in svds], T * k, floor)
+    U = torch.cat([svd[0][:, :k] for svd, k in zip(svds, ks, strict=True)], 1)
+    S = torch.cat([svd[1][:k] for svd, k in zip(svds, ks, strict=True)])
+    V = torch.cat([svd[2][:k] for svd, k in zip(svds, ks, strict=True)])
     return polar_svd(U)[0] @ torch.diag(S) @ polar_svd(V)[0]
 
 
@@ -49,17 +68,19 @@ def esm(
     gain: float = 2.0,
     k: int | None = None,
     norm: str = "delta",
+    floor: int | None = None,
 ) -> Tensor:
-    """Steps 1 to 6 of ESM on one matrix: ``deltas`` is ``[T, o, i]``, ``rows[t]`` is ``[n, i]``."""
+    """Steps 1 to 6 of ESM on one matrix: ``deltas`` is ``[T, o, i]``, ``rows[t]`` is ``[n, i]``; ``floor`` as for TSV-M."""
     T, o, _ = deltas.shape
     k = o // T if k is None else k
+    svds = [torch.linalg.svd(X @ delta.T, full_matrices=False) for delta, X in zip(deltas, rows, strict=True)]
+    # k may exceed the rank of the shift: null directions are left out
+    energies = [S[S / S[0] > 1e-9] ** 2 for _, S, _ in svds]
+    ks = [k] * T if floor is None else one_by_one(energies, T * k, floor)
     Es, Cs, norms = [], [], []
-    for delta, X in zip(deltas, rows, strict=True):
-        Y = X @ delta.T
-        _, S, Vh = torch.linalg.svd(Y, full_matrices=False)
-        # k may exceed the rank of Y: null directions are left out
-        kept = min(k, int((S / S[0] > 1e-9).sum()))
-        eigenvalues, E = S[:kept] ** 2 / (len(Y) - 1), Vh[:kept].T
+    for delta, X, (_, _, Vh), energy, k in zip(deltas, rows, svds, energies, ks, strict=True):
+        eigenvalues = energy[:k] / (len(X) - 1)
+        E = Vh[: len(eigenvalues)].T
         C = E.T @ delta
         norms.append((delta if norm == "delta" else C).norm())
         w = (eigenvalues / eigenvalues.mean()) ** power

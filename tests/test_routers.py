@@ -75,3 +75,35 @@ def test_factors_have_to_fit_each_other() -> None:
             LowRankExperts(*wrong, router)
     with pytest.raises(ValueError, match=r"bias must be \[T, d_out\] = \[2, 5\], got \[2, 6\]"):
         LowRankExperts(up, down, router, torch.zeros(2, 6))
+
+
+def ragged(*ranks: int) -> LowRankExperts:
+    up, down = normal(len(ranks), 6, max(ranks)), normal(len(ranks), max(ranks), 8, seed=1)
+    for t, k in enumerate(ranks):
+        up[t, :, k:] = down[t, k:] = 0
+    return LowRankExperts(up, down, HeldRouter(len(ranks)))
+
+
+def test_zeros_at_the_end_of_an_expert_are_not_stored() -> None:
+    experts = ragged(2, 5, 1)
+    tensors, ranks = experts.stored()
+    assert ranks == experts.ranks == [2, 5, 1]
+    assert (tensors["up"].shape, tensors["down"].shape) == ((6, 8), (8, 8))
+    up, down = LowRankExperts.padded(tensors["up"], tensors["down"], ranks)
+    assert torch.equal(up, experts.up)
+    assert torch.equal(down, experts.down)
+    assert ragged(3, 3).stored()[1] is None
+    assert LowRankExperts(torch.zeros(2, 6, 3), torch.zeros(2, 3, 8), HeldRouter(2)).ranks == [1, 1]
+
+
+def test_a_zero_within_an_expert_is_stored() -> None:
+    experts = ragged(3, 2)
+    experts.up[0, :, 1] = experts.down[0, 2] = 0
+    assert experts.ranks == [3, 2]
+
+
+@pytest.mark.parametrize("ranks", [[], [8], [2, 5], [2, 6, 0], [2, 5, 2], [9, -1]])
+def test_ranks_that_do_not_fit_the_factors_are_refused(ranks: list[int]) -> None:
+    tensors, _ = ragged(2, 5, 1).stored()
+    with pytest.raises(ValueError, match="do not fit the experts' ranks"):
+        LowRankExperts.padded(tensors["up"], tensors["down"], ranks)

@@ -1,6 +1,7 @@
 """Merged updates of whole small models against formulas."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +56,46 @@ def is_matrix(zoo: Zoo, key: str) -> bool:
     return zoo.base[key].dim() == 2
 
 
-def tsvm_formula(zoo: Zoo, rank: int | None = None, block: bool = False) -> dict[str, Tensor]:
+def least(floor: float | None, rank: int) -> int | None:
+    """Directions that a task keeps in any case."""
+    return None if floor is None else -int(-floor * rank // 1)
+
+
+def tsvm_formula(zoo: Zoo, rank: int | None = None, block: bool = False, floor: float | None = None) -> dict[str, Tensor]:
     """The merged update of the whole model; of the blocks' matrices only, or of all."""
     linears, found = {weight_key(linear) for linear in LINEARS}, {}
     for key, base in zoo.base.items():
         spectral = key in linears if block else is_matrix(zoo, key)
         deltas = zoo.delta64(key)
-        found[key] = formulas.tsvm(deltas, rank) if spectral else deltas.mean(0)
+        found[key] = formulas.tsvm(deltas, rank, least(floor, min(base.shape) // zoo.tasks)) if spectral else deltas.mean(0)
         if spectral and rank is None and min(base.shape) // zoo.tasks == 0:
             found[key] = torch.zeros_like(base).double()
     return found
 
 
 def esm_formula(
-    zoo: Zoo, *, inter_layer: float = 2.0, out_proj: str = "tsvm", other: str = "tsvm", **options: Any
+    zoo: Zoo,
+    *,
+    inter_layer: float = 2.0,
+    out_proj: str = "tsvm",
+    other: str = "tsvm",
+    floor: float | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The merged update of the whole model."""
-    expected = {}
+    expected, T = {}, zoo.tasks
+
+    def tsvm(deltas: Tensor) -> Tensor:
+        return formulas.tsvm(deltas, floor=least(floor, min(deltas.shape[1:]) // T))
+
     for key in zoo.base:
         deltas = zoo.delta64(key)
-        expected[key] = formulas.tsvm(deltas) if is_matrix(zoo, key) and other == "tsvm" else deltas.mean(0)
+        expected[key] = tsvm(deltas) if is_matrix(zoo, key) and other == "tsvm" else deltas.mean(0)
     for linear in LINEARS:
         deltas, how = zoo.delta64(weight_key(linear)), out_proj if linear.endswith("out_proj") else "esd"
         rows = [zoo.rows(task, linear) for task in zoo.experts]
-        methods = {"esd": lambda d, x: formulas.esm(d, x, **options), "tsvm": lambda d, _: formulas.tsvm(d)}
+        own = {**options, "floor": least(floor, deltas.shape[1] // T)}
+        methods = {"esd": partial(formulas.esm, **own), "tsvm": lambda d, _: tsvm(d)}
         expected[weight_key(linear)] = methods[how](deltas, rows) if how in methods else deltas.mean(0)
     for kind in ("in_proj", "out_proj", "c_fc", "c_proj"):
         keys = [weight_key(linear) for linear in LINEARS if linear.endswith(f".{kind}")]

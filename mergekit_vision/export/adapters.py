@@ -57,7 +57,7 @@ def adapter(routed: Mapping[str, LowRankExperts], expert: int) -> Adapter:
         routed: open_clip's Linear name -> experts.
         expert: index of the expert.
     """
-    ranks = {module: experts.up.shape[2] for layer, experts in routed.items() for module in modules_of(layer)}
+    ranks = {module: experts.ranks[expert] for layer, experts in routed.items() for module in modules_of(layer)}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     other = {module: own for module, own in ranks.items() if own != rank}
     shifted = any(experts.bias is not None for experts in routed.values())
@@ -80,11 +80,11 @@ def adapter(routed: Mapping[str, LowRankExperts], expert: int) -> Adapter:
 
 def _parts(layer: str, experts: LowRankExperts, expert: int, shifted: bool) -> Iterator[tuple[str, str, Tensor]]:
     """Module, name and tensor of each factor of a layer; with a bias in all layers if any has one, as PEFT wants it."""
-    modules = modules_of(layer)
-    up = experts.up[expert].chunk(len(modules))
+    modules, rank = modules_of(layer), experts.ranks[expert]
+    up = experts.up[expert, :, :rank].chunk(len(modules))
     shift = torch.zeros(experts.up.shape[1]) if experts.bias is None else experts.bias[expert]
     for module, rows, bias in zip(modules, up, shift.chunk(len(modules)), strict=True):
-        yield module, "lora_A.weight", experts.down[expert]
+        yield module, "lora_A.weight", experts.down[expert, :rank]
         yield module, "lora_B.weight", rows
         if shifted:
             yield module, "lora_B.bias", bias

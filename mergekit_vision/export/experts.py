@@ -32,11 +32,12 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class RoutedLayer(Schema):
-    """What ``experts.json`` says of a layer: its router's class and plain arguments, and the kind of evidence."""
+    """What ``experts.json`` says of a layer: its router's class and plain arguments, kind of evidence, and ranks that differ."""
 
     router: str
     arguments: Annotated[dict[str, Any], AfterValidator(_checked)]
     evidence: Evidence
+    ranks: list[int] | None = None
 
 
 def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,17 +45,20 @@ def pack_experts(routed: Mapping[str, LowRankExperts]) -> tuple[dict[str, Tensor
 
     Returns:
         Tensors by ``<layer>.up``, ``.down``, ``.bias`` and ``.router.<buffer>``, contiguous, on the CPU; and, for each layer in
-        forward order, the router's class, its constructor's plain arguments, and the kind of evidence.
+        forward order, the router's class, its constructor's plain arguments, and the kind of evidence. Where the experts of a
+        layer differ in rank, their factors lie side by side, and their ranks are given.
     """
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for name, experts in routed.items():
         router = experts.router
-        tensors |= {f"{name}.{key}": part.detach().cpu().contiguous() for key, part in experts.tensors().items()}
+        parts, ranks = experts.stored()
+        tensors |= {f"{name}.{key}": part.detach().cpu().contiguous() for key, part in parts.items()}
         config[name] = {
             "router": f"{type(router).__module__}.{type(router).__qualname__}",
             "arguments": dict(router.arguments()),
             "evidence": experts.evidence,
+            **({} if ranks is None else {"ranks": ranks}),
         }
     return tensors, config
 
@@ -104,7 +108,9 @@ def _unpacked(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any], 
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {entry['router']} does not take its saved state: {error}; {_REMEDY}") from error
     try:
-        experts = LowRankExperts(parts["up"], parts["down"], router, parts.get("bias"), entry["evidence"])
+        up, down, ranks = parts["up"], parts["down"], entry.get("ranks")
+        up, down = (up, down) if ranks is None else LowRankExperts.padded(up, down, ranks)
+        experts = LowRankExperts(up, down, router, parts.get("bias"), entry["evidence"])
     except ValueError as error:
         raise InputError(f"{name}: {error}; {_REMEDY}") from error
     _try_out(name, experts)

@@ -46,6 +46,10 @@ class CompactSubspace(NamedTuple):
     eigenvalues: Tensor
     total: float
 
+    def leading(self, k: int) -> "CompactSubspace":
+        """The subspace of its ``k`` leading directions, or of all where there are fewer."""
+        return CompactSubspace(self.basis[:, :k], self.eigenvalues[:k], self.total)
+
     def of(self, delta: Tensor) -> EssentialSubspace:
         """The subspace itself, given the task vector ``[d_out, d_in]`` that it was found for."""
         directions = delta @ self.basis if _wider_out(delta.shape) else self.basis

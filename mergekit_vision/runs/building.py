@@ -32,7 +32,7 @@ def build_merger(content: object) -> Merger:
 
     >>> from mergekit_vision.runs.building import build_merger
     >>> build_merger({"class_path": "ESMPP", "init_args": {"rank": 8, "base": "TSVM"}}).base
-    TSVM(rank=None, other='tsvm', scale_average=True)
+    TSVM(rank=None, other='tsvm', scale_average=True, floor=0.25)
     """
     if not isinstance(content, str | Mapping):
         raise ValueError(f"must be a method's name, or a mapping of class_path and init_args, not {shown(content)}")

@@ -103,6 +103,7 @@ def _statistics(merger: Merger, sizes: Sizes) -> int:
     below = _statistics(base, sizes) if isinstance(base, Merger) else 0
     if name in _KEPT:
         of_matrix, at_once = _KEPT[name]
+        of_matrix = _whole_subspaces if getattr(merger, "rank", None) == "energy" else of_matrix
         matrices = sizes.matrices()
         return below + max(sum(map(of_matrix, matrices[at:][:at_once])) for at in range(0, len(matrices), at_once or 1))
     return below
@@ -111,6 +112,11 @@ def _statistics(merger: Merger, sizes: Sizes) -> int:
 def _subspaces(x: Matrix) -> int:
     """Of all tasks one Linear's directions, and of the task at work its Gram matrix."""
     return x.tasks * x.rows // x.tasks * min(x.rows, x.columns) * _NUMBER + 8 * x.side**2
+
+
+def _whole_subspaces(x: Matrix) -> int:
+    """The same where all directions are kept until they are shared out by energy."""
+    return (x.tasks * _NUMBER + 8) * x.side**2
 
 
 def _normals(x: Matrix) -> int:

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 from mergekit_vision.data.datamodule import VisionTasks
-from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merged, Merger, merged_weights
 from mergekit_vision.merging.recipe import MergedModel, Recipe
@@ -85,7 +84,7 @@ class Measuring:
                 evaluator.encoder.routing.record(route == "router")
             accuracy = _accuracies(evaluator)
             counts = evaluator.routing_counts()
-            extra = _size(evaluator.encoder) - _size(bench.evaluator.encoder)
+        stored, shared = _bytes(model)
         changed = any(model.weights[key] is not value for key, value in bench.base.items())
         return {
             "merger": model.record["merger"],
@@ -95,8 +94,8 @@ class Measuring:
             "seconds": {**model.record["seconds"], "eval": round(time.perf_counter() - start, 3)},
             "dynamic": bool(model.routed),
             "oracle": bool(model.routed) and route == "oracle",
-            "extra_parameters": extra,
-            "bytes": _bytes(model),
+            "extra_parameters": (stored + shared) // _FLOAT,
+            "bytes": {"task": stored // len(experts), "shared": shared},
             "routing": own_expert_shares(counts, experts) or None,
         }
 
@@ -127,13 +126,8 @@ def _accuracies(evaluator: Evaluator) -> dict[str, float]:
     return {task: evaluator.accuracy(task, TEST) for task in track(evaluator.data.task_names, f"evaluating on {TEST}")}
 
 
-def _bytes(model: MergedModel) -> dict[str, int]:
-    """What a task's routed experts take as they are stored, and what all tasks share besides one encoder: the routers."""
-    parts = {f"{name}.{key}": part.nbytes for name, experts in model.routed.items() for key, part in experts.tensors().items()}
-    shared = sum(size for key, size in parts.items() if ".router." in key)
-    return {"task": (sum(parts.values()) - shared) // len(model.record["experts"]), "shared": shared}
-
-
-def _size(encoder: VisionEncoder) -> int:
-    """Number of parameters and buffers."""
-    return sum(value.numel() for value in (*encoder.parameters(), *encoder.buffers()))
+def _bytes(model: MergedModel) -> tuple[int, int]:
+    """What all routed experts take as they are stored, and what they share besides one encoder: the routers."""
+    parts = [(key, part.nbytes) for experts in model.routed.values() for key, part in experts.stored()[0].items()]
+    shared = sum(size for key, size in parts if key.startswith("router."))
+    return sum(size for _, size in parts) - shared, shared

@@ -122,8 +122,18 @@ def faults(schema: Any, content: object, place: str = "") -> list[str]:
         TypeAdapter(schema).validate_python(content, strict=True)
     except ValidationError as error:
         found = _Content(content)
-        return [found.line(detail, place) for detail in sorted(error.errors(), key=found.order)]
+        return _alternatives(found.line(detail, place) for detail in sorted(error.errors(), key=found.order))
     return []
+
+
+def _alternatives(lines: Iterable[str]) -> list[str]:
+    """One text where a value is none of several kinds that it could be."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        start, must, rest = line.partition("must be ")
+        kind, no, value = rest.rpartition(", not ")
+        kinds.setdefault((start + must, no + value) if no else (line, ""), []).append(kind if no else "")
+    return [f"{start}{' or '.join(found)}{value}" for (start, value), found in kinds.items()]
 
 
 def shown(value: object) -> str:
@@ -183,6 +193,8 @@ class _Content:
         """Each key of a path with its position, and whether it is the number of a list's entry."""
         part = self._whole
         for key in place:
+            if part is not None and not isinstance(part, Mapping | list | tuple):
+                return  # nothing lies within: pydantic names one of several kinds that the value could be
             listed = isinstance(part, list | tuple)
             position, part = self._found(part, key)
             yield key, position, listed

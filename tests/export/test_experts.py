@@ -33,6 +33,25 @@ def test_packed_experts_come_back_bit_for_bit(kind: str, evidence: bool, images:
         assert torch.equal(fresh["visual"](images), encoder["visual"](images))
 
 
+def test_experts_of_different_ranks_come_back_bit_for_bit(images: Tensor) -> None:
+    experts = make_experts(make_encoder(), "cosine")
+    for at, layer in enumerate(experts.values()):
+        for t in range(at, len(layer.up)):
+            layer.up[t, :, 2 + t :] = layer.down[t, 2 + t :] = 0
+    tensors, config = pack_experts(experts)
+    assert config[LINEARS[0]]["ranks"] == [2, 3, 4]
+    assert "ranks" not in config[LINEARS[-1]]
+    config, whole = json.loads(json.dumps(config)), make_encoder()
+    attach(whole, experts)
+    with pytest.raises(InputError, match=r"in_proj: up \[d_out, r\] .* do not fit"):
+        unpack_experts(tensors, config | {LINEARS[0]: config[LINEARS[0]] | {"ranks": [3, 2, 3]}})
+    again = unpack_experts(tensors, config)
+    fresh = make_encoder()
+    attach(fresh, again)
+    with torch.inference_mode():
+        assert torch.equal(fresh["visual"](images), whole["visual"](images))
+
+
 def test_unpack_explains_what_is_wrong() -> None:
     encoder = make_encoder()
     tensors, config = pack_experts(make_experts(encoder, "cosine"))

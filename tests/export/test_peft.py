@@ -148,7 +148,7 @@ def experts(d_out: int, d_in: int, rank: int, bias: bool = False) -> LowRankExpe
 
 
 def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
-    """By peft's own computation, layer by layer, where layers differ in rank and not all have shifts of their bias."""
+    """By peft's own computation, layer by layer, where layers and experts differ in rank and some shift no bias."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -159,8 +159,10 @@ def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
         f"{block}mlp.c_fc": experts(16, 8, 3),
         f"{block}mlp.c_proj": experts(8, 16, 5, bias=True),
     }
+    routed[f"{block}mlp.c_fc"].up[1, :, 1:] = routed[f"{block}mlp.c_fc"].down[1, 1:] = 0  # of lower rank than the other expert
     config, tensors = adapter(routed, 1)
     assert config["lora_alpha"] == config["r"] == 3
+    assert sorted(config["rank_pattern"].values()) == [1, 2, 5]
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     base: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=8))
     model: Any = get_peft_model(base, LoraConfig(**config))

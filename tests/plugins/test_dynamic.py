@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import formulas
 import pytest
 import torch
 from synthetic import LINEARS, TOKENS, WIDTH, Zoo, bias_key, relative_error, weight_key
@@ -102,6 +103,41 @@ def test_esmpp_of_full_rank_is_the_expert(zoo: Zoo) -> None:
         tuned = torch.stack([expert[weight_key(name)] for expert in zoo.experts.values()]).double()
         base = zoo.base[weight_key(name)].double() + merged.update[weight_key(name)].double()
         assert relative_error(base + product(experts), tuned) < summed(4 * WIDTH)
+
+
+def test_esmpp_by_energy_takes_what_is_worth_most_a_byte(zoo: Zoo) -> None:
+    kinds, base = ("in_proj", "c_proj"), ESM().merge(zoo.inputs())
+    names = [name for name in LINEARS if name.endswith(kinds)]
+    spectra, prices = [], []
+    for name in names:
+        for task, delta in zip(zoo.experts, residuals(zoo, name, base, 1.0), strict=True):
+            X = zoo.rows(task, name)
+            spectra.append(torch.linalg.svdvals(X @ delta.T)[: min(delta.shape)] ** 2)
+            prices.append(4 * sum(delta.shape))
+    for megabytes in (sum(prices) / 1e6, 0.03, 0.1, None):
+        merged = ESMPP(rank="energy", megabytes=megabytes, layers=kinds).merge(zoo.inputs())
+        found = [k for experts in merged.routed.values() for k in experts.ranks]
+        budget = 32 * sum(prices) if megabytes is None else int(1e6 * megabytes)
+        assert found == formulas.one_by_one(spectra, budget, 1, prices)
+        stored = sum(experts.stored()[0][key].nbytes for experts in merged.routed.values() for key in ("up", "down"))
+        assert stored == sum(k * price for k, price in zip(found, prices, strict=True)) <= budget
+        for name, experts in merged.routed.items():
+            for t, (task, delta) in enumerate(zip(zoo.experts, residuals(zoo, name, base, 1.0), strict=True)):
+                kept, X = partial(essential, rank=experts.ranks[t], project=True), zoo.rows(task, name)
+                assert relative_error(product(experts)[t], kept(delta, X)) < of_formula(kept, delta, X)
+    assert len(set(found)) == 1, "the last budget holds them whole"
+
+
+def test_esmpp_of_one_task_and_of_a_layer_that_did_not_change(zoo: Zoo) -> None:
+    single = Zoo(tasks=2)
+    key = weight_key(LINEARS[2])
+    single.experts["task1"][key] = single.base[key].clone()
+    merged = ESMPP(base=TaskArithmetic(), rank="energy", megabytes=0.02).merge(
+        replace(single.inputs(), choose_scale=lambda _: 0.0)
+    )
+    assert not product(merged.routed[LINEARS[2]])[1].any()
+    assert product(merged.routed[LINEARS[2]])[0].any()
+    assert [len(experts.ranks) for experts in ESMPP(rank="energy", megabytes=0.02).merge(Zoo(tasks=1).inputs()).routed.values()]
 
 
 def test_esmpp_does_not_depend_on_the_batches_of_proxies(zoo: Zoo) -> None:
@@ -356,6 +392,14 @@ def test_an_expert_that_is_the_backbone_adds_nothing(merger: ESMPP | SMILE) -> N
     ("make", "message"),
     [
         (lambda: ESMPP(rank=0), "rank is 0"),
+        (lambda: ESMPP(rank="all"), "rank is 'all'"),
+        (lambda: ESMPP(rank=None), "rank is None"),
+        (lambda: ESMPP(megabytes=1.0), "goes with rank energy only"),
+        (lambda: ESMPPBayes(rank="energy", megabytes=0.0), "ESMPPBayes: megabytes is 0.0, but must be above 0"),
+        (
+            lambda: ESMPP(rank="energy", megabytes=0.001).merge(Zoo(tasks=2).inputs()),
+            "one direction of each expert in 4 layers takes 0.01; give more",
+        ),
         (lambda: ESMPP(rule="nearest"), "one of cosine, centered, discriminant, mass, sim"),
         (lambda: ESMPP(rule="mass", pooling=("mean", "first")), r"rule mass takes either \[mean\] or \[first\]"),
         (lambda: ESMPP(rule="sim", pooling=("covariance",)), "covariance is for rule discriminant"),

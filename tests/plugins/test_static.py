@@ -93,6 +93,17 @@ def test_ties_counts_frozen_entries() -> None:
 # --- TSV-M
 
 
+def uneven(tasks: int) -> Zoo:
+    """Experts whose spectra fall at different rates."""
+    zoo = Zoo(tasks=tasks)
+    for t, expert in enumerate(zoo.experts.values()):
+        for key, base in zoo.base.items():
+            if base.dim() == 2:
+                U, S, Vh = torch.linalg.svd(expert[key] - base, full_matrices=False)
+                expert[key] = base + U @ torch.diag(S[0] * torch.logspace(0, -(t + 1) / 2, len(S))) @ Vh
+    return zoo
+
+
 def check(found: Mapping[str, torch.Tensor], formula: Callable[[Zoo], Mapping[str, torch.Tensor]], zoo: Zoo) -> None:
     """Compare an update with a formula, as closely as float32 can know it."""
     expected, bounds = formula(zoo), of_model(formula, zoo)
@@ -113,6 +124,13 @@ def test_tsvm(synthetic: Zoo) -> None:
 def test_tsvm_options(synthetic: Zoo) -> None:
     merged = TSVM(rank=2, other="mean").merge(synthetic.inputs())
     check(merged.update, lambda zoo: tsvm_formula(zoo, rank=2, block=True), synthetic)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.25, 1.0])
+def test_tsvm_by_energy(floor: float) -> None:
+    zoo = uneven(4)
+    merged = TSVM(rank="energy", floor=floor).merge(zoo.inputs())
+    check(merged.update, lambda zoo: tsvm_formula(zoo, floor=floor), zoo)
 
 
 class LowRank(dict[str, torch.Tensor]):
@@ -189,6 +207,11 @@ def check_esm(merger: ESM, zoo: Zoo, **options: Any) -> None:
 def test_esm(tasks: int) -> None:
     """T below 4 asks for more directions than there are; 7 does not divide the widths."""
     check_esm(ESM(), Zoo(tasks=tasks))
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.25, 1.0])
+def test_esm_by_energy(floor: float) -> None:
+    check_esm(ESM(rank="energy", floor=floor), uneven(5), floor=floor)
 
 
 def test_esm_constants() -> None:
@@ -282,11 +305,15 @@ def test_task_arithmetic_of_identical_experts_is_their_multiple() -> None:
         (lambda: TIES(aggregate="median"), "aggregate"),
         (lambda: TIES(count_frozen=-1), "count_frozen"),
         (lambda: TSVM(rank=0), "rank"),
+        (lambda: TSVM(rank="all"), "rank"),
+        (lambda: TSVM(rank="energy", floor=1.5), "floor"),
         (lambda: TSVM(other="sum"), "other"),
         (lambda: ESM(eigenvalue_power=-1), "eigenvalue_power"),
         (lambda: ESM(inter_layer=float("nan")), "inter_layer"),
         (lambda: ESM(gain=float("inf")), "gain"),
         (lambda: ESM(rank=0), "rank"),
+        (lambda: ESM(rank=4.0), "rank"),
+        (lambda: ESM(rank="energy", floor=float("nan")), "floor"),
         (lambda: ESM(norm="full"), "norm"),
         (lambda: ESM(out_proj="none"), "out_proj"),
         (lambda: ESM(other="esd"), "other"),

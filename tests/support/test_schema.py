@@ -23,6 +23,7 @@ class Outer(Schema):
     share: float = Field(ge=0, le=1)
     inner: dict[str, Inner] = Field(default={}, description="a mapping of names to inner things")
     words: list[str] = Field(default=[])
+    rank: int | Literal["all"] | None = None
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,8 @@ class Outer(Schema):
         (None, ["it: must be a mapping with the keys share, not empty"]),
         ({}, ["it: `share` is missing"]),
         ({"shar": 1}, ["it: unknown key `shar` (did you mean `share`?)", "it: `share` is missing"]),
-        ({"share": 1, "zzz": 1}, ["it: unknown key `zzz`; known are share, inner, words"]),
+        ({"share": 1, "zzz": 1}, ["it: unknown key `zzz`; known are share, inner, words, rank"]),
+        ({"share": 1, "rank": "al"}, ["rank: must be a whole number or 'all', not the str 'al'"]),
         ({"share": True}, ["share: must be a number, not the bool True"]),
         ({"share": float("nan")}, ["share: must be a finite number, not the float nan"]),
         ({"share": -1.5}, ["share: must be greater than or equal to 0, not the float -1.5"]),
