@@ -56,6 +56,17 @@ def is_matrix(zoo: Zoo, key: str) -> bool:
     return zoo.base[key].dim() == 2
 
 
+def uneven(tasks: int) -> Zoo:
+    """Experts whose spectra fall at different rates."""
+    zoo = Zoo(tasks=tasks)
+    for t, expert in enumerate(zoo.experts.values()):
+        for key, base in zoo.base.items():
+            if base.dim() == 2:
+                U, S, Vh = torch.linalg.svd(expert[key] - base, full_matrices=False)
+                expert[key] = base + U @ torch.diag(S[0] * torch.logspace(0, -(t + 1) / 2, len(S))) @ Vh
+    return zoo
+
+
 def least(floor: float | None, rank: int) -> int | None:
     """Directions that a task keeps in any case."""
     return None if floor is None else -int(-floor * rank // 1)

@@ -12,7 +12,7 @@ from plain import together
 from synthetic import LINEARS, Zoo, relative_error, weight_key
 from tolerances import eps, summed
 from torch import Tensor
-from updates import LIMIT, assert_updates, esm_formula, tsvm_formula
+from updates import LIMIT, assert_updates, esm_formula, tsvm_formula, uneven
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Former, Merged, MergeInputs, Merger, merged_weights
@@ -131,6 +131,15 @@ def test_an_expert_leaves_without_its_file(merger: Merger, formula: Callable[[Zo
         return
     with pytest.raises(InputError, match="enough for models of 3 and more, and 2 would be left"):
         merger.revise(before, zoo.inputs(NONE), zoo.inputs([0, 1, 2]))
+
+
+@pytest.mark.parametrize("merger", [TSVM(rank="energy"), ESM(rank="energy")], ids=repr)
+def test_directions_are_shared_out_anew_by_energy(merger: Merger) -> None:
+    zoo = uneven(5)
+    joined = merger.revise(merged_before(zoo, merger, [0, 1, 2]), zoo.inputs([3, 4]), zoo.inputs(NONE))
+    assert_weights(joined, merger.merge(zoo.inputs()), zoo, joined.scale, LIMIT)
+    left = merger.revise(former(zoo, joined, [0, 1, 2, 3, 4], joined.scale), zoo.inputs(NONE), zoo.inputs([1, 3, 4]))
+    assert_weights(left, merger.merge(zoo.inputs([0, 2])), zoo, left.scale, LIMIT)
 
 
 def test_as_many_join_as_leave() -> None:

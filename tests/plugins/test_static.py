@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from synthetic import INFOS, LINEARS, Zoo, relative_error, weight_key
 from tolerances import of_formula, of_model, summed
-from updates import esm_formula, is_matrix, tsvm_formula
+from updates import esm_formula, is_matrix, tsvm_formula, uneven
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import MergeInputs, Merger
@@ -91,17 +91,6 @@ def test_ties_counts_frozen_entries() -> None:
 
 
 # --- TSV-M
-
-
-def uneven(tasks: int) -> Zoo:
-    """Experts whose spectra fall at different rates."""
-    zoo = Zoo(tasks=tasks)
-    for t, expert in enumerate(zoo.experts.values()):
-        for key, base in zoo.base.items():
-            if base.dim() == 2:
-                U, S, Vh = torch.linalg.svd(expert[key] - base, full_matrices=False)
-                expert[key] = base + U @ torch.diag(S[0] * torch.logspace(0, -(t + 1) / 2, len(S))) @ Vh
-    return zoo
 
 
 def check(found: Mapping[str, torch.Tensor], formula: Callable[[Zoo], Mapping[str, torch.Tensor]], zoo: Zoo) -> None:
