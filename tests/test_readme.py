@@ -122,7 +122,7 @@ def options() -> set[str]:
 
 
 def test_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("test", "compare", "methods"):
+    for command in ("merge", "test", "compare", "methods"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     known = set(re.findall(r"--[a-zA-Z][\w.]*", capsys.readouterr().out))
