@@ -177,7 +177,7 @@ class _Content:
         """One fault with its place: the path of keys, then the number of a list's entry."""
         place = detail["loc"][:-2] if detail["loc"][-1:] == (_KEY,) else detail["loc"]
         path, entry = [], ""
-        for key, _, listed in self._steps(place):
+        for key, _, listed in self._steps(place, detail["type"]):
             if listed:
                 entry = f"entry {key} "
             else:
@@ -187,16 +187,16 @@ class _Content:
 
     def order(self, detail: ErrorDetails) -> tuple[int, ...]:
         """Where the keys of a fault's path stand in the file, level by level, to sort by."""
-        return tuple(position for _, position, _ in self._steps(detail["loc"]))
+        return tuple(position for _, position, _ in self._steps(detail["loc"], detail["type"]))
 
-    def _steps(self, place: Iterable[int | str]) -> Iterator[tuple[int | str, int, bool]]:
-        """Each key of a path with its position, and whether it is the number of a list's entry."""
+    def _steps(self, place: Iterable[int | str], kind: str) -> Iterator[tuple[int | str, int, bool]]:
+        """Each key of a fault's path with its position, and whether it is the number of a list's entry."""
         part = self._whole
         for key in place:
-            if part is not None and not isinstance(part, Mapping | list | tuple):
-                return  # nothing lies within: pydantic names one of several kinds that the value could be
             listed = isinstance(part, list | tuple)
             position, part = self._found(part, key)
+            if position < 0 and kind != "missing":
+                return  # nothing lies there: pydantic names one of several kinds that the value could be
             yield key, position, listed
 
     def _found(self, part: object, key: int | str) -> tuple[int, object]:
