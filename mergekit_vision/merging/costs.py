@@ -16,7 +16,7 @@ _LOADED = 28
 """Bytes moved for each number of a task vector: it is read and checked, and what the backbone has is subtracted."""
 _SCATTERED = 1.5
 """Time of layer inputs' products, which are small and for each block of one task, relative to one large product."""
-_CALLS = 75
+_CALLS = 52
 """Calls of torch for each tensor of an expert."""
 
 _WIDTH = 768
