@@ -49,6 +49,7 @@ lint: .venv/ready
 	$(BIN)/python -m pip check
 	@reason="$$($(BIN)/python -c $(NO_ANSWER))"; if test -n "$$reason"; \
 	then echo "pip-audit skipped: PyPI cannot be reached ($$reason)"; \
+	elif ! $(BIN)/python -m pip install --quiet pip-audit; then echo "pip-audit skipped: it cannot be installed"; \
 	else $(MAKE) --no-print-directory audit; fi
 
 # asks PyPI for advisories about the installed versions

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     workdir = options.workdir.resolve()
     results = workdir / "quick" if options.quick else RESULTS
     small = small_model(workdir) if options.quick else ""
-    commands = [line.format(small=small).split() for line in (QUICK if options.quick else FULL)]
+    commands = [[word.format(small=small) for word in line.split()] for line in (QUICK if options.quick else FULL)]
     before = read_all(results)
     chosen = [words for words in commands if options.only is None or words[0] in options.only]
     failed = run(chosen, ["--workdir", str(workdir), "--results", str(results)])

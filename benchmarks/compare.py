@@ -74,7 +74,7 @@ def report(old: Mapping[str, Sequence[Run]], new: Mapping[str, Sequence[Run]]) -
     found = sorted(worse(old, new), key=str)
     for one in found:
         print(f"worse: {one}")
-    print(f"{compared} cases compared with an earlier run, {len({str(one.case) for one in found})} of them worse than the noise")
+    print(f"{compared} cases compared with an earlier run, {len({(one.benchmark, str(one.case)) for one in found})} of them worse than the noise")
     return found
 
 
@@ -85,6 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("new", type=Path, help="the same of a later run")
     parser.add_argument("--fail", action="store_true", help="exit with status 1 where something got worse")
     options = parser.parse_args(arguments)
+    for path in (options.old, options.new):
+        if not path.exists():
+            parser.error(f"{path}: no such file or folder")
     found = report(read_all(options.old), read_all(options.new))
     return 1 if found and options.fail else 0
 

@@ -71,6 +71,8 @@ class RouterFit:
                 f"{name}: shrinkage is {self.shrinkage} and temperature {self.temperature}, "
                 "but shrinkage must be above 0 and at most 1, temperature above 0"
             )
+        if self.temperature is None and self.rule != "discriminant":
+            raise InputError(f"{name}: temperature null is for rule discriminant; give a number")
         if not pooling or not set(pooling) <= set(get_args(Pooling)):
             raise InputError(f"{name}: pooling is {list(pooling)}, but must name some of {', '.join(get_args(Pooling))}")
         if pooling != ("mean",) and self.rule in ("cosine", "centered"):

@@ -98,7 +98,8 @@ class ByParts(Merger):
         if any(now > kept for now, kept in zip(*counts, strict=True)):
             raise InputError(
                 f"what was kept of the experts is enough for models of {fewest} and more, and {tasks} would be left; merge these "
-                "again from their files, with a larger `keep_state` if more are to leave"
+                f"again from their files, with a `keep_state` that is larger by {fewest - tasks} or more",
+                of="model",
             )
         return self._merged(joining, fewest, known, staying, keeping=True)
 

@@ -304,7 +304,7 @@ class LowRankExperts:
         ([2, 1], [[1.0, 2.0, 3.0]])
         """
         tensors, ranks, r = self.tensors(), self.ranks, self.up.shape[2]
-        if not min(ranks) < max(ranks) == r:
+        if not min(ranks) < max(ranks) == r <= min(self.up.shape[1], self.down.shape[2]):
             return tensors, None
         up = torch.cat([part[:, :k] for part, k in zip(self.up, ranks, strict=True)], 1)
         down = torch.cat([part[:k] for part, k in zip(self.down, ranks, strict=True)])

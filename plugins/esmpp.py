@@ -104,8 +104,8 @@ class ESMPP(Merger):
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_rank(self, "energy", self.rank)
-        if self.megabytes is not None and not (self.rank == "energy" and 0 < self.megabytes < math.inf):
-            raise InputError(f"{name}: megabytes is {self.megabytes}, but must be above 0, and goes with rank energy only")
+        if self.megabytes is not None and not (self.rank == "energy" and 0 < self.megabytes < 1e12):
+            raise InputError(f"{name}: megabytes is {self.megabytes}, but must be above 0 and below 1e12, and goes with rank energy only")
         for argument, least in (("top_k", 1), ("held_layer", 0), ("gate_rank", 1)):
             value = getattr(self, argument)
             if value is not None and value < least:

@@ -89,10 +89,12 @@ class OPCM(Merger):
             )
             each = [math.sqrt(sum(squares)) for squares in zip(*sums.values(), strict=True)]
             length = sum(each) / len(each)
+            if not length:
+                raise InputError("the experts that join are the backbone: there is nothing to add; leave them out")
             size = math.sqrt(before) * length
 
         def start(key: str) -> Tensor:
-            return former.change[key].double() * (size / norm)
+            return former.change[key].double() * math.copysign(size / norm, former.scale)
 
         found = joining.spread(partial(self._added, joining, list(joining.tasks), start), joining.base, "merging")
         total = before * length + sum(_norms(found))

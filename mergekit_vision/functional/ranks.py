@@ -42,6 +42,7 @@ def share_out(energies: Sequence[Tensor], budget: int, floor: int = 0, costs: Se
         owners.append(torch.full((len(more),), owner))
         places.append(torch.arange(k, k + len(more)))
         spent.append(torch.full((len(more),), price))
+    left = min(left, sum(int(part.sum()) for part in spent))  # as much as there is: no number is too large for torch
     order = torch.cat(places).argsort(stable=True)
     order = order[torch.cat(gains)[order].argsort(descending=True, stable=True)]
     taken = order[torch.cat(spent)[order].cumsum(0) <= left]

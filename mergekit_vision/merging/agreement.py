@@ -1,5 +1,6 @@
 """How well a merged model agrees with the experts on unlabeled proxy images, each expert the teacher of its own task."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -39,7 +40,8 @@ class Agreement(NamedTuple):
         The share is a coarse curve on a few images a task, and the embeddings differ in directions in which no class does, so
         that they ask for too small a coefficient. ``benchmarks/agreement.py`` compares them.
         """
-        return max(0.0, fmean(self.divergence.values()))  # rounding may take it below 0
+        mean = fmean(self.divergence.values())
+        return math.inf if math.isnan(mean) else max(0.0, mean)  # rounding may take it below 0
 
 
 class _Opinion(NamedTuple):

@@ -91,6 +91,8 @@ class MergedCLIP(LightningModule):
             raise InputError("`scale` goes with `merger`; a merged model's coefficient is in its weights", of="model")
         if merged is not None and experts is not None:
             raise InputError("`experts` goes with `merger`; a merged model has those that it was merged from", of="model")
+        if merged is not None and keep_state is not None:
+            raise InputError("`keep_state` goes with `merger`; add and drop keep what the model has", of="model")
         self.merger, self.merged = merger, None if merged is None else Path(merged)
         self.verify = verify
         self.encoder: VisionEncoder | None = None

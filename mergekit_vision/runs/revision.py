@@ -1,5 +1,6 @@
 """Experts that join or leave a merged model, without the files of those that stay."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,15 +22,16 @@ from mergekit_vision.export.manifest import MODEL, ROUTERS, read_record
 from mergekit_vision.export.state import State, read_state
 from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.lineage import check_lineage
-from mergekit_vision.merging.recipe import MergedModel, Recipe, check_usable, expert_paths, expert_sources, hub_datasets
+from mergekit_vision.merging.recipe import MergedModel, check_usable, expert_paths, expert_sources, hub_datasets
 from mergekit_vision.merging.record import citations, revisable
 from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.parts import ByParts
 from mergekit_vision.runs.building import recorded_merger
 from mergekit_vision.runs.checks import check_alike, check_merged
 from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.console import logger
-from mergekit_vision.support.faults import closest
+from mergekit_vision.support.faults import closest, repeated
 from mergekit_vision.support.fingerprints import sha256
 from mergekit_vision.support.json_files import same
 from mergekit_vision.support.source_code import versions
@@ -69,7 +71,7 @@ class Revision(LightningModule):
         model: the new model, once it is set up.
 
     Raises:
-        InputError: when ``scale`` is no number that weights can be multiplied by.
+        InputError: when ``scale`` is no finite number or 0, or a task is named twice.
     """
 
     def __init__(
@@ -81,10 +83,15 @@ class Revision(LightningModule):
         verify: bool = True,
     ) -> None:
         super().__init__()
-        self.merged, self.joining, self.leaving = merged, list(dict.fromkeys(joining)), list(dict.fromkeys(leaving))
+        for tasks in (joining, leaving):
+            if isinstance(tasks, str):
+                raise InputError(f"`experts` {tasks}: must be a list of tasks", of="command")
+            if twice := repeated(tasks):
+                raise InputError(f"`experts`: {twice[0]} is named twice", of="command")
+        if scale is not None and not _is_coefficient(scale):
+            raise InputError(f"`scale` {scale}: must be a finite number other than 0", of="command")
+        self.merged, self.joining, self.leaving = merged, list(joining), list(leaving)
         self.scale, self.verify = scale, verify
-        if scale is not None:
-            Recipe(scale)  # which refuses what no coefficient is
         self.model: MergedModel | None = None
         self._text: Weights = {}
 
@@ -102,8 +109,8 @@ class Revision(LightningModule):
         former = load_file(self.merged / MODEL)
         self._check_backbone(bench, former)
         check_lineage({task: data.suite.experts[task] for task in self.joining}, bench.base, bench.evaluator.encoder.linears)
-        if plan.state and plan.state.proxies and self.joining and not same(plan.state.proxies, asdict(data.proxies)):
-            logger.warning("the experts before were merged with other proxy images: %s", plan.state.proxies)
+        if self.joining and self._sees_other_proxies:
+            logger.warning("the experts before were merged with other proxy images: %s", plan.state and plan.state.proxies)
         self.model, self._text = self._revised(bench, former, plan), bench.text
 
     def predict_step(self, *args: Any) -> None:
@@ -152,9 +159,16 @@ class Revision(LightningModule):
         return _Plan(record, registry.get("OPCM")(), "OPCM", None)
 
     @property
+    def _sees_other_proxies(self) -> bool:
+        """Whether the proxy images are others than those that the experts in the model ran on."""
+        state = self._plan.state
+        return state is not None and bool(state.proxies) and not same(state.proxies, asdict(self._data.proxies))
+
+    @property
     def _needs(self) -> Needs:
+        opened = bool(self.joining) or not isinstance(self._plan.merger, ByParts)  # parts leave without their expert
         seen = self._plan.rule == "exact" and self._plan.merger.needs != "none"
-        return Needs(experts=bool(self.joining), proxies=seen and bool(self.joining))
+        return Needs(experts=opened, proxies=seen and opened)
 
     def _check_names(self, suite: Suite, record: Mapping[str, Any]) -> None:
         merged = record["experts"]
@@ -186,11 +200,15 @@ class Revision(LightningModule):
         start, scale = time.perf_counter(), float(plan.record["scale"])
         device = bench.inputs({}).device
         change = {key: former[key].to(device) - value.to(device) for key, value in bench.base.items()}
-        kept = {name: tensor.to(device).clone() for name, tensor in plan.state.tensors.items()} if plan.state else {}
+        kept = {name: tensor.to(device, copy=True) for name, tensor in plan.state.tensors.items()} if plan.state else {}
         before = Former(tuple(plan.record["experts"]), change, scale if plan.rule == "exact" else 1.0, kept)
         joining = {task: bench.evaluator.expert(task) for task in self.joining}
-        merged: Merged = bench.revise(plan.merger, before, joining, _Leaving(bench, plan.record, self.leaving))
-        scale = scale if self.scale is None or not merged.scalable else self.scale
+        other = plan.merger.needs != "none" and self._sees_other_proxies
+        merged: Merged = bench.revise(plan.merger, before, joining, _Leaving(bench, plan.record, self.leaving, other))
+        if self.scale is not None and not merged.scalable:
+            name = plan.record["merger"]["name"]
+            raise InputError(f"`scale` {self.scale:g}: a model of {name} has no coefficient", of="command")
+        scale = scale if self.scale is None else self.scale
         weights = merged_weights(bench.base, merged, scale if plan.rule == "exact" else 1.0)
         check_usable(weights, {}, f"{plan.record['merger']['name']} at coefficient {scale:g}")
         step = {
@@ -216,7 +234,12 @@ class Revision(LightningModule):
         for name, added in new.items():
             found[name] = {**{task: value for task, value in old.get(name, {}).items() if task not in self.leaving}, **added}
         cited = [*old.get("citation", ()), *(citations(plan.merger) if plan.rule == "OPCM" else ())]
+        found["search"] = old["search"] if scale == old["scale"] else []
         return {**found, "citation": list(dict.fromkeys(cited)), "scale": scale, "history": [*old.get("history", ()), step]}
+
+
+def _is_coefficient(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value != 0
 
 
 class _Leaving(Mapping[str, Weights]):
@@ -226,10 +249,11 @@ class _Leaving(Mapping[str, Weights]):
         bench: opens them.
         record: of the model, with the hashes of the files that it was merged from.
         tasks: that leave.
+        other_proxies: whether the method would run them on other proxy images than it did.
     """
 
-    def __init__(self, bench: Workbench, record: Mapping[str, Any], tasks: Iterable[str]) -> None:
-        self._bench, self._record, self._tasks = bench, record, dict.fromkeys(tasks)
+    def __init__(self, bench: Workbench, record: Mapping[str, Any], tasks: Iterable[str], other_proxies: bool) -> None:
+        self._bench, self._record, self._tasks, self._other_proxies = bench, record, dict.fromkeys(tasks), other_proxies
         self._opened: dict[str, Weights] = {}
 
     def __getitem__(self, task: str) -> Weights:
@@ -247,6 +271,9 @@ class _Leaving(Mapping[str, Weights]):
         suite, recorded = self._bench.evaluator.data.suite, self._record.get("sources", {}).get(task, {}).get("sha256")
         if task not in suite.tasks:
             raise InputError(f"{suite.path}: lacks the task {task}, whose expert is needed to take it out of the model")
+        if self._other_proxies:
+            problem = "is taken out of the model by the proxy images that it was merged with, and these are others"
+            raise InputError(f"the expert of task {task} {problem}; give the same `proxies`", of="data")
         expert = suite.experts[task]
         if recorded and sorted(recorded.values()) != sorted(sha256(file) for file in expert.files):
             raise InputError(f"the expert of task {task} ({expert.path}) is another file than was merged; name that one")

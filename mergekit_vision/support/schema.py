@@ -132,7 +132,9 @@ def _alternatives(lines: Iterable[str]) -> list[str]:
     for line in lines:
         start, must, rest = line.partition("must be ")
         kind, no, value = rest.rpartition(", not ")
-        kinds.setdefault((start + must, no + value) if no else (line, ""), []).append(kind if no else "")
+        found = kinds.setdefault((start + must, no + value) if no else (line, ""), [])
+        if (kind := kind if no else "") not in found:
+            found.append(kind)
     return [f"{start}{' or '.join(found)}{value}" for (start, value), found in kinds.items()]
 
 
@@ -194,9 +196,10 @@ class _Content:
         part = self._whole
         for key in place:
             listed = isinstance(part, list | tuple)
-            position, part = self._found(part, key)
+            position, within = self._found(part, key)
             if position < 0 and kind != "missing":
-                return  # nothing lies there: pydantic names one of several kinds that the value could be
+                continue  # nothing lies there: pydantic names one of several kinds that the value could be
+            part = within
             yield key, position, listed
 
     def _found(self, part: object, key: int | str) -> tuple[int, object]:
