@@ -74,7 +74,8 @@ def report(old: Mapping[str, Sequence[Run]], new: Mapping[str, Sequence[Run]]) -
     found = sorted(worse(old, new), key=str)
     for one in found:
         print(f"worse: {one}")
-    print(f"{compared} cases compared with an earlier run, {len({(one.benchmark, str(one.case)) for one in found})} of them worse than the noise")
+    cases = {(one.benchmark, str(one.case)) for one in found}
+    print(f"{compared} cases compared with an earlier run, {len(cases)} of them worse than the noise")
     return found
 
 

@@ -105,7 +105,9 @@ class ESMPP(Merger):
         name = type(self).__name__
         check_rank(self, "energy", self.rank)
         if self.megabytes is not None and not (self.rank == "energy" and 0 < self.megabytes < 1e12):
-            raise InputError(f"{name}: megabytes is {self.megabytes}, but must be above 0 and below 1e12, and goes with rank energy only")
+            raise InputError(
+                f"{name}: megabytes is {self.megabytes}, but must be above 0 and below 1e12, and goes with rank energy only"
+            )
         for argument, least in (("top_k", 1), ("held_layer", 0), ("gate_rank", 1)):
             value = getattr(self, argument)
             if value is not None and value < least:

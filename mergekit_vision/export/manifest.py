@@ -59,6 +59,7 @@ class _Record(Schema):
     suite: str
     backbone: str
     pretrained: str | None
+    base: str = ""
     experts: dict[str, str] = Field(min_length=1)
     merger: _Method
     scale: FiniteFloat

@@ -32,7 +32,7 @@ from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, repeated
-from mergekit_vision.support.fingerprints import sha256
+from mergekit_vision.support.fingerprints import of_tensors, sha256
 from mergekit_vision.support.json_files import same
 from mergekit_vision.support.source_code import versions
 
@@ -107,7 +107,7 @@ class Revision(LightningModule):
         check_alike(data, self._needs, runtime_of(self.trainer).team)
         bench = Workbench.open(data, runtime_of(self.trainer))
         former = load_file(self.merged / MODEL)
-        self._check_backbone(bench, former)
+        self._check_backbone(bench, former, plan.record.get("base"))
         check_lineage({task: data.suite.experts[task] for task in self.joining}, bench.base, bench.evaluator.encoder.linears)
         if self.joining and self._sees_other_proxies:
             logger.warning("the experts before were merged with other proxy images: %s", plan.state and plan.state.proxies)
@@ -186,14 +186,18 @@ class Revision(LightningModule):
         if len(self.leaving) == len(merged):
             raise InputError("`experts`: at least one expert must stay", of="command")
 
-    def _check_backbone(self, bench: Workbench, former: Weights) -> None:
-        """Refuse a backbone whose text tower, which merging leaves alone, is not the model's."""
-        shapes = {key: tuple(former[key].shape) if key in former else None for key in bench.base}
-        known = all(shapes[key] == tuple(value.shape) for key, value in bench.base.items())
-        if not known or any(key not in former or not torch.equal(former[key], value.cpu()) for key, value in bench.text.items()):
-            suite = self._data.suite
-            problem = f"merged from another backbone than that of {suite.path} ({suite.backbone}), by its text tower"
-            raise InputError(f"{self.merged}: {problem}")
+    def _check_backbone(self, bench: Workbench, former: Weights, hashed: str | None) -> None:
+        """Refuse another backbone than the model's, by its text tower, which merging leaves alone, or its vision tower's hash."""
+        if any(key not in former or not torch.equal(former[key], value.cpu()) for key, value in bench.text.items()):
+            tower = "text"
+        else:
+            shaped = all(key in former and former[key].shape == value.shape for key, value in bench.base.items())
+            if shaped and hashed in (None, of_tensors(bench.base)):  # models of earlier versions have no hash
+                return
+            tower = "vision"
+        suite = self._data.suite
+        problem = f"merged from another backbone than that of {suite.path} ({suite.backbone}), by its {tower} tower"
+        raise InputError(f"{self.merged}: {problem}")
 
     def _revised(self, bench: Workbench, former: Weights, plan: _Plan) -> MergedModel:
         """The new model and its record."""

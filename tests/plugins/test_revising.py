@@ -217,10 +217,11 @@ def test_regmean_behind_merged_blocks_is_not_revisable() -> None:
 # --- OPCM
 
 
-def test_opcm_takes_the_next_task_vector() -> None:
+@pytest.mark.parametrize("scale", [0.8, -0.8])
+def test_opcm_takes_the_next_task_vector(scale: float) -> None:
     """As if it had come last from the start: of what it adds to, the weights' rounding alone is lost."""
     zoo = Zoo(tasks=4)
-    before = merged_before(zoo, OPCM(), [2, 0, 1], scale=0.8)
+    before = merged_before(zoo, OPCM(), [2, 0, 1], scale=scale)
     found = OPCM().revise(before, zoo.inputs([3]), zoo.inputs(NONE))
     expected = OPCM().merge(replace(zoo.inputs([2, 0, 1, 3]), keep=0))
     for key in zoo.base:
@@ -249,6 +250,9 @@ def test_opcm_on_a_model_of_another_method() -> None:
     direction = found.update[key].double()
     assert relative_error(direction / direction.norm(), total / total.norm()) <= LIMIT
     assert not found.kept
+    zoo.experts["task3"] = dict(zoo.base)
+    with pytest.raises(InputError, match="there is nothing to add"):
+        OPCM().revise(before, zoo.inputs([3]), zoo.inputs(NONE))
 
 
 # --- what was kept

@@ -231,11 +231,39 @@ def test_a_dynamic_model_and_one_of_another_backbone_are_refused(models: Models,
     with pytest.raises(InputError, match="dynamic: is a dynamic model"):
         models.add("out", "dynamic", "grays")
     base = models.root / "base" / "open_clip_model.safetensors"
-    save_file({name: value * 1.01 for name, value in load_file(base).items()}, base)
-    with pytest.raises(InputError, match="merged from another backbone than that of"):
+    trained = load_file(base)
+    save_file({name: value * (1.01 if name.startswith("visual.") else 1) for name, value in trained.items()}, base)
+    with pytest.raises(InputError, match=r"merged from another backbone than that of .* by its vision tower"):
+        models.add("out", str(kept), "stripes")
+    save_file({name: value * 1.01 for name, value in trained.items()}, base)
+    with pytest.raises(InputError, match=r"merged from another backbone than that of .* by its text tower"):
         models.add("out", str(kept), "stripes")
     with pytest.raises(InputError, match="add needs `merged`"):
         models.trainer("out").add(MergedCLIP(Average()), models.data(), ["stripes"])
+
+
+@pytest.mark.parametrize("scale", [0, float("nan"), "merger", True])
+def test_what_is_no_coefficient_is_refused(models: Models, kept: Path, scale: Any) -> None:
+    with pytest.raises(InputError, match="must be a finite number other than 0"):
+        models.add("out", str(kept), "stripes", scale)
+
+
+def test_tasks_are_a_list_of_different_names(models: Models, kept: Path) -> None:
+    with pytest.raises(InputError, match="grays is named twice"):
+        models.drop("out", str(kept), "grays", "grays")
+    with pytest.raises(InputError, match="must be a list of tasks"):
+        models.trainer("out").drop(MergedCLIP(merged=str(kept)), models.data(), "grays")
+    with pytest.raises(InputError, match="`keep_state` goes with `merger`"):
+        MergedCLIP(merged=str(kept), keep_state=1)
+
+
+def test_regmean_takes_an_expert_out_by_the_proxy_images_that_it_put_in(models: Models) -> None:
+    models.merge("three", RegMean(), keep_state=1)
+    data = VisionTasks(str(models.root / "suite.yaml"), proxies=Proxies(n=3))
+    with pytest.raises(InputError, match="give the same `proxies`"):
+        models.trainer("out").drop(MergedCLIP(merged="three"), data, ["grays"])
+    with pytest.raises(InputError, match="a model of RegMean has no coefficient"):
+        models.trainer("out").drop(MergedCLIP(merged="three"), models.data(), ["grays"], 0.5)
 
 
 def header(directory: Path, text: str | None = None, **changes: Any) -> None:
