@@ -36,6 +36,10 @@ from mergekit_vision.support.fingerprints import of_tensors, sha256
 from mergekit_vision.support.json_files import same
 from mergekit_vision.support.source_code import versions
 
+_EPS = torch.finfo(torch.float32).eps
+_HIDDEN = 0.01
+"""Share of a model's change that may be rounding where its experts' sum is read from its weights."""
+
 Rule = Literal["exact", "OPCM"]
 """How a model is revised: to what merging all experts again would give, up to rounding; or by adding the task vectors that join,
 each projected as OPCM does."""
@@ -204,6 +208,9 @@ class Revision(LightningModule):
         start, scale = time.perf_counter(), float(plan.record["scale"])
         device = bench.inputs({}).device
         change = {key: former[key].to(device) - value.to(device) for key, value in bench.base.items()}
+        if plan.rule == "exact" and plan.state is None and _norm(bench.base) * _EPS > _HIDDEN * _norm(change):
+            problem = f"at coefficient {scale:g}, the rounding of its weights hides the experts; merge them again"
+            raise InputError(f"{self.merged}: {problem}")
         kept = {name: tensor.to(device, copy=True) for name, tensor in plan.state.tensors.items()} if plan.state else {}
         before = Former(tuple(plan.record["experts"]), change, scale if plan.rule == "exact" else 1.0, kept)
         joining = {task: bench.evaluator.expert(task) for task in self.joining}
@@ -240,6 +247,10 @@ class Revision(LightningModule):
         cited = [*old.get("citation", ()), *(citations(plan.merger) if plan.rule == "OPCM" else ())]
         found["search"] = old["search"] if scale == old["scale"] else []
         return {**found, "citation": list(dict.fromkeys(cited)), "scale": scale, "history": [*old.get("history", ()), step]}
+
+
+def _norm(weights: Weights) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in weights.values()))
 
 
 def _is_coefficient(value: object) -> bool:

@@ -248,6 +248,12 @@ def test_what_is_no_coefficient_is_refused(models: Models, kept: Path, scale: An
         models.add("out", str(kept), "stripes", scale)
 
 
+def test_a_sum_that_rounding_hides_is_refused(models: Models) -> None:
+    models.merge("small", TaskArithmetic(), ["colors", "grays"], scale=1e-6)
+    with pytest.raises(InputError, match="at coefficient 1e-06, the rounding of its weights hides the experts"):
+        models.add("out", "small", "stripes")
+
+
 def test_tasks_are_a_list_of_different_names(models: Models, kept: Path) -> None:
     with pytest.raises(InputError, match="grays is named twice"):
         models.drop("out", str(kept), "grays", "grays")
