@@ -1,5 +1,6 @@
 """The processes of a run, which end together and with one message."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ _GRACE = 4.0  # seconds for what ends by itself
 _POLL = 0.2  # seconds
 _SIGNALS = {-each.value: each.name for each in signal.Signals} | {143: "SIGTERM"}
 """Exit status -> the signal that ended a process."""
+_LAUNCHES = itertools.count(1)  # of all launchers of a script, whose notices share a store
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "recvBytes", "sendBytes", "gloo", "NCCL")
 
 
@@ -45,7 +47,7 @@ class Launcher(_SubprocessScriptLauncher):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.children: list[subprocess.Popen[bytes]] = []
-        self._parent, self._launches = os.getppid(), 0
+        self._parent = os.getppid()
 
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function in all processes.
@@ -54,8 +56,8 @@ class Launcher(_SubprocessScriptLauncher):
             FailedElsewhereError: when another process failed first.
             ProcessLostError: when another process was lost.
         """
-        self._launches += 1
-        self._notices, done = Notices(self._rank, self._size, self._launches), threading.Event()
+        self._notices, done = Notices(self._rank, self._size, next(_LAUNCHES)), threading.Event()
+        self._ending = threading.Lock()  # of the thread that ends this process
         if self._size > 1:
             threading.Thread(target=self._end_with_others, args=(done,), daemon=True).start()
         try:
@@ -97,6 +99,7 @@ class Launcher(_SubprocessScriptLauncher):
 
     def _fail(self, error: BaseException) -> None:
         """Decide who says why, and raise what is to be raised instead of the error."""
+        self._ending.acquire(timeout=_GRACE)  # kept; where the watching thread has it, that ends this process
         self._notices.join()
         asked = not isinstance(error, Exception | SystemExit)  # by a signal: the user's, or of what has started the processes
         if asked and (isinstance(error, KeyboardInterrupt) or not self._is_known()):
@@ -162,6 +165,8 @@ class Launcher(_SubprocessScriptLauncher):
             self._notices.join()
             message = self._gone()
             if message is None or done.wait(_GRACE):
+                continue
+            if not self._ending.acquire(blocking=False) and done.wait(_GRACE):  # the main thread has failed, and may speak
                 continue
             if message and self._speaks(message):
                 print(f"mergekit-vision: error: {message}", file=sys.stderr, flush=True)

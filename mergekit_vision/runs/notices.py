@@ -3,8 +3,8 @@
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,13 +34,17 @@ class Notices:
         self._machine = _machine()
         self._store: Store | None = None
         self._joining = threading.Lock()
+        self._left = self._lost = False
         self._pids: dict[int, int] = {}
 
     def join(self) -> None:
         """Connect, once there is a group, and say where this process is; look up those of the others that are on this machine."""
         with self._joining:
+            if self._left:
+                return
             if self._store is None:
-                self._store = _asked(self._connected)
+                with suppress(RuntimeError, ValueError):
+                    self._store = self._connected()
                 self._post(f"place/{self._rank}", f"{self._machine} {os.getpid()}")
         for rank in range(self._size):
             if rank != self._rank and rank not in self._pids and (place := self._read(f"place/{rank}")) is not None:
@@ -49,12 +53,14 @@ class Notices:
 
     def leave(self) -> None:
         """Say that this process ends, or goes on, by itself."""
+        with self._joining:  # else a place could be posted afterwards, of a process that never leaves
+            self._left = True
         self._post(f"left/{self._rank}", "")
 
     def gone(self) -> int | None:
         """Rank of a process of this machine that has ended without having left; ``None`` where none is known to have."""
-        for rank, pid in self._pids.items():
-            if pid and not _runs(pid) and _asked(partial(self._has, f"left/{rank}")) is False:
+        for rank, pid in list(self._pids.items()):  # to which the other thread may add
+            if pid and not _runs(pid) and self._has(f"left/{rank}") is False:
                 return rank
         return None
 
@@ -68,22 +74,26 @@ class Notices:
         return None if count is None else count == 1
 
     def _count(self, more: int) -> int | None:
-        return _asked(lambda: self._shared.add("failures", more))
+        return self._asked(lambda store: store.add("failures", more))
 
     def _post(self, name: str, text: str) -> None:
-        _asked(lambda: self._shared.set(name, text))
+        self._asked(lambda store: store.set(name, text))
 
     def _read(self, name: str) -> str | None:
-        return _asked(lambda: self._shared.get(name).decode() if self._has(name) else None)
+        return self._asked(lambda store: store.get(name).decode()) if self._has(name) else None
 
-    def _has(self, name: str) -> bool:
-        return bool(self._shared.check([name]))
+    def _has(self, name: str) -> bool | None:
+        return self._asked(lambda store: bool(store.check([name])))
 
-    @property
-    def _shared(self) -> Store:
-        if self._store is None:
-            raise RuntimeError("no store yet")
-        return self._store
+    def _asked(self, ask: Callable[[Store], Result]) -> Result | None:
+        """The store's answer; ``None`` where there is none. One that failed is asked no more: torch prints a trace each time."""
+        if self._store is None or self._lost:
+            return None
+        try:
+            return ask(self._store)
+        except RuntimeError:
+            self._lost = True
+            return None
 
     def _connected(self) -> Store | None:
         if not torch.distributed.is_initialized():
@@ -96,14 +106,6 @@ class Notices:
         own = TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes
         return PrefixStore(f"mergekit_vision/{attempt}/{self._launch}", own)
-
-
-def _asked(ask: Callable[[], Result]) -> Result | None:
-    """The store's answer; ``None`` where there is none."""
-    try:
-        return ask()
-    except (RuntimeError, ValueError):
-        return None
 
 
 def _machine() -> str | None:
