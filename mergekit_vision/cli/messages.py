@@ -121,5 +121,5 @@ def _wrong_value(message: str) -> str | None:
         else:
             words.append(_TYPES.get(found, found.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]))
     if names:
-        words.append(f"one of {', '.join(names)}")
+        words.append(f"one of {', '.join(names)}" if len(names) > 1 else names[0])
     return f"must be {' or '.join(dict.fromkeys(words))}, not {value[1]}{closest(value[1], names)}"

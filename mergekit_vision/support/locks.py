@@ -53,11 +53,13 @@ def abandoned(folder: Path) -> bool:
 
 def _attempt(folder: Path) -> int | None:
     """A descriptor that holds the lock, or would where there are locks; ``None`` when another process does."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
         descriptor = _open(folder)
-    except FileNotFoundError:  # whoever held it has just removed it
+    except (FileNotFoundError, FileExistsError):  # whoever held it has just removed it, perhaps while `mkdir` looked at it
+        if any(os.path.lexists(place) and not place.is_dir() for place in (folder, folder.parent)):
+            raise
         return None
     with suppress(OSError):  # no locks here
         if not _lock(descriptor) or not _there(folder, descriptor):

@@ -16,7 +16,7 @@ from mergekit_vision.cli.main import main
             "--scale must be a number or one of merger, search, agreement, not seach (did you mean `search`?)",
         ),
         (["--route", "orcle"], "--route must be one of router, oracle, base, not orcle (did you mean `oracle`?)"),
-        (["--merger.rank", "x"], "--merger.rank must be a whole number, not x"),
+        (["--merger.rank", "x"], "--merger.rank must be a whole number or energy, not x"),
         (["--merger.norm", "detla"], "--merger.norm must be one of delta, truncated, not detla (did you mean `delta`?)"),
         (["--experts", "mnist"], "--experts must be a list such as '[a, b]', not mnist"),
         (["--data.batch_size", "many"], "--data.batch_size must be a whole number, not many"),
