@@ -298,10 +298,11 @@ class LowRankExperts:
     def stored(self) -> tuple[dict[str, Tensor], list[int] | None]:
         """The tensors as they are stored, and the ranks where they differ: then ``up`` is ``[d_out, Σ r]``, ``down [Σ r, d_in]``.
 
-        >>> up, down = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([[[1.0], [1.0]], [[1.0], [0.0]]])
+        >>> up = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 0.0], [6.0, 0.0]]])
+        >>> down = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]]])
         >>> tensors, ranks = LowRankExperts(up, down, HeldRouter(2)).stored()
         >>> ranks, tensors["up"].tolist()
-        ([2, 1], [[1.0, 2.0, 3.0]])
+        ([2, 1], [[1.0, 2.0, 5.0], [3.0, 4.0, 6.0]])
         """
         tensors, ranks, r = self.tensors(), self.ranks, self.up.shape[2]
         if not min(ranks) < max(ranks) == r <= min(self.up.shape[1], self.down.shape[2]):

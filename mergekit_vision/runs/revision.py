@@ -22,7 +22,7 @@ from mergekit_vision.export.manifest import MODEL, ROUTERS, read_record
 from mergekit_vision.export.state import State, read_state
 from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.lineage import check_lineage
-from mergekit_vision.merging.recipe import MergedModel, check_usable, expert_paths, expert_sources, hub_datasets
+from mergekit_vision.merging.recipe import MergedModel, Recipe, check_usable, expert_paths, expert_sources, hub_datasets
 from mergekit_vision.merging.record import citations, revisable
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.parts import ByParts
@@ -94,6 +94,8 @@ class Revision(LightningModule):
                 raise InputError(f"`experts`: {twice[0]} is named twice", of="command")
         if scale is not None and not _is_coefficient(scale):
             raise InputError(f"`scale` {scale}: must be a finite number other than 0", of="command")
+        if scale is not None:
+            Recipe(scale)  # which refuses numbers beyond all use
         self.merged, self.joining, self.leaving = merged, list(joining), list(leaving)
         self.scale, self.verify = scale, verify
         self.model: MergedModel | None = None
