@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.functional.linalg import TopSVD
+from mergekit_vision.functional.ranks import shared_ranks
 from mergekit_vision.functional.threads import in_threads
+from mergekit_vision.functional.tsvm import tsvm_merge_of
 from mergekit_vision.merger import Factors, Former, Merged, MergeInputs, Merger, Revisable, Weights
 
 _FEWEST, _WHOLE = "fewest", "whole"
@@ -33,6 +36,11 @@ class Part(NamedTuple):
     weights: Tensor
     right: Tensor
     norm: Tensor
+
+    @classmethod
+    def of_triplets(cls, top: TopSVD) -> "Part":
+        """Leading singular triplets, without a norm."""
+        return cls(*top, torch.zeros((), dtype=torch.float64))
 
     def leading(self, count: int) -> "Part":
         """The first ``count`` directions, or all where there are fewer."""
@@ -143,6 +151,16 @@ class ByParts(Merger):
         parts = [part for part in known if isinstance(part, Part)]
         nothing = partial(Part._replace, parts[0].leading(0), norm=torch.zeros_like(parts[0].norm))
         return self.combined(inputs, key, [part.leading(count) if isinstance(part, Part) else nothing() for part in known])
+
+
+def merged_triplets(parts: Sequence[Part]) -> Tensor:
+    """The merged task vector by TSV-M, float32, of parts that are singular triplets."""
+    return tsvm_merge_of([TopSVD(part.left, part.weights, part.right) for part in parts]).float()
+
+
+def shared_out(parts: Sequence[Part], energies: Sequence[Tensor], rank: int, floor: float) -> list[Part]:
+    """The directions that :func:`~mergekit_vision.functional.ranks.shared_ranks` leaves each part."""
+    return [part.leading(k) for part, k in zip(parts, shared_ranks(energies, rank, floor), strict=True)]
 
 
 def _named(key: str, parts: Mapping[str, Known]) -> Weights:

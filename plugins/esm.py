@@ -12,12 +12,10 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.esm import EssentialPart, TaskNorm, esm_merge_of, inter_layer_factors
-from mergekit_vision.functional.linalg import TopSVD, top_svd
-from mergekit_vision.functional.ranks import shared_ranks
+from mergekit_vision.functional.linalg import top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.functional.tsvm import tsvm_merge_of
 from mergekit_vision.merger import DataNeeds, Factors, LinearInfo, Merged, MergeInputs, check_options, check_rank
-from mergekit_vision.parts import ByParts, Finder, Part
+from mergekit_vision.parts import ByParts, Finder, Part, merged_triplets, shared_out
 
 Directions = Literal["esd", "svd"]
 OutProj = Literal["tsvm", "esd", "mean"]
@@ -93,7 +91,7 @@ class ESM(ByParts):
             delta = cast(Tensor, change)
             if self._is_essential(inputs, key):
                 return Part(*EssentialPart.of(delta, subspaces[task].pop(key).of(delta)))
-            return Part(*top_svd(delta.double(), count), torch.zeros((), dtype=torch.float64))
+            return Part.of_triplets(top_svd(delta.double(), count))
 
         return find
 
@@ -102,10 +100,9 @@ class ESM(ByParts):
         essential = self._is_essential(inputs, key)
         if self.rank == "energy":
             shape, energies = inputs.base[key].shape, [part.weights if essential else part.weights.square() for part in parts]
-            ranks = shared_ranks(energies, (shape[0] if essential else min(shape)) // len(parts), self.floor)
-            parts = [part.leading(k) for part, k in zip(parts, ranks, strict=True)]
+            parts = shared_out(parts, energies, (shape[0] if essential else min(shape)) // len(parts), self.floor)
         if not essential:
-            return tsvm_merge_of([TopSVD(part.left, part.weights, part.right) for part in parts]).float()
+            return merged_triplets(parts)
         return esm_merge_of(
             [EssentialPart(*part) for part in parts],
             eigenvalue_power=self.eigenvalue_power,

@@ -115,7 +115,7 @@ class ESMPP(Merger):
         check_options(self, rule=Rule, statistics=Statistics, decision=Decision)
         self._fit()
         summed = self.decision == "sum" or (self.decision == "once" and self.held_layer is None)
-        if self.temperature is None and (self.rule != "discriminant" or summed):
+        if self.temperature is None and summed:
             raise InputError(
                 f"{name}: temperature null is for rule discriminant, and not for decision sum, or once without held_layer; "
                 "give a number"

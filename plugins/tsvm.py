@@ -4,14 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from mergekit_vision.functional.linalg import TopSVD, top_svd, top_svd_of_product
-from mergekit_vision.functional.ranks import shared_ranks
-from mergekit_vision.functional.tsvm import tsvm_merge_of
 from mergekit_vision.merger import Factors, Merged, MergeInputs, check_options, check_rank
-from mergekit_vision.parts import ByParts, Finder, Part
+from mergekit_vision.parts import ByParts, Finder, Part, merged_triplets, shared_out
 
 Other = Literal["tsvm", "mean"]
 
@@ -62,15 +59,14 @@ class TSVM(ByParts):
 
     def finder(self, inputs: MergeInputs, tasks: int) -> Finder:
         """The truncated SVD, float64."""
-        return lambda task, key, change, count: Part(*_top(change, count), torch.zeros((), dtype=torch.float64))
+        return lambda task, key, change, count: Part.of_triplets(_top(change, count))
 
     def combined(self, inputs: MergeInputs, key: str, parts: Sequence[Part]) -> Tensor:
         """Make the singular vectors of all tasks orthogonal."""
         if self.rank == "energy":
             energies = [part.weights.square() for part in parts]
-            ranks = shared_ranks(energies, min(inputs.base[key].shape) // len(parts), self.floor)
-            parts = [part.leading(k) for part, k in zip(parts, ranks, strict=True)]
-        return tsvm_merge_of([TopSVD(part.left, part.weights, part.right) for part in parts]).float()
+            parts = shared_out(parts, energies, min(inputs.base[key].shape) // len(parts), self.floor)
+        return merged_triplets(parts)
 
     def finished(self, inputs: MergeInputs, update: dict[str, Tensor]) -> Merged:
         """The model, in which the averages may be fixed."""

@@ -22,7 +22,7 @@ from mergekit_vision.suites.splits import VAL
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.console import track
 from mergekit_vision.support.faults import repeated
-from mergekit_vision.support.fingerprints import of_tensors, remembered_sha256
+from mergekit_vision.support.fingerprints import remembered_sha256
 from mergekit_vision.support.source_code import versions
 from mergekit_vision.support.tensors import FINITE, LARGEST, unusable
 
@@ -138,7 +138,6 @@ class Recipe:
             "suite": suite.name,
             "backbone": suite.backbone,
             "pretrained": suite.pretrained,
-            "base": of_tensors(bench.base),
             "experts": expert_paths(suite, experts),
             "datasets": hub_datasets(suite, experts),
             "merger": merger_record(merger),

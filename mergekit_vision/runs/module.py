@@ -35,6 +35,7 @@ from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.expectations import departures
 from mergekit_vision.suites.splits import EVALUATED, TEST, VAL
 from mergekit_vision.support.console import logger, show, track
+from mergekit_vision.support.fingerprints import of_tensors
 from mergekit_vision.support.json_files import write_json
 
 _ONE_OF = "give one of `merger` (merge now) and `merged` (the directory of a model merged before)"
@@ -167,6 +168,8 @@ class MergedCLIP(LightningModule):
         self._evaluator = replace(bench.evaluator, experts=tuple(model.record["experts"]))
         self._text = bench.text if self.trainer.is_global_zero else {}
         self._kept = model.kept if self.trainer.is_global_zero else None
+        if self.merger is not None and self.trainer.is_global_zero:  # who revises the model is to have the same backbone
+            self.record = {**self.record, "base": of_tensors(bench.base)}
 
     def _check_route(self, dynamic: bool) -> None:
         """Refuse a rule of routing for a model that routes nothing."""
