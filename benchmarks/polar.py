@@ -20,7 +20,7 @@ from benchmarks.machine import Recorder
 from benchmarks.meter import Stopwatch
 from benchmarks.records import Row
 from benchmarks.textbook import Textbook, load, polar, side_by_side
-from mergekit_vision.functional.newton import newton_polar
+from mergekit_vision.functional.linalg import polar as gram_polar
 from mergekit_vision.functional.polar_columns import polar_columns
 
 CPU = torch.device("cpu")
@@ -29,14 +29,14 @@ Found = tuple[Tensor, float] | None
 """The factor times the columns, and the sum of the singular values; ``None`` of a matrix that a kernel is not for."""
 
 
-def by_newton(E: Tensor, Z: Tensor) -> Found:
-    """Newton's iteration for the whole factor."""
-    factor = newton_polar(E)
-    return None if factor is None else (factor @ Z, float((factor * E).sum(dtype=torch.float64)))
+def by_gram(E: Tensor, Z: Tensor) -> Found:
+    """An eigendecomposition of the Gram matrix in float64, as the package does for small matrices."""
+    found = gram_polar(E)
+    return found.factor @ Z, found.nuclear_norm
 
 
-def by_fractions(E: Tensor, Z: Tensor) -> Found:
-    """Partial fractions applied to the columns, as the package does."""
+def by_band(E: Tensor, Z: Tensor) -> Found:
+    """The band form, and partial fractions of it, as the package does for large matrices."""
     found = polar_columns(E, Z)
     return None if found is None else (found.product, found.nuclear_norm)
 
@@ -47,7 +47,7 @@ def by_svd(E: Tensor, Z: Tensor) -> Found:
     return U @ (Vh @ Z), float(S.sum(dtype=torch.float64))
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor], Found]] = {"Newton": by_newton, "fractions": by_fractions, "SVD": by_svd}
+KERNELS: dict[str, Callable[[Tensor, Tensor], Found]] = {"Gram matrix": by_gram, "band": by_band, "SVD": by_svd}
 
 
 def matrices(workdir: Path, model: str, tasks: int, proxies: int) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -1,34 +1,25 @@
 """The polar factor of a large float32 matrix, times columns.
 
-``polar(M) = M (MᵀM)^{-1/2}``, and partial fractions apply an inverse root to some columns at a fraction of the price of the whole
-factor. A float32 Gram matrix can hold only a condition number of some hundreds, while a square matrix of thousands of random
-columns has ten thousand and more. But few of its singular values are small, and the polar factor does not depend on singular
-values at all: the smallest are found by inverse iteration on the matrix itself and raised to the size of the next.
+``polar(M) = M (MᵀM)^{-1/2}``. The inverse root of a Gram matrix must be found in float64, and for a side of thousands an
+eigendecomposition is slow. In band form ``M = Q B Pᵀ`` the Gram matrix is a narrow band as well, so that float64 is cheap, and
+``polar(M) = Q polar(B) Pᵀ``. The reflections are made in float32, as accurately as a float32 singular value decomposition's.
 """
 
-from collections.abc import Callable
-from functools import partial
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_vision.functional.gram import gram
-from mergekit_vision.functional.newton import CONDITION, SIDE, newton_polar, spectral_norm
-from mergekit_vision.functional.zolotarev import root_products
+from mergekit_vision.functional.banded import Band, BandForm
+from mergekit_vision.functional.zolotarev import InverseRoot
 
-RAISED = 64
-"""Singular values that are raised at most; inverse iteration runs on a space of twice as many directions."""
-WANTED_CONDITION = 100.0
-"""Condition number at which no more singular values need be raised."""
-ITERATIONS = 5
-"""Steps of inverse iteration: each divides what is missing by the square of a ratio of singular values, here about 4."""
-RAISED_CONDITION = 300.0
-"""Condition number after raising beyond which the Gram matrix would not do in float32."""
-TOLERANCE = 1e-5
-"""Of the partial fractions; about what float32 leaves of the other steps."""
-ERROR = 5e-5
-"""Root-mean-square error of the factor's directions, as the checks bound it, beyond which Newton's iteration is taken."""
+SIDE = 1024
+"""Smaller side from which this is faster than an eigendecomposition in float64."""
+CONDITION = 1e7
+"""Condition number beyond which float32 cannot tell small singular values from zero."""
+TOLERANCE = 1e-6
+"""Of the partial fractions; less than float32 leaves of the reflections."""
 
 
 class PolarColumns(NamedTuple):
@@ -43,30 +34,21 @@ class PolarColumns(NamedTuple):
     nuclear_norm: float
 
 
-class _Smallest(NamedTuple):
-    """The smallest singular values ``[j]`` of a square matrix, smallest first, with their vectors, and the next value."""
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-    following: float
-
-
 def is_large(M: Tensor) -> bool:
     """Whether :func:`polar_columns` is the way to the polar factor of a matrix: float32, with a smaller side of 1024 or more."""
     return M.dtype == torch.float32 and min(M.shape) >= SIDE
 
 
 def polar_columns(M: Tensor, Z: Tensor) -> PolarColumns | None:
-    """``polar(M) @ Z`` for a large float32 matrix of full rank.
+    """``polar(M) @ Z`` for a float32 matrix of full rank.
 
     Args:
         M: ``[m, n]``, float32.
         Z: ``[n, k]``, float32.
 
     Returns:
-        The product, ``[m, k]``, within :data:`ERROR` or what Newton's iteration reaches, and the nuclear norm to a tenth of that;
-        ``None`` for a condition number beyond :data:`~mergekit_vision.functional.newton.CONDITION`.
+        The product, ``[m, k]``, as accurate as by a float32 singular value decomposition, and the nuclear norm; ``None`` for a
+        condition number beyond :data:`CONDITION`.
     """
     if M.shape[0] > M.shape[1]:
         Q, R = torch.linalg.qr(M)
@@ -75,64 +57,63 @@ def polar_columns(M: Tensor, Z: Tensor) -> PolarColumns | None:
     if M.shape[0] < M.shape[1]:
         Q, R = torch.linalg.qr(M.T)
         return polar_columns(R.T, Q.T @ Z)
-    return _by_newton(M, Z) if Z.shape[1] > len(M) else _square(M, Z)
-
-
-def _square(M: Tensor, Z: Tensor) -> PolarColumns | None:
-    """Of a square matrix and no more columns than it has; for more, the factor itself is cheaper."""
-    high = 1.1 * spectral_norm(M)
-    smallest = _smallest(M, high)
-    if smallest is None:
+    form = BandForm.of(M)
+    band, high = form.band.double(), 1.1 * _spectral_norm(M)
+    low = 0.9 * band.least_singular_value()
+    if not high < CONDITION * low:
         return None
-    found = _by_fractions(M, Z, high, smallest) if high < RAISED_CONDITION * smallest.following else None
-    return _by_newton(M, Z) if found is None else found
+    root = InverseRoot.on(low**2, high**2, TOLERANCE)
+    columns, trace = _root_products(band, form.right_adjoint_times(Z).double(), root)
+    return PolarColumns(form.left_times(band.times(columns).to(Z)), trace)
 
 
-def _by_newton(M: Tensor, Z: Tensor) -> PolarColumns | None:
-    factor = newton_polar(M)
-    return None if factor is None else PolarColumns(factor @ Z, float((factor * M).sum(dtype=torch.float64)))
+def _root_products(B: Band, Z: Tensor, root: InverseRoot) -> tuple[Tensor, float]:
+    """``(BᵀB)^{-1/2} Z`` and the trace of ``(BᵀB)^{1/2}``, float64, by Cholesky factors of the shifted ``BᵀB``, block by block.
+
+    The inverses ``[fractions, b, b]`` of the factors' diagonal blocks take the place of solutions with many columns.
+    """
+    inverses, below, logarithms = _cholesky(B, Z.new_tensor(root.shifts))
+    parts, sums = torch.split(Z, B.sizes), torch.zeros_like(Z)
+    for fraction, weight in enumerate(root.weights):
+        X: list[Tensor] = []
+        for part, inverse in zip(parts, inverses, strict=True):
+            rest = part.addmm(below[len(X) - 1][fraction], X[-1], alpha=-1) if X else part
+            X.append(inverse[fraction] @ rest)
+        for i, total in reversed(list(enumerate(torch.split(sums, B.sizes)))):
+            if i < len(below):
+                X[i].addmm_(below[i][fraction].T, X[i + 1], alpha=-1)
+            X[i] = inverses[i][fraction].T @ X[i]
+            total.add_(X[i], alpha=weight)
+    n = len(Z)
+    terms = zip(root.shifts, root.weights, logarithms.tolist(), strict=True)
+    return sums, root.constant * n + sum(weight / 2 * (log - n * math.log(shift)) for shift, weight, log in terms)
 
 
-def _by_fractions(M: Tensor, Z: Tensor, high: float, smallest: _Smallest) -> PolarColumns | None:
-    """By raising and partial fractions; ``None`` where a check finds the result not exact enough."""
-    U, S, V, following = smallest
-    raised_by = following - S
-    missed = ((M.T @ U - V * S) * (raised_by / following)).norm() / following  # what inverse iteration has not separated
-    if not float(missed) <= 2 * ERROR * len(M) ** 0.5:  # of which at most half reaches the factor
-        return None
-    raised, low = M.addmm(U * raised_by, V.T), 0.95 * following
-    columns, root = root_products(gram(raised), Z, low**2, high**2, TOLERANCE)
-    product, before = raised @ columns, gram(Z)
-    off = gram(product).sub_(before).norm()  # an orthogonal factor keeps scalar products
-    if not float(off) <= 2 * ERROR * (Z.shape[1] / len(M)) ** 0.5 * float(before.norm()):
-        return None
-    return PolarColumns(product, root - float(raised_by.sum(dtype=torch.float64)))
+def _cholesky(B: Band, shifts: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Cholesky factors of ``BᵀB + s I`` for each shift.
+
+    Returns:
+        Inverses of their diagonal blocks, ``[shifts, b, b]``; the blocks below these, one fewer; and the logarithms of the
+        determinants of ``BᵀB + s I``, ``[shifts]``.
+    """
+    inverses, below, logarithms = list[Tensor](), list[Tensor](), torch.zeros_like(shifts)
+    schur = torch.zeros(())
+    for i, block in enumerate(B.diagonal):
+        eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
+        L = torch.linalg.cholesky_ex(block.T @ block - schur + shifts[:, None, None] * eye)[0]
+        logarithms += 2 * L.diagonal(dim1=1, dim2=2).log().sum(1)
+        inverses.append(torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False))
+        if i < len(B.above):
+            across = inverses[-1] @ (block.T @ B.above[i])
+            schur = across.mT @ across - B.above[i].T @ B.above[i]
+            below.append(across.mT)
+    return inverses, below, logarithms
 
 
-def _smallest(M: Tensor, high: float) -> _Smallest | None:
-    """Those to raise, by inverse iteration from a fixed start; ``None`` for a condition number beyond :data:`CONDITION`."""
-    n, most = len(M), min(RAISED, len(M) // 4)
-    LU, pivots, failed = torch.linalg.lu_factor_ex(M)
-    if failed:
-        return None
-    V = torch.randn(n, 2 * most, generator=torch.Generator().manual_seed(0)).to(M)
-    for _ in range(ITERATIONS - 1):
-        U = torch.linalg.qr(torch.linalg.lu_solve(LU, pivots, V, adjoint=True)).Q
-        V = torch.linalg.qr(torch.linalg.lu_solve(LU, pivots, U)).Q
-    exact = M.double()  # for the last step: how far its solutions are rounded, the vectors are off
-    U = torch.linalg.qr(_refined(exact.T, V, partial(torch.linalg.lu_solve, LU, pivots, adjoint=True))).Q
-    V, R = torch.linalg.qr(_refined(exact, U, partial(torch.linalg.lu_solve, LU, pivots)))
-    if not R.isfinite().all():
-        return None
-    A, inverses, Bh = torch.linalg.svd(R)
-    S = inverses.reciprocal()
-    if not high < CONDITION * float(S[0]):
-        return None
-    raised = min(most, int((high > WANTED_CONDITION * S).sum()))
-    return _Smallest(U @ Bh[:raised].T, S[:raised], V @ A[:, :raised], float(S[raised]))
-
-
-def _refined(A: Tensor, B: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
-    """The solution of ``A X = B`` with one step of iterative refinement: ``A`` in float64, ``B`` and ``solve`` in float32."""
-    X = solve(B)
-    return X + solve((B - A @ X.double()).to(B))
+def _spectral_norm(X: Tensor, steps: int = 8) -> float:
+    """Largest singular value of a square matrix, a few percent too small or less."""
+    vector = torch.ones(len(X), dtype=X.dtype, device=X.device)
+    vector[::2] = -0.5
+    for _ in range(steps):
+        vector = X @ (X.T @ (vector / vector.norm()))
+    return float(vector.norm().sqrt())

@@ -1,9 +1,9 @@
-"""Inverse square roots of large matrices times columns, by Zolotarev's partial fractions.
+"""Inverse square roots by Zolotarev's partial fractions.
 
 The best approximation of ``x**-0.5`` on an interval, in the relative sense, by ``r`` fractions ``w / (x + s)`` is known in
-closed form, and its error falls exponentially with ``r``: one Cholesky factorization and one solution a fraction take the
-place of an eigendecomposition. Its integral approximates the root, so that the determinants of the same factors give the trace
-of the matrix's root.
+closed form, and its error falls exponentially with ``r``: of a matrix, one Cholesky factorization and one solution a fraction
+take the place of an eigendecomposition. Its integral approximates the root, so that the determinants of the same factors give
+the trace of the matrix's root.
 Source: Zolotarev (1877), in the form of Nakatsukasa and Freund, "Computing Fundamental Matrix Decompositions Accurately via the
 Matrix Sign Function in Two Iterations: The Power of Zolotarev's Functions" (SIAM Review 2016), section 3; Hale, Higham and
 Trefethen, "Computing A^α, log(A), and Related Matrix Functions by Contour Integrals" (SINUM 2008).
@@ -14,10 +14,6 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-BLOCK = 384
-"""Side of the diagonal blocks of a Cholesky factor; all else is products, which run at a processor's full speed."""
 
 
 class InverseRoot(NamedTuple):
@@ -59,66 +55,6 @@ class InverseRoot(NamedTuple):
         logs = (w / 2 * torch.log1p(roots**2 / s) for s, w in zip(poles, weights, strict=True))
         constant = float((roots - sum(logs, torch.zeros_like(x[:1]))).mean())
         return cls(tuple(poles), tuple(weights), constant, (most - least) / (most + least))
-
-
-def root_products(G: Tensor, Z: Tensor, low: float, high: float, tol: float) -> tuple[Tensor, float]:
-    """``G^{-1/2} Z``, and the trace of ``G^{1/2}``, for a positive definite matrix.
-
-    Args:
-        G: ``[n, n]``, symmetric, float32 or float64.
-        Z: ``[n, k]``, same dtype.
-        low: lower bound of the eigenvalues, positive.
-        high: upper bound of the eigenvalues.
-        tol: relative error of the approximation, beside rounding.
-
-    Returns:
-        ``[n, k]`` in the dtype of ``G``, and the trace. Where bounds or precision do not hold, numbers that make no sense, or
-        NaN: check the result.
-    """
-    root, n = InverseRoot.on(low, high, tol), len(G)
-    product, shifted, columns = torch.zeros_like(Z), torch.empty_like(G), torch.empty_like(Z)
-    trace = root.constant * n
-    for shift, weight in zip(root.shifts, root.weights, strict=True):
-        shifted.copy_(G).diagonal().add_(shift)
-        log_determinant = cholesky_solve_(shifted, columns.copy_(Z))
-        product.add_(columns, alpha=weight)
-        trace += weight / 2 * (log_determinant - n * math.log(shift))
-    return product, trace
-
-
-def cholesky_solve_(A: Tensor, Z: Tensor) -> float:
-    """Replace ``Z`` by ``A^{-1} Z`` and return the logarithm of the determinant of ``A``.
-
-    LAPACK's factorization and solution, each at half the speed of a product, made of products but for small diagonal blocks,
-    which are inverted.
-
-    Args:
-        A: ``[n, n]``, positive definite; its lower triangle is read, and overwritten.
-        Z: ``[n, k]``, overwritten.
-
-    >>> Z = torch.tensor([[2.0], [8.0]])
-    >>> cholesky_solve_(torch.diag(torch.tensor([1.0, 4.0])), Z), Z
-    (1.3862943611198906, tensor([[2.],
-            [2.]]))
-    """
-    n = len(A)
-    cuts = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-    one = torch.eye(min(n, BLOCK), dtype=A.dtype, device=A.device)
-    inverses, pivots = [], []
-    for at in cuts:  # factor, and solve with the lower triangle on the way
-        L = torch.linalg.cholesky_ex(A[at, at])[0]
-        pivots.append(L.diagonal())
-        inverses.append(torch.linalg.solve_triangular(L, one[: len(L), : len(L)], upper=False))
-        Z[at] = inverses[-1] @ Z[at]
-        below = slice(at.stop, n)
-        A[below, at] = A[below, at] @ inverses[-1].T
-        Z[below].addmm_(A[below, at], Z[at], alpha=-1)
-        for column in cuts[len(inverses) :]:
-            A[column.start :, column].addmm_(A[column.start :, at], A[column, at].T, alpha=-1)
-    for at, inverse in zip(reversed(cuts), reversed(inverses), strict=True):
-        Z[at].addmm_(A[at.stop :, at].T, Z[at.stop :], alpha=-1)
-        Z[at] = inverse.T @ Z[at]
-    return 2 * float(torch.cat(pivots).double().log().sum())
 
 
 def _nodes(low: float, high: float, r: int) -> list[float]:

@@ -13,7 +13,7 @@ from mergekit_vision.data.preprocess import eval_transform
 from mergekit_vision.encoders.backbone import Backbone, made_up_clip
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.functional.linalg import polar_product
-from mergekit_vision.functional.newton import SIDE
+from mergekit_vision.functional.polar_columns import SIDE
 from mergekit_vision.merging.work import APART, Sizes, Unit, Work
 from mergekit_vision.support.console import track
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from mergekit_vision.functional.gram import GRAM_BLOCK
-from mergekit_vision.functional.newton import SIDE
+from mergekit_vision.functional.polar_columns import SIDE
 
 Unit = Literal["bytes", "calls", "float32", "float64", "eigh", "polar", "random", "ranked", "images"]
 """What is counted: bytes moved by elementwise operations; calls of torch; floating-point operations of matrix products of each

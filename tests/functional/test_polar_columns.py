@@ -3,26 +3,19 @@
 import pytest
 import torch
 from formulas import exact_polar, matrix
-from tolerances import direct, eps, summed
+from tolerances import direct, summed
 from torch import Tensor
 
-from mergekit_vision.functional import linalg, newton, polar_columns
+from mergekit_vision.functional import linalg, polar_columns
 from mergekit_vision.functional.linalg import polar_product
-from mergekit_vision.functional.polar_columns import TOLERANCE, WANTED_CONDITION, is_large
+from mergekit_vision.functional.polar_columns import TOLERANCE, is_large
 from mergekit_vision.functional.polar_columns import polar_columns as columns_of
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is large in practice would be slow here."""
-    monkeypatch.setattr(newton, "SIDE", 32)
     monkeypatch.setattr(polar_columns, "SIDE", 32)
-
-
-@pytest.fixture
-def no_newton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only partial fractions may find the result."""
-    monkeypatch.setattr(polar_columns, "newton_polar", lambda M: None)
 
 
 def assert_exact(M: Tensor, Z: Tensor, cond: float) -> None:
@@ -30,13 +23,8 @@ def assert_exact(M: Tensor, Z: Tensor, cond: float) -> None:
     assert found is not None
     assert found.product.dtype == torch.float32
     S = torch.linalg.svdvals(M.double())
-    assert (found.product - exact).norm() / exact.norm() < TOLERANCE + direct(max(M.shape), cond) + in_gram(S)
+    assert (found.product - exact).norm() / exact.norm() < TOLERANCE + direct(max(M.shape), cond)
     assert found.nuclear_norm == pytest.approx(float(S.sum()), rel=TOLERANCE + summed(len(M)))
-
-
-def in_gram(S: Tensor) -> float:
-    """What a float32 Gram matrix, of singular values after raising, leaves of the polar factor's directions on average."""
-    return eps() * float((S[0] / S).clamp(max=WANTED_CONDITION).square().square().mean().sqrt())
 
 
 def columns(n: int, k: int = 20) -> Tensor:
@@ -44,37 +32,16 @@ def columns(n: int, k: int = 20) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 96)])
-@pytest.mark.parametrize("cond", [1.0, 1e1, 4e1])
-@pytest.mark.usefixtures("no_newton")
+@pytest.mark.parametrize("cond", [1.0, 1e1, 1e3, 1e5])
 def test_agrees_with_the_svd(shape: tuple[int, int], cond: float) -> None:
     assert_exact(matrix(*shape, cond).float(), columns(shape[1]), cond)
 
 
-@pytest.mark.usefixtures("no_newton")
 def test_random_columns_and_one_tiny_singular_value() -> None:
     """As tasks' directions side by side are: the smallest value alone does not set how hard the polar factor is."""
     U, S, Vh = torch.linalg.svd(torch.randn(256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     S[-1] = 1e-5 * S[0]
     assert_exact((U @ torch.diag(S) @ Vh).float(), columns(256, 64), float(S[0] / S[-2]))
-
-
-@pytest.mark.parametrize("cond", [1e3, 1e5])
-def test_newton_takes_over_where_many_singular_values_are_small(cond: float) -> None:
-    assert_exact(matrix(64, 64, cond).float(), columns(64), cond)
-
-
-@pytest.mark.parametrize("spoil", ["vectors", "value"])
-def test_newton_takes_over_where_a_check_fails(monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
-    M, Z, find = matrix(64, 64, 1e2).float(), columns(64), polar_columns._smallest
-
-    def wrong(M: Tensor, high: float) -> polar_columns._Smallest:
-        found = find(M, high)
-        return found._replace(V=found.V.roll(1, 1)) if spoil == "vectors" else found._replace(following=8 * found.following)
-
-    monkeypatch.setattr(polar_columns, "_smallest", wrong)
-    assert_exact(M, Z, 1e2)
-    monkeypatch.setattr(polar_columns, "newton_polar", lambda M: None)
-    assert columns_of(M, Z) is None
 
 
 def test_more_columns_than_rows() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from mergekit_vision import registry
-from mergekit_vision.functional.newton import SIDE
+from mergekit_vision.functional.polar_columns import SIDE
 from mergekit_vision.merger import Merged, MergeInputs, Merger
 from mergekit_vision.merging.costs import METHODS, merge_work
 from mergekit_vision.merging.work import Matrix, Sizes, Work, eigh, gram, polar_product, product, svd
