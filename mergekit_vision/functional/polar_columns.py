@@ -73,17 +73,20 @@ def _root_products(B: Band, Z: Tensor, root: InverseRoot) -> tuple[Tensor, float
     The inverses ``[fractions, b, b]`` of the factors' diagonal blocks take the place of solutions with many columns.
     """
     inverses, below, logarithms = _cholesky(B, Z.new_tensor(root.shifts))
-    parts, sums = torch.split(Z, B.sizes), torch.zeros_like(Z)
+    sums, X = torch.zeros_like(Z), torch.empty_like(Z)
+    parts, totals, found = (torch.split(whole, B.sizes) for whole in (Z, sums, X))
     for fraction, weight in enumerate(root.weights):
-        X: list[Tensor] = []
-        for part, inverse in zip(parts, inverses, strict=True):
-            rest = part.addmm(below[len(X) - 1][fraction], X[-1], alpha=-1) if X else part
-            X.append(inverse[fraction] @ rest)
-        for i, total in reversed(list(enumerate(torch.split(sums, B.sizes)))):
+        for i, part in enumerate(parts):
+            rest = found[i].copy_(part)
+            if i:
+                rest.addmm_(below[i - 1][fraction], found[i - 1], alpha=-1)
+            rest.copy_(inverses[i][fraction] @ rest)
+        for i, total in reversed(list(enumerate(totals))):
+            rest = found[i]
             if i < len(below):
-                X[i].addmm_(below[i][fraction].T, X[i + 1], alpha=-1)
-            X[i] = inverses[i][fraction].T @ X[i]
-            total.add_(X[i], alpha=weight)
+                rest.addmm_(below[i][fraction].T, found[i + 1], alpha=-1)
+            rest.copy_(inverses[i][fraction].T @ rest)
+            total.add_(rest, alpha=weight)
     n = len(Z)
     terms = zip(root.shifts, root.weights, logarithms.tolist(), strict=True)
     return sums, root.constant * n + sum(weight / 2 * (log - n * math.log(shift)) for shift, weight, log in terms)
