@@ -38,7 +38,7 @@ From checkpoints on disk to the merged model on disk, beside a textbook implemen
     "polar": """## Polar factors
 
 CPU time of the polar factor of ESM's directions times 768 columns, and errors relative to a float64 SVD; the program uses the
-fractions ([how](performance.md#polar-factors)).
+band ([how](performance.md#polar-factors)).
 """,
     "scaling": """## Threads and processes
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-GRAM_BLOCK = 256
+GRAM_BLOCK = 128
 """Columns of a Gram matrix that are computed at once: enough to keep a product at full speed."""
 
 

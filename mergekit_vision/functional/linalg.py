@@ -76,10 +76,15 @@ class _Whitener(NamedTuple):
         kept = (s > tol * s.amax()) if s.numel() else s.bool()
         return cls(vectors[:, kept], s[kept].reciprocal(), wide, float(s.sum()))
 
+    @property
+    def root(self) -> Tensor:
+        """The inverse root itself."""
+        return (self.vectors * self.gains) @ self.vectors.T
+
     def times(self, X: Tensor) -> Tensor:
         """The inverse root times ``X``, in the cheaper order."""
         if X.shape[1] > len(self.vectors):
-            return (self.vectors * self.gains) @ self.vectors.T @ X
+            return self.root @ X
         return self.vectors @ (self.gains[:, None] * (self.vectors.T @ X))
 
     def polar(self, M: Tensor) -> Tensor:
@@ -128,17 +133,16 @@ def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, t
     R = right.double()
     if is_large(left):
         of_right = _Whitener.of(R, tol)
-        inner = _scaled(of_right.polar(R), diagonal)
-        found = polar_columns(left, inner.to(left.dtype))
+        found = polar_columns(left, _scaled(of_right.polar(R), diagonal).to(left.dtype))
         if found is not None:
             return PolarProduct(found.product, _mean(found.nuclear_norm, left), _mean(of_right.nuclear_norm, R))
-        L = left.double()
-        of_left = _Whitener.of(L, tol)
+    L = left.double()
+    of_right, of_left = in_threads(lambda M: _Whitener.of(M, tol), (R, L))
+    if of_right.wide and not of_left.wide:  # the roots are the smaller matrices, and meet in the middle
+        product = L @ of_left.times(_scaled(of_right.root, diagonal)) @ R
     else:
-        L = left.double()
-        of_right, of_left = in_threads(lambda M: _Whitener.of(M, tol), (R, L))
         inner = _scaled(of_right.polar(R), diagonal)
-    product = of_left.times(L @ inner) if of_left.wide else L @ of_left.times(inner)
+        product = of_left.times(L @ inner) if of_left.wide else L @ of_left.times(inner)
     return PolarProduct(product.to(left.dtype), _mean(of_left.nuclear_norm, L), _mean(of_right.nuclear_norm, R))
 
 

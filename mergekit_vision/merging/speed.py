@@ -73,8 +73,8 @@ def _kernels(width: int, largest: int) -> dict[Unit, tuple[float, Callable[[], o
     double, square = single.double(), torch.randn(min(width, LARGEST_SIDE), min(width, LARGEST_SIDE)).double()
     symmetric, one = square.T @ square, torch.zeros(8)
     numbers, many = torch.randn(_NUMBERS), torch.randn(2, _TRAFFIC)
-    side = min(largest, SIDE + SIDE // 4)
-    left, right = torch.randn(side, side), torch.randn(side, 8)
+    side = min(largest, 2 * SIDE)
+    left, right = torch.randn(side, side), torch.randn(side, side // 4)  # as wide as an MLP's two layers are to each other
     return {
         "bytes": (12 * _TRAFFIC, lambda: many[0] - many[1]),
         "calls": (300, lambda: [bool(torch.stack((one, one)).sub_(one).isfinite().all()) for _ in range(60)]),

@@ -3,6 +3,7 @@
 import pytest
 
 from mergekit_vision import registry
+from mergekit_vision.functional.gram import GRAM_BLOCK
 from mergekit_vision.functional.polar_columns import SIDE
 from mergekit_vision.merger import Merged, MergeInputs, Merger
 from mergekit_vision.merging.costs import METHODS, merge_work
@@ -44,7 +45,7 @@ def test_sizes_are_those_of_the_tower() -> None:
 
 def test_building_blocks() -> None:
     assert gram(100, 8)["float64"] == 2 * 100 * 8 * 8  # too small for one triangle alone
-    assert gram(100, 1024)["float64"] == 100 * 1024 * (1024 + 256)
+    assert gram(100, 1024)["float64"] == 100 * 1024 * (1024 + GRAM_BLOCK)
     assert svd(8, 100, 3)["float64"] == svd(100, 8, 3)["float64"] == 2 * 100 * 8 * 8 + 2 * 100 * 8 * 3
     assert svd(8, 100, 3)["eigh"] == 8**3
     small = polar_product(8, 8, 32, single=True)
