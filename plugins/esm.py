@@ -114,7 +114,7 @@ class ESM(ByParts):
 
     def finished(self, inputs: MergeInputs, update: dict[str, Tensor]) -> Merged:
         """Scale the layers; all but the essential matrices is fixed."""
-        self._scale_layers(update, inputs.linears)
+        _scale_layers(update, inputs.linears, self.inter_layer)
         return Merged(update, fixed=frozenset(key for key in update if not self._is_essential(inputs, key)))
 
     def _is_essential(self, inputs: MergeInputs, key: str) -> bool:
@@ -146,11 +146,12 @@ class ESM(ByParts):
 
         return dict(zip((linear.weight for linear in linears), in_threads(decompose, linears), strict=True))
 
-    def _scale_layers(self, update: dict[str, Tensor], linears: tuple[LinearInfo, ...]) -> None:
-        """Scale the merged matrices in place by their norm among the layers of their kind, unchanged layers included."""
-        for kind in {linear.kind for linear in linears}:
-            keys = [linear.weight for linear in linears if linear.kind == kind]
-            norms = torch.tensor([float(update[key].double().norm()) if key in update else 0.0 for key in keys])
-            for key, factor in zip(keys, inter_layer_factors(norms, self.inter_layer).tolist(), strict=True):
-                if key in update:
-                    update[key] *= factor
+
+def _scale_layers(update: dict[str, Tensor], linears: tuple[LinearInfo, ...], power: float) -> None:
+    """Scale the merged matrices in place by their norm among the layers of their kind, unchanged layers included."""
+    for kind in {linear.kind for linear in linears}:
+        keys = [linear.weight for linear in linears if linear.kind == kind]
+        norms = torch.tensor([float(update[key].double().norm()) if key in update else 0.0 for key in keys])
+        for key, factor in zip(keys, inter_layer_factors(norms, power).tolist(), strict=True):
+            if key in update:
+                update[key] *= factor

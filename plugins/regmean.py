@@ -74,7 +74,7 @@ class RegMean(Merger):
         update = inputs.spread_changed(lambda key: inputs.deltas(key).mean(0), self._averaged(inputs), "averages")
         if self.gram == "delta":
             weights, kept = [linear.weight for linear in inputs.linears], dict[str, Tensor]()
-            normals = partial(self._of_deltas, inputs)
+            normals = partial(_of_deltas, inputs, self.shrink)
             found = inputs.spread_changed(lambda key: self._fitted(normals(key), inputs.keep is not None), weights, "merging")
             _sort(found, update, kept)
         else:
@@ -110,19 +110,11 @@ class RegMean(Merger):
         """Layers, and what is added to and subtracted from their normal equations, with a description."""
         if self.gram == "delta":
             keys = [linear.weight for linear in joining.linears]
-            yield "merging", keys, partial(self._of_deltas, joining), partial(self._of_deltas, leaving)
+            yield "merging", keys, partial(_of_deltas, joining, self.shrink), partial(_of_deltas, leaving, self.shrink)
         else:
             blocks = (self._blocks(inputs, _own_streams(inputs)) for inputs in (joining, leaving))
             for (name, keys, more), (_, _, less) in zip(*blocks, strict=True):
                 yield f"{name}, merging", keys, more.get, less.get
-
-    def _of_deltas(self, inputs: MergeInputs, key: str) -> Normal | None:
-        """Normal equations of one layer without inputs; ``None`` where no expert changed it."""
-        totals: Normals = {}
-        for task in inputs.tasks:
-            if (normal := of_delta(inputs.delta(task, key), self.shrink)) is not None:
-                add_up(totals, {key: normal})
-        return totals.get(key)
 
     def _fitted(self, normal: Normal | None, keeping: bool) -> Fitted:
         """The solution of normal equations, if there are any, and what is kept of them."""
@@ -139,15 +131,13 @@ class RegMean(Merger):
         )
         kept: dict[str, Tensor] = {}
         for name, keys, totals in self._blocks(inputs, streams):
-            found = inputs.spread_changed(partial(self._solved, totals), keys, f"{name}, merging")
+            solve = partial(_solved, totals, self.ridge)
+            found = inputs.spread_changed(solve, keys, f"{name}, merging")
             merged.update({key: merged[key] + value for key, value in found.items()})
             update |= found
             if inputs.keep is not None:  # of unchanged layers too: an expert that joins may have changed them
                 kept |= {f"{key}/{part}": tensor for key in keys for part, tensor in _packed(totals[key]).items()}
         return kept
-
-    def _solved(self, totals: Normals, key: str) -> Tensor:
-        return solved(totals[key], self.ridge).float()
 
     def _blocks(self, inputs: MergeInputs, streams: Mapping[str, Stream]) -> Iterator[tuple[str, list[str], Normals]]:
         """Name, layers and normal equations of each block, by the inputs of its layers."""
@@ -165,6 +155,19 @@ class RegMean(Merger):
             stream.left(block, left)
         deltas = ((linear, inputs.delta(task, linear.weight)) for linear in linears)
         return {linear.weight: of_inputs(observers.pop(linear.name), delta, self.shrink) for linear, delta in deltas}
+
+
+def _of_deltas(inputs: MergeInputs, shrink: float, key: str) -> Normal | None:
+    """Normal equations of one layer without inputs; ``None`` where no expert changed it."""
+    totals: Normals = {}
+    for task in inputs.tasks:
+        if (normal := of_delta(inputs.delta(task, key), shrink)) is not None:
+            add_up(totals, {key: normal})
+    return totals.get(key)
+
+
+def _solved(totals: Normals, ridge: float, key: str) -> Tensor:
+    return solved(totals[key], ridge).float()
 
 
 def _post_norm(inputs: MergeInputs) -> set[str]:
