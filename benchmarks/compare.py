@@ -20,16 +20,19 @@ LEAST = 0.05
 
 
 class Worse(NamedTuple):
-    """A measure of a case that got worse."""
+    """A measure of a case that got worse; without a name where the case fails now."""
 
     benchmark: str
     case: Case
     measure: str
     before: float
     now: float
+    failed: str = ""
 
     def __str__(self) -> str:
         case = ", ".join(f"{name} {value}" for name, value in self.case.items())
+        if self.failed:
+            return f"{self.benchmark}, {case}: fails now: {self.failed}"
         unit = MEASURES[self.measure].unit
         change = f" ({self.now / self.before - 1:+.0%})" if self.before else ""
         return f"{self.benchmark}, {case}: {self.measure} {self.before:g} {unit} -> {self.now:g} {unit}{change}"
@@ -47,6 +50,8 @@ def worse(old: Mapping[str, Sequence[Run]], new: Mapping[str, Sequence[Run]]) ->
     """What got worse, by benchmark -> runs."""
     for benchmark, runs in new.items():
         for before, row in pairs(old.get(benchmark, ()), runs):
+            if row.failed and not before.failed:
+                yield Worse(benchmark, row.case, "", 0.0, 0.0, row.failed)
             for name in before.values.keys() & row.values.keys():
                 if _is_worse(name, before, row):
                     yield Worse(benchmark, row.case, name, before.values[name], row.values[name])

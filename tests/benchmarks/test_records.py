@@ -80,6 +80,13 @@ def test_of_some_measures_less_is_worse() -> None:
     assert not named(slow, fast)
 
 
+def test_a_case_that_fails_now_is_worse() -> None:
+    failing = replace(row(10), values={}, failed="out of memory")
+    assert named(row(10), failing) == ["merging, method ESM: fails now: out of memory"]
+    assert not named(failing, row(10))
+    assert not named(failing, replace(failing, failed="out of disk"))
+
+
 def test_the_program_fails_only_when_it_is_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seconds in (("old", 10), ("new", 20)):
         keep(tmp_path / name / "merging.json", HERE, [row(seconds)])
