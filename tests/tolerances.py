@@ -28,7 +28,7 @@ def summed(terms: int, dtype: torch.dtype = torch.float32) -> float:
 
 
 def direct(side: int, condition: float, dtype: torch.dtype = torch.float32) -> float:
-    """A backward stable algorithm on a matrix itself: an SVD, a solution, Newton's iteration for the polar factor.
+    """A backward stable algorithm on a matrix itself: an SVD, a solution, the polar factor by way of a band.
 
     The input's own rounding is amplified by the condition number in the weakest direction; ``side`` stands for the sums.
     """

@@ -39,8 +39,9 @@ def is_large(M: Tensor) -> bool:
     return M.dtype == torch.float32 and min(M.shape) >= SIDE
 
 
+@torch.no_grad()
 def polar_columns(M: Tensor, Z: Tensor) -> PolarColumns | None:
-    """``polar(M) @ Z`` for a float32 matrix of full rank.
+    """``polar(M) @ Z`` for a float32 matrix of full rank; gradients are not recorded.
 
     Args:
         M: ``[m, n]``, float32.
@@ -58,8 +59,8 @@ def polar_columns(M: Tensor, Z: Tensor) -> PolarColumns | None:
         Q, R = torch.linalg.qr(M.T)
         return polar_columns(R.T, Q.T @ Z)
     form = BandForm.of(M)
-    band, high = form.band.double(), 1.1 * _spectral_norm(M)
-    low = 0.9 * band.least_singular_value()
+    band = form.band.double()
+    low, high = band.singular_values_within()
     if not high < CONDITION * low:
         return None
     root = InverseRoot.on(low**2, high**2, TOLERANCE)
@@ -111,12 +112,3 @@ def _cholesky(B: Band, shifts: Tensor) -> tuple[list[Tensor], list[Tensor], Tens
             schur = across.mT @ across - B.above[i].T @ B.above[i]
             below.append(across.mT)
     return inverses, below, logarithms
-
-
-def _spectral_norm(X: Tensor, steps: int = 8) -> float:
-    """Largest singular value of a square matrix, a few percent too small or less."""
-    vector = torch.ones(len(X), dtype=X.dtype, device=X.device)
-    vector[::2] = -0.5
-    for _ in range(steps):
-        vector = X @ (X.T @ (vector / vector.norm()))
-    return float(vector.norm().sqrt())

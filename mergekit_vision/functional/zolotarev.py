@@ -46,7 +46,10 @@ class InverseRoot(NamedTuple):
         nodes = _nodes(low, high, r)
         poles, zeros = nodes[::2], nodes[1::2]
         others = [[other - pole for other in poles if other != pole] for pole in poles]
-        weights = [math.prod(zero - p for zero in zeros) / math.prod(gaps) for p, gaps in zip(poles, others, strict=True)]
+        weights = [  # of ratios, as products of so many numbers overflow
+            math.prod((zero - pole) / gap for zero, gap in zip(zeros, gaps, strict=True))
+            for pole, gaps in zip(poles, others, strict=True)
+        ]
         x = torch.logspace(math.log10(low), math.log10(high), 64 * r + 1, dtype=torch.float64)
         ratio = sum((w / (x + s) for s, w in zip(poles, weights, strict=True)), torch.zeros_like(x)) * x.sqrt()
         least, most = float(ratio.min()), float(ratio.max())

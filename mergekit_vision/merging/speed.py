@@ -12,8 +12,7 @@ from torch import nn
 from mergekit_vision.data.preprocess import eval_transform
 from mergekit_vision.encoders.backbone import Backbone, made_up_clip
 from mergekit_vision.encoders.vision import VisionEncoder
-from mergekit_vision.functional.linalg import polar_product
-from mergekit_vision.functional.polar_columns import SIDE
+from mergekit_vision.functional.polar_columns import SIDE, polar_columns
 from mergekit_vision.merging.work import APART, Sizes, Unit, Work
 from mergekit_vision.support.console import track
 
@@ -81,7 +80,7 @@ def _kernels(width: int, largest: int) -> dict[Unit, tuple[float, Callable[[], o
         "float32": (8 * width**3, lambda: single @ small),
         "float64": (8 * width**3, lambda: double @ small.double()),
         "eigh": (len(symmetric) ** 3, lambda: torch.linalg.eigh(symmetric)),
-        "polar": (side**3, lambda: polar_product(left, right)),
+        "polar": (side**3, lambda: polar_columns(left, right)),
         "random": (_NUMBERS, lambda: torch.rand(_NUMBERS)),
         "ranked": (_NUMBERS, lambda: numbers.abs().kthvalue(_NUMBERS // 2)),
     }

@@ -1,8 +1,9 @@
 """Band forms against the matrices that they were made of."""
 
+import math
+
 import pytest
 import torch
-from formulas import matrix
 from tolerances import direct
 
 from mergekit_vision.functional.banded import Band, BandForm
@@ -34,13 +35,20 @@ def test_matrices_with_nothing_to_reflect(rank: int) -> None:
     assert (form.left_times(form.band.times(form.right_adjoint_times(torch.eye(12).double()))) - M).abs().max() <= 1e-15
 
 
-@pytest.mark.parametrize("cond", [1.0, 1e3, 1e6])
-def test_least_singular_value(cond: float) -> None:
-    M = matrix(40, 40, cond)
-    exact = float(torch.linalg.svdvals(M)[-1])
-    assert exact * (1 - 1e-6) <= BandForm.of(M, 8).band.least_singular_value() <= 1.05 * exact
+@pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (1.0, 1.0, 0.7), (3.0, 1.0, 1.0), (1.0, 0.5, 1e-3), (1.0, 1e-6, 1e-6)])
+@pytest.mark.parametrize("start", [(1.0, 1.0), (2.0, 1.0), (1.0, -0.5)])
+def test_bounds_of_the_singular_values(values: tuple[float, float, float], start: tuple[float, float]) -> None:
+    """The largest and the smallest belong to directions that an iteration might start at right angles to."""
+    first, middle, last = values
+    vectors = torch.eye(200, dtype=torch.float64)
+    vectors[:2, :2] = torch.tensor([start, (-start[1], start[0])], dtype=torch.float64) / math.hypot(*start)
+    S = torch.tensor([first, last, *[middle] * 198], dtype=torch.float64)
+    low, high = BandForm.of(vectors.T @ torch.diag(S) @ vectors, 8).band.singular_values_within()
+    assert 0.5 * (1 - 1e-6) * float(S.min()) <= low <= float(S.min())
+    assert float(S.max()) * (1 - 1e-12) <= high <= 2 * float(S.max())
 
 
-def test_least_singular_value_of_a_singular_matrix() -> None:
+def test_no_bounds_of_a_singular_matrix() -> None:
     for M in (torch.zeros(20, 20), torch.full((20, 20), torch.nan), torch.ones(20, 20)):
-        assert not BandForm.of(M, 8).band.double().least_singular_value() > 1e-7
+        low, high = BandForm.of(M, 8).band.double().singular_values_within()
+        assert not high < 1e7 * low

@@ -44,6 +44,34 @@ def test_random_columns_and_one_tiny_singular_value() -> None:
     assert_exact((U @ torch.diag(S) @ Vh).float(), columns(256, 64), float(S[0] / S[-2]))
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_matrices_of_any_size(scale: float) -> None:
+    M, Z = matrix(96, 96, 1e5).float(), columns(96)
+    found, scaled = columns_of(M, Z), columns_of(M * scale, Z)
+    assert (found.product - scaled.product).norm() / found.product.norm() < TOLERANCE + direct(96, 1e5)
+    assert scaled.nuclear_norm == pytest.approx(scale * found.nuclear_norm, rel=TOLERANCE + summed(96))
+
+
+def test_one_singular_value_far_above_the_others() -> None:
+    """Its vectors, at right angles to all that an iteration would start with, decide the result here."""
+    U = torch.linalg.qr(torch.tensor([[2.0], [1.0], *[[0.0]] * 190], dtype=torch.float64), mode="complete").Q
+    M = U @ torch.diag(torch.tensor([3.0, *[1.0] * 191], dtype=torch.float64)) @ U.T
+    assert_exact(M.float(), U[:, :1].float(), 3.0)
+
+
+def test_a_repeated_column_makes_a_matrix_singular() -> None:
+    M = torch.randn(192, 192, generator=torch.Generator().manual_seed(0))
+    assert columns_of(M, columns(192)) is not None
+    M[:, 7] = 0.3 * M[:, 100]
+    assert columns_of(M, columns(192)) is None
+
+
+def test_no_column_and_gradients() -> None:
+    M = matrix(64, 64, 10).float().requires_grad_()
+    assert columns_of(M, columns(64, 0)).product.shape == (64, 0)
+    assert not columns_of(M, columns(64)).product.requires_grad
+
+
 def test_more_columns_than_rows() -> None:
     M = matrix(64, 64, 1e2).float()
     assert_exact(M, torch.randn(64, 100, generator=torch.Generator().manual_seed(0)), 1e2)
