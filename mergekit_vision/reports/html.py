@@ -164,6 +164,11 @@ def _pictures(results: Results) -> dict[str, Picture]:
     if results["energy"]:
         layers = results["layers"]
         found["energy"] = _picture(figures.draw_energy(results["energy"], layers), _energy_in_words(results["energy"], layers))
+    if sizes := _sizes(results):
+        words = "; ".join(f"{row['name']} {percent(row['mean']['accuracy'])}" for row in sizes)
+        found["sizes"] = _picture(
+            figures.draw_sizes(sizes, results["parameters"]), f"Chart of accuracy by size, smallest first: {words}."
+        )
     if len(results["similarity"]["tasks"]) > 1:
         found["similarity"] = _picture(
             figures.draw_similarity(**results["similarity"]), _similarity_in_words(results["similarity"])

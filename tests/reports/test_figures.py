@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mergekit_vision.reports.figures import (
     draw_routing,
     draw_search,
     draw_similarity,
+    draw_sizes,
     draw_tasks,
 )
 from mergekit_vision.reports.style import as_svg, save_png
@@ -48,6 +49,23 @@ def test_methods_are_bars_with_their_numbers(results: dict[str, Any]) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["zero-shot", "Plain", "Clever", "experts"]
     assert {"45.0", "60.0", "75.0", "85.0", "(53)", "(71)", "(88)", "one plain encoder", "with routed experts"} <= written(figure)
     assert "(100)" not in written(figure)
+
+
+def test_sizes_are_in_encoders_and_names_do_not_meet() -> None:
+    def row(name: str, kind: str, accuracy: float, task: int, shared: int) -> dict[str, Any]:
+        sizes = {"task": task, "shared": shared}
+        return {"name": name, "kind": kind, "mean": {"accuracy": accuracy}, "tasks": {"a": 0, "b": 0}, "bytes": sizes}
+
+    rows = [row("Bad", "static", 0.5, 0, 0), row("Good", "static", 0.6, 0, 0), row("Routed", "dynamic", 0.8, 20, 40)]
+    rows += [row("Masks", "oracle", 0.801, 20, 40), row("Each", "experts", 0.9, 40, 0)]
+    figure = draw_sizes(rows, parameters=10)
+    (axes,) = figure.axes
+    points = {(float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 1)) for line in axes.lines}  # type: ignore[index]
+    assert points == {(1.0, 50.0), (1.0, 60.0), (3.0, 80.0), (3.0, 80.1), (2.0, 90.0)}
+    assert {"Good", "Routed", "Masks", "Each"} <= written(figure)
+    assert "Bad" not in written(figure), "of those of one size, the best one is named"
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_tasks_are_a_heat_map_whose_clearly_best_methods_are_bold(results: dict[str, Any]) -> None:
