@@ -30,6 +30,8 @@ from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, 
 ALL_KINDS: tuple[LinearKind, ...] = ("in_proj", "out_proj", "c_fc", "c_proj")
 TOKEN_STATISTICS: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")  # of ESMPPBayes
 AXES = 32
+DOUBT = 2000.0
+"""Temperature at which random discriminants are in doubt, so that every image really mixes two experts: the dearest case."""
 
 
 def cosine(tasks: int, width: int) -> Router:
@@ -41,7 +43,8 @@ def bayes(tasks: int, width: int) -> Router:
     """ESMPPBayes' router."""
     axes = Axes(torch.randn(width, AXES), torch.randn(AXES))
     features = pool_tokens(torch.randn(1, 2, width), TOKEN_STATISTICS, axes).shape[-1]
-    return LinearRouter(torch.randn(tasks, features), torch.randn(tasks), TOKEN_STATISTICS, axes.basis, axes.offset, top_k=2)
+    weight, bias = torch.randn(tasks, features), torch.randn(tasks)
+    return LinearRouter(weight, bias, TOKEN_STATISTICS, axes.basis, axes.offset, top_k=2, temperature=DOUBT)
 
 
 def projection(tasks: int, width: int) -> Router:

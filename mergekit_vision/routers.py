@@ -20,7 +20,7 @@ class Choice(NamedTuple):
 
     Attributes:
         experts: their indices, ``[N, L', K]``, int64.
-        weight: ``[N, L', K]``, adding up to 1 over the ``K`` experts.
+        weight: ``[N, L', K]``, adding up to 1 over the ``K`` experts, up to rounding.
     """
 
     experts: Tensor
@@ -73,9 +73,14 @@ class Router(nn.Module, ABC):
         """
 
     def choose(self, scores: Tensor) -> Choice:
-        """The best experts by ``scores [N, L', T]``."""
+        """The best experts by ``scores [N, L', T]``; weights below the spacing of numbers at 1 are exactly 0.
+
+        Such an expert would change the output by less than rounding does. With posteriors that are sure many weights are even
+        denormal numbers, with which processors multiply many times more slowly.
+        """
         best = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
-        return Choice(best.indices, (best.values / self.temperature).softmax(-1))
+        weight = (best.values / self.temperature).softmax(-1)
+        return Choice(best.indices, weight.masked_fill(weight < torch.finfo(weight.dtype).eps, 0))
 
     def arguments(self) -> Mapping[str, Plain]:
         """Constructor arguments that are not buffers."""

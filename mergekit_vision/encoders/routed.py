@@ -150,11 +150,13 @@ class RoutedLinear(nn.Module):
 
     def _one_by_one(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
         """Each image multiplies with its own experts' factors where they lie. Not for a graph or an accelerator."""
-        rows, down, up, weight = x.to(y.dtype), self.down.to(y.dtype), self.up.to(y.dtype), choice.weight.to(y.dtype)
-        for image, chosen in enumerate(choice.experts[:, 0].tolist()):
-            for position, expert in enumerate(chosen):
-                codes = rows[image] @ down[expert].T
-                y[image].addmm_(codes if len(chosen) == 1 else codes * weight[image, 0, position], up[expert])
+        rows, up = x.to(y.dtype), self.up.to(y.dtype).unbind()
+        down = self.down.to(y.dtype).transpose(1, 2).unbind()
+        pairs = zip(choice.experts[:, 0].tolist(), choice.weight[:, 0].tolist(), strict=True)
+        for image, (chosen, weight) in enumerate(pairs):
+            for expert, share in zip(chosen, weight, strict=True):
+                if share:  # an image whose task is beyond doubt costs one expert, not top_k
+                    y[image].addmm_(rows[image] @ down[expert], up[expert], alpha=share)
         return y
 
     def _gathered(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
@@ -168,18 +170,17 @@ class RoutedLinear(nn.Module):
 
     def _grouped(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
         """Each expert runs once, with its bias, on the tokens that chose it: how many is not for a graph or accelerator."""
-        weight = choice.dense(len(self.down)).to(y.dtype).expand(-1, x.shape[1], -1).flatten(0, 1)
+        experts, top_k = choice.experts.expand(-1, x.shape[1], -1).flatten(), choice.experts.shape[2]
+        weight = choice.weight.to(y.dtype).expand(-1, x.shape[1], -1).reshape(-1, 1)
+        groups = experts.argsort(stable=True).split(torch.bincount(experts, minlength=len(self.down)).tolist())
         rows, out = x.to(y.dtype).flatten(0, 1), y.view(-1, y.shape[-1])
         shift = None if self.shift is None else self.shift.to(y.dtype)
-        for expert, (down, up) in enumerate(zip(self.down.to(y.dtype), self.up.to(y.dtype), strict=True)):
-            chosen = weight[:, expert].nonzero().squeeze(1)
-            codes, share = rows[chosen] @ down.T, weight[chosen, expert, None]
-            if shift is None:
-                added = codes * share @ up
-            else:  # a pass over the output less than for the biases by themselves
-                added = torch.addmm(shift[expert], codes, up)
-                added = added if choice.experts.shape[2] == 1 else added.mul_(share)
-            out.index_add_(0, chosen, added)
+        for expert, (group, down, up) in enumerate(zip(groups, self.down.to(y.dtype), self.up.to(y.dtype), strict=True)):
+            chosen = group if top_k == 1 else group.div(top_k, rounding_mode="floor")
+            codes = rows.index_select(0, chosen) @ down.T
+            # with the bias in the same product: a pass over the output less than for the biases by themselves
+            added = codes @ up if shift is None else torch.addmm(shift[expert], codes, up)
+            out.index_add_(0, chosen, added if top_k == 1 else added.mul_(weight[group]))
         return y
 
     def _masked(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:

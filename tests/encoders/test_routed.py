@@ -41,7 +41,7 @@ def dense_layer(linear: nn.Linear, experts: LowRankExperts, x: Tensor) -> Tensor
             W, b = linear.weight.double(), linear.bias.double()
             for share, t in zip(shares, chosen, strict=True):
                 W = W + share * experts.up[t].double() @ experts.down[t].double()
-                b = b + share * experts.bias[t].double()
+                b = b if experts.bias is None else b + share * experts.bias[t].double()
             out[n, token] = W @ x[n, token] + b
     return out
 
@@ -51,18 +51,39 @@ def images() -> Tensor:
     return normal(7, 3, 16, 16, seed=9)
 
 
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("path", ["eager", "graph"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_layer_equals_the_dense_formula(kind: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_equals_the_dense_formula(kind: str, path: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: path == "graph")
     linear, x = nn.Linear(WIDTH, 48), normal(6, 5, WIDTH, seed=1)
     up, down, bias = normal(TASKS, 48, RANK, seed=2), normal(TASKS, RANK, WIDTH, seed=3), normal(TASKS, 48, seed=4)
-    experts = LowRankExperts(up, down, make_router(kind, WIDTH, 5), bias)
+    experts = LowRankExperts(up, down, make_router(kind, WIDTH, 5), bias if biased else None)
     layer = RoutedLinear(linear, experts, Routing(), "layer")
     reference = dense_layer(linear, deepcopy(experts), x.double())
     with torch.inference_mode():
         assert_near(layer(x), reference, forward(2, WIDTH + RANK))
         assert_near(layer.double()(x.double()), reference, forward(2, WIDTH + RANK, torch.float64))
+
+
+@pytest.mark.parametrize("lead", [0.1, 12.0, 20.0, 95.0, 1000.0])
+def test_an_expert_of_no_weight_is_left_out(lead: float) -> None:
+    """As the float64 formula, without denormal weights, and the second expert is not computed where it is nothing."""
+    linear, x = nn.Linear(WIDTH, 48), torch.ones(3, 5, WIDTH)
+    up, down = normal(TASKS, 48, RANK, seed=2), normal(TASKS, RANK, WIDTH, seed=3)
+    router = LinearRouter(torch.zeros(TASKS, WIDTH), torch.tensor([0.0, lead, -lead]), top_k=2)
+    weights = router.choose(router(x)).weight
+    assert torch.all((weights == 0) | (weights >= eps()))
+    assert weights[0, 0].count_nonzero() == (2 if lead < 15 else 1)  # exp(-15) is near the spacing of float32 at 1
+    layer = RoutedLinear(linear, LowRankExperts(up, down, router), Routing(), "layer")
+    exact = torch.softmax(torch.tensor([0.0, lead], dtype=torch.float64), 0)
+    dense = linear.weight.double() + torch.einsum("t,tor,tri->oi", exact, up[:2].double(), down[:2].double())
+    expected = x.double() @ dense.T + linear.bias.double()
+    with torch.inference_mode():
+        assert_near(layer(x), expected, forward(2, WIDTH + RANK))
+        if lead > 15:
+            layer.up[0] = torch.nan
+            assert_near(layer(x), expected, forward(2, WIDTH + RANK))
 
 
 @pytest.mark.parametrize("kind", KINDS)
