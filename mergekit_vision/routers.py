@@ -75,8 +75,8 @@ class Router(nn.Module, ABC):
     def choose(self, scores: Tensor) -> Choice:
         """The best experts by ``scores [N, L', T]``; weights below the spacing of numbers at 1 are exactly 0.
 
-        Such an expert would change the output by less than rounding does. With posteriors that are sure many weights are even
-        denormal numbers, with which processors multiply many times more slowly.
+        Such an expert changes the output by less than rounding does. Of posteriors that are sure, weights may even be denormal
+        numbers, with which processors multiply many times more slowly.
         """
         best = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
         weight = (best.values / self.temperature).softmax(-1)

@@ -172,11 +172,12 @@ class RoutedLinear(nn.Module):
         """Each expert runs once, with its bias, on the tokens that chose it: how many is not for a graph or accelerator."""
         experts, top_k = choice.experts.expand(-1, x.shape[1], -1).flatten(), choice.experts.shape[2]
         weight = choice.weight.to(y.dtype).expand(-1, x.shape[1], -1).reshape(-1, 1)
-        groups = experts.argsort(stable=True).split(torch.bincount(experts, minlength=len(self.down)).tolist())
+        counts: list[int] = torch.bincount(experts, minlength=len(self.down)).tolist()
+        groups = torch.split(experts.argsort(stable=True), counts)  # of (token, position), by expert
         rows, out = x.to(y.dtype).flatten(0, 1), y.view(-1, y.shape[-1])
         shift = None if self.shift is None else self.shift.to(y.dtype)
         for expert, (group, down, up) in enumerate(zip(groups, self.down.to(y.dtype), self.up.to(y.dtype), strict=True)):
-            chosen = group if top_k == 1 else group.div(top_k, rounding_mode="floor")
+            chosen = group // top_k
             codes = rows.index_select(0, chosen) @ down.T
             # with the bias in the same product: a pass over the output less than for the biases by themselves
             added = codes @ up if shift is None else torch.addmm(shift[expert], codes, up)
