@@ -42,7 +42,10 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import from; everythi
     "demo": {"suites", "sources", "encoders", "data", "support"},
 }  # fmt: skip
 
-EXCEPTIONS = {("plugins/esmpp.py", f"{PACKAGE}.plugins.esm")}  # ESM++ extends ESM: its default base
+EXCEPTIONS = {  # ESM++ extends ESM: its default base
+    ("plugins/esmpp.py", f"{PACKAGE}.plugins.esm"),
+    ("plugins/esmppfit.py", f"{PACKAGE}.plugins.esm"),
+}
 
 
 def sources() -> dict[str, Path]:

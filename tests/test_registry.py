@@ -180,10 +180,11 @@ def test_every_installed_method_says_what_it_is() -> None:
         "ESM",
         "ESMPP",
         "ESMPPBayes",
+        "ESMPPFit",
         "FeatCal",
         "RegMean",
     }
-    assert {name for name, method in ours.items() if method.kind == "dynamic"} == {"ESMPP", "ESMPPBayes", "SMILE"}
+    assert {name for name, method in ours.items() if method.kind == "dynamic"} == {"ESMPP", "ESMPPBayes", "ESMPPFit", "SMILE"}
     for method in found.values():
         assert method.title
         assert method.summary

@@ -134,6 +134,13 @@ def _routed_by_moments(x: Matrix) -> Work:
     return _routed(x) + seen + eigh(x.columns) + times(eigh(2 * x.columns), 0.5)
 
 
+def _fitted(x: Matrix) -> Work:
+    """The low-rank experts of ESMPPFit in one layer: both models' outputs, a ridge regression, its leading directions."""
+    outputs = times(product(x.inputs, x.columns, x.rows), 3)
+    moments = gram(x.inputs, x.columns) + Work({"bytes": 60 * x.inputs * (x.columns + x.rows), "calls": 100})
+    return times(outputs + moments + _solved(x.columns, x.rows) + svd(x.rows, x.columns, 18), x.tasks)
+
+
 @dataclass(frozen=True)
 class Method:
     """How a method works, as far as its cost shows.
@@ -215,6 +222,7 @@ METHODS: Mapping[str, Method] = {
     "ESM": Method(_essential, kinds=(0, 2, 3), others=_tsvm, passes=2.0, forwards=1.0),
     "ESMPP": Method(_routed, kinds=(0, 2), outside=False, forwards=1.0, base="ESM", scaled=False, routing=0.13),
     "ESMPPBayes": Method(_routed_by_moments, kinds=(0, 2), outside=False, forwards=3.0, base="ESM", scaled=False, routing=0.4),
+    "ESMPPFit": Method(_fitted, outside=False, passes=3.0, forwards=8.0, base="ESM", scaled=False, routing=1.15),
     "SMILE": Method(lambda x: _leading(x, 32), outside=False, scaled=False, routing=0.52),
     "EMR": Method(passes=2.2, visits=1.5, scaled=False),
     "TALLMasks": Method(passes=1.7, visits=1.5, scaled=False),

@@ -124,11 +124,17 @@ def _normals(x: Matrix) -> int:
     return (min(x.tasks, 8) + 1) * 8 * (x.columns**2 + x.rows * x.columns) + x.tasks * x.inputs * x.side * _NUMBER // 4
 
 
+def _fits(x: Matrix) -> int:
+    """Of one task the inputs of one Linear in two models and the outputs that are wanted, and the normal equations."""
+    return x.inputs * (20 * x.columns + 24 * x.rows) + 32 * x.columns**2 + 8 * x.rows * x.columns
+
+
 _EVERYTHING = 1 << 20
 _KEPT: Mapping[str, tuple[Callable[[Matrix], int], int]] = {  # method -> bytes for a Linear, and how many are at work at once
     "ESM": (_subspaces, _EVERYTHING),
     "ESMPP": (_subspaces, _EVERYTHING),
     "ESMPPBayes": (_subspaces, _EVERYTHING),
+    "ESMPPFit": (_fits, 4),
     "RegMean": (_normals, 4),
     "FeatCal": (_normals, 4),
 }
