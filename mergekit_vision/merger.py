@@ -26,6 +26,10 @@ Factors = tuple[Tensor, Tensor]
 Observer = Callable[[Tensor], None]
 """Receives one layer's input for one batch of images: ``[images, tokens, d_in]``, float32, on the merging device."""
 
+GradientObserver = Callable[[Tensor, Tensor], None]
+"""Receives one layer's input for one batch of images, and the gradient by its output: ``[images, tokens, d_in]`` and
+``[images, tokens, d_out]``, float32, on the merging device."""
+
 Change = Callable[[str, str, Tensor], Tensor]
 """Turns the task vector of a task's parameter, float32 in memory of its own, into the one that is merged instead."""
 
@@ -115,6 +119,13 @@ class RunProxies(Protocol):
         """Run them; see :meth:`MergeInputs.observe`."""
 
 
+class RunBackward(Protocol):
+    """Runs one task's proxy images through ``model`` and back, with observers of named Linear layers."""
+
+    def __call__(self, task: str, observers: Mapping[str, GradientObserver], model: "Merged") -> None:
+        """Run them; see :meth:`MergeInputs.differentiate`."""
+
+
 def _untracked(items: Iterable[str], description: str) -> Iterable[str]:
     return items
 
@@ -141,6 +152,7 @@ class MergeInputs:
         share: behind :meth:`spread`.
         streams: runs the proxy images block by block; ``None`` where there are none. :attr:`blocks` asks for it.
         change: what :meth:`view` does to task vectors.
+        run_backward: behind :meth:`differentiate`; ``None`` where there are no proxy images.
         keep: how many experts are to be able to leave the model later, where :attr:`Merged.kept` is wanted; else ``None``.
     """
 
@@ -157,6 +169,7 @@ class MergeInputs:
     streams: Streams | None = None
     change: Change | None = None
     keep: int | None = None
+    run_backward: RunBackward | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -254,11 +267,34 @@ class MergeInputs:
         """
         if self.run_proxies is None:
             raise InputError(_NO_PROXIES)
+        self._check_names(observers)
+        self.run_proxies(task, observers, model)
+
+    def differentiate(self, task: str, observers: Mapping[str, GradientObserver], model: "Merged") -> None:
+        """Run a task's proxy images through a static merged model and back: how its class probabilities depend on each layer.
+
+        What is differentiated is the Kullback-Leibler divergence of the model's class probabilities from those of the task's
+        expert, in nats, summed over the images; no label is looked at.
+
+        Args:
+            task: whose proxy images run, and whose classes are told apart.
+            observers: name of one of :attr:`linears` -> function of the layer's input ``[images, tokens, d_in]`` and the gradient
+                by its output ``[images, tokens, d_out]``, both float32 on ``device``, batch by batch.
+            model: what runs.
+
+        Raises:
+            InputError: when there are no proxy images, or a name is not that of one of :attr:`linears`.
+        """
+        if self.run_backward is None:
+            raise InputError(_NO_PROXIES)
+        self._check_names(observers)
+        self.run_backward(task, observers, model)
+
+    def _check_names(self, observers: Iterable[str]) -> None:
         names = [linear.name for linear in self.linears]
         unknown = [name for name in observers if name not in names]
         if unknown:
             raise InputError(f"not a Linear layer of this encoder: {', '.join(unknown)}; its layers are {', '.join(names)}")
-        self.run_proxies(task, observers, model)
 
     def spread(self, function: Callable[[str], _Result], items: Iterable[str], description: str) -> dict[str, _Result]:
         """``function`` of every item, as :attr:`track` shows it; with several processes each computes a share.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, NormInfo, Observer, Weights
+from mergekit_vision.merger import GradientObserver, LinearInfo, Merged, MergeInputs, NormInfo, Observer, Weights
 
 WIDTH, BLOCKS, TOKENS, PATCH, EMBED, HEADS = 24, 2, 5, 4, 16, 2
 KINDS = {
@@ -126,6 +126,18 @@ class Zoo:
             for linear, observer in observers.items():
                 observer(self.layer_inputs[task][linear][start : start + self.batch])
 
+    def run_backward(self, task: str, observers: Mapping[str, GradientObserver], model: Merged) -> None:
+        """Made-up gradients of every layer, batch by batch."""
+        self.asked.add(task)
+        for start in range(0, self.images, self.batch):
+            for linear, observer in observers.items():
+                x = self.layer_inputs[task][linear][start : start + self.batch]
+                observer(x, self.gradient(task, linear)[start : start + self.batch])
+
+    def gradient(self, task: str, linear: str) -> Tensor:
+        """Made-up gradients by a layer's outputs, ``[images, tokens, d_out]``: the expert's outputs on other images."""
+        return self.layer_inputs[task][linear].flip(0) @ self.experts[task][weight_key(linear)].T
+
     def embed(self, task: str, weights: Weights) -> Tensor:
         """The tokens that enter block 0."""
         self.asked.add(task)
@@ -166,7 +178,16 @@ class Zoo:
     def inputs(self, order: list[int] | None = None) -> MergeInputs:
         names = list(self.experts) if order is None else [list(self.experts)[i] for i in order]
         experts = {name: self.experts[name] for name in names}
-        return MergeInputs(self.base, experts, INFOS, run_proxies=self.run_proxies, norms=NORMS, depths=depths(), streams=self)
+        return MergeInputs(
+            self.base,
+            experts,
+            INFOS,
+            run_proxies=self.run_proxies,
+            norms=NORMS,
+            depths=depths(),
+            streams=self,
+            run_backward=self.run_backward,
+        )
 
     def delta64(self, key: str) -> Tensor:
         """Task vectors ``[T, ...]`` in float64, of the float32 differences."""

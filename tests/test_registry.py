@@ -182,6 +182,7 @@ def test_every_installed_method_says_what_it_is() -> None:
         "ESMPPBayes",
         "ESMPPFit",
         "FeatCal",
+        "FisherFit",
         "RegMean",
     }
     assert {name for name, method in ours.items() if method.kind == "dynamic"} == {"ESMPP", "ESMPPBayes", "ESMPPFit", "SMILE"}

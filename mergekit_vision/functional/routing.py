@@ -12,6 +12,10 @@ from mergekit_vision.functional.linalg import pad_rank, top_svd
 Pooling = Literal["mean", "deviation", "first", "covariance"]
 
 
+LEAST_VARIANCE = 1e-6
+"""Share of the largest axis's variance below which an axis is none."""
+
+
 class Axes(NamedTuple):
     """Leading principal axes of a layer's tokens, scaled so that coordinates have variance 1.
 
@@ -25,11 +29,14 @@ class Axes(NamedTuple):
 
 
 def principal_axes(mean: Tensor, second: Tensor, k: int = 32) -> Axes:
-    """Axes of tokens with the mean ``mean [d]`` and the second moment ``second [d, d]``, at most ``k``; float64."""
+    """Axes of tokens with the mean ``mean [d]`` and the second moment ``second [d, d]``, at most ``k``; float64.
+
+    Along an axis on which tokens hardly vary, as along one that layer normalization takes away, coordinates are rounding errors.
+    """
     variance, vectors = torch.linalg.eigh(second.double() - torch.outer(mean.double(), mean.double()))
     variance, vectors = variance[-k:], vectors[:, -k:]
-    floor = (1e-8 * variance[-1]).clamp_min(torch.finfo(torch.float64).tiny)
-    basis = vectors / variance.clamp_min(floor).sqrt()
+    kept = variance > LEAST_VARIANCE * variance[-1]
+    basis = vectors[:, kept] / variance[kept].sqrt()
     return Axes(basis, mean.double() @ basis)
 
 

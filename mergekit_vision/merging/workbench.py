@@ -1,21 +1,22 @@
 """Runs mergers on one encoder: the bridge between weights, images and the contract."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import BackboneWeights, describe_backbone, load_clip, load_tokenizer
 from mergekit_vision.encoders.heads import LazyHeads, ZeroShotHeads, build_heads, text_weights
-from mergekit_vision.encoders.hooks import capture_inputs
+from mergekit_vision.encoders.hooks import capture_inputs, capture_outputs
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
-from mergekit_vision.merger import Former, Merged, MergeInputs, Merger, Observer, Weights, merged_weights
+from mergekit_vision.merger import Former, GradientObserver, Merged, MergeInputs, Merger, Observer, Weights, merged_weights
 from mergekit_vision.support.console import track
 
 
@@ -90,6 +91,14 @@ class Workbench:
                 for images in evaluator.data.proxy_loader(task):
                     running.encoder(images.to(runtime.device))
 
+        def run_backward(task: str, observers: Mapping[str, GradientObserver], model: Merged) -> None:
+            if model.routed:
+                raise InputError("a model with routed experts cannot be differentiated; take its base")
+            for x, gradient, name in _gradients(
+                evaluator, task, experts[task], merged_weights(self.base, model), list(observers)
+            ):
+                observers[name](x.to(device), gradient.to(device))
+
         return MergeInputs(
             self.base,
             experts,
@@ -103,6 +112,7 @@ class Workbench:
             evaluator.encoder.depths,
             _Streams(evaluator, device),
             keep=keep,
+            run_backward=run_backward,
         )
 
     @torch.no_grad()
@@ -170,6 +180,27 @@ class _Streams:
             device, run = running.runtime.device, running.encoder.run_block
             parts = torch.split(tokens, running.data.batch_size)
             return torch.cat([run(index, part.to(device)).to(self.device) for part in parts])
+
+
+def _gradients(
+    evaluator: Evaluator, task: str, expert: Weights, model: Weights, names: Sequence[str]
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Inputs of named layers of a model, and gradients by their outputs of its divergence from an expert."""
+    device = evaluator.runtime.device
+    head = evaluator.heads().weight(task).float().clone()  # what was made in inference mode has no gradient
+
+    def opinion(running: Evaluator, images: Tensor) -> Tensor:
+        return (F.normalize(running.encoder(images).float(), dim=-1) @ head.T).log_softmax(-1)
+
+    for batch in evaluator.data.proxy_loader(task):
+        images = batch.to(device).clone()
+        with evaluator.with_weights(expert) as running:
+            target = opinion(running, images).exp()
+        with evaluator.with_weights(model) as running, torch.enable_grad(), capture_outputs(running.encoder, names) as seen:
+            divergence = -(target * opinion(running, images.requires_grad_())).sum()  # up to the expert's entropy, a constant
+            gradients = torch.autograd.grad(divergence, [seen[name][1] for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            yield seen[name][0].detach().float(), gradient.float(), name
 
 
 def _moving(observer: Observer, device: torch.device) -> Observer:

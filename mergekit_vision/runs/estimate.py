@@ -129,6 +129,11 @@ def _fits(x: Matrix) -> int:
     return x.inputs * (20 * x.columns + 24 * x.rows) + 32 * x.columns**2 + 8 * x.rows * x.columns
 
 
+def _curvatures(x: Matrix) -> int:
+    """Of all tasks the second moments of one Linear's inputs and of the gradients by its outputs."""
+    return x.tasks * 8 * (x.columns**2 + x.rows**2)
+
+
 _EVERYTHING = 1 << 20
 _KEPT: Mapping[str, tuple[Callable[[Matrix], int], int]] = {  # method -> bytes for a Linear, and how many are at work at once
     "ESM": (_subspaces, _EVERYTHING),
@@ -137,4 +142,5 @@ _KEPT: Mapping[str, tuple[Callable[[Matrix], int], int]] = {  # method -> bytes 
     "ESMPPFit": (_fits, 4),
     "RegMean": (_normals, 4),
     "FeatCal": (_normals, 4),
+    "FisherFit": (_curvatures, _EVERYTHING),
 }

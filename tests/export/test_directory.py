@@ -13,6 +13,7 @@ from mergekit_vision.export.directory import check_output, load_experts
 from mergekit_vision.export.manifest import read_record
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP, ESMPPBayes
+from mergekit_vision.plugins.esmppfit import ESMPPFit
 from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 
@@ -35,10 +36,11 @@ def test_saved_model_reproduces_the_logits_bit_for_bit(trainer: Trainer, tiny_su
     [
         ESMPP(rank=4),
         ESMPPBayes(rank=4),
+        ESMPPFit(rank=4),
         SMILE(rank=4, gate_rank=2),
         SMILE(rank=4, gate_rank=2, rule="mass", decision="once", held_layer=5),
     ],
-    ids=["ESMPP", "ESMPPBayes", "SMILE", "once"],
+    ids=["ESMPP", "ESMPPBayes", "ESMPPFit", "SMILE", "once"],
 )
 def test_a_dynamic_model_is_loaded_bit_for_bit(trainer: Trainer, tiny_suite: Path, merger: Merger) -> None:
     model = MergedCLIP(merger, scale=0.7)

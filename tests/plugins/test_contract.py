@@ -159,7 +159,7 @@ def test_its_kind_says_whether_experts_are_routed(cls: type[Merger], tasks: int)
 def test_it_looks_at_proxy_images_only_where_it_says_so(cls: type[Merger]) -> None:
     zoo = Zoo(tasks=3)
     merged = cls().merge(zoo.inputs())
-    without = replace(zoo.inputs(), run_proxies=None, streams=None)
+    without = replace(zoo.inputs(), run_proxies=None, streams=None, run_backward=None)
     if cls.needs == "none":
         assert zoo.asked == set()
         assert_same(merged, cls().merge(without))

@@ -1,0 +1,97 @@
+"""A layer fitted to several experts at once, each weighted by the inputs it sees and by the outputs that matter to its task.
+
+Tam et al., "Merging by Matching Models in Task Parameter Subspaces" (TMLR 2024, arXiv:2312.04339), solve the same equations with
+the experts' own Fisher matrices and no anchor.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.functional.gram import gram
+
+TOLERANCE = 1e-6
+"""Residual, relative to the right-hand side, at which conjugate gradients stop."""
+ITERATIONS = 300
+"""Steps of conjugate gradients at most."""
+
+
+class Curvature(NamedTuple):
+    """How much a task's loss depends on a layer's weight, as a Kronecker product. Float64.
+
+    Attributes:
+        inputs: second moment of the layer's inputs, of Frobenius norm 1 unless zero, ``[d_in, d_in]``.
+        outputs: second moment of the loss's gradient by its outputs, of mean diagonal entry 1 unless zero, ``[d_out, d_out]``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class CurvatureMoments:
+    """Sums of a :class:`Curvature` over batches."""
+
+    def __init__(self) -> None:
+        self._inputs: Tensor | float = 0.0
+        self._outputs: Tensor | float = 0.0
+
+    def __call__(self, x: Tensor, gradient: Tensor) -> None:
+        """Observe inputs ``[images, tokens, d_in]`` and gradients ``[images, tokens, d_out]``."""
+        self._inputs = self._inputs + gram(x.double().flatten(0, -2))
+        self._outputs = self._outputs + gram(gradient.double().flatten(0, -2))
+
+    def curvature(self, floor: float) -> Curvature:
+        """The normalized sums; outputs count equally to the share ``floor``, in [0, 1].
+
+        Raises:
+            ValueError: when nothing was observed.
+        """
+        if not isinstance(self._inputs, Tensor) or not isinstance(self._outputs, Tensor):
+            raise ValueError("no inputs were observed")
+        G, H = self._inputs, self._outputs
+        tiny = torch.finfo(G.dtype).tiny
+        H = H / H.diagonal().mean().clamp(min=tiny)
+        eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+        return Curvature(G / torch.linalg.matrix_norm(G).clamp(min=tiny), (1 - floor) * H + floor * eye)
+
+
+def fisher_fit(deltas: Sequence[Tensor], curvatures: Sequence[Curvature], anchor: Tensor, ridge: float) -> Tensor:
+    """The ``M [d_out, d_in]`` with ``Σ_t H_t (M - Δ_t) G_t + ridge (M - A) = 0``, float64.
+
+    By conjugate gradients from ``A``, in units in which all tasks having the mean curvature would take one step.
+
+    Args:
+        deltas: task vectors ``Δ_t``, ``[d_out, d_in]``.
+        curvatures: ``G_t`` and ``H_t`` of each.
+        anchor: ``A``, ``[d_out, d_in]``.
+        ridge: pull of the anchor, above 0.
+    """
+    A = anchor.double()
+    precondition = _preconditioner(curvatures, ridge)
+
+    def applied(M: Tensor) -> Tensor:
+        return sum((H @ M @ G for G, H in curvatures), ridge * M)
+
+    residual = sum((H @ (delta.double() - A) @ G for delta, (G, H) in zip(deltas, curvatures, strict=True)), torch.zeros_like(A))
+    enough = TOLERANCE * residual.norm()
+    step, direction, energy = torch.zeros_like(A), torch.zeros_like(A), torch.ones_like(enough)
+    for _ in range(ITERATIONS):
+        if residual.norm() <= enough:
+            break
+        downhill = precondition(residual)
+        before, energy = energy, (residual * downhill).sum()
+        direction = downhill + energy / before * direction
+        image = applied(direction)
+        length = energy / (direction * image).sum()
+        step += length * direction
+        residual = residual - length * image
+    return A + step
+
+
+def _preconditioner(curvatures: Sequence[Curvature], ridge: float) -> Callable[[Tensor], Tensor]:
+    """The solution for a right-hand side ``[d_out, d_in]`` if every task had the mean curvature."""
+    (g, V), (h, U) = (torch.linalg.eigh(sum(parts[1:], parts[0])) for parts in zip(*curvatures, strict=True))
+    gains = 1 / (h.clamp(min=0)[:, None] * g.clamp(min=0) / len(curvatures) + ridge)
+    return lambda M: U @ (gains * (U.T @ M @ V)) @ V.T
