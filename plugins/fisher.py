@@ -9,11 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.functional import fisher
 from mergekit_vision.functional.fisher import Curvature, CurvatureMoments, fisher_fit
 from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, Weights, settled, static_base
-
-HELD = 4 << 30
-"""Bytes of curvatures that are held at once; each further part of the layers costs a run of the proxy images."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def _groups(inputs: MergeInputs) -> list[list[LinearInfo]]:
     for linear in inputs.linears:
         if any(inputs.changed(task, linear.weight) for task in inputs.tasks):
             size = 8 * len(inputs.tasks) * sum(side**2 for side in inputs.base[linear.weight].shape)
-            if held + size > HELD:
+            if held + size > fisher.HELD:
                 groups.append([])
                 held = 0
             groups[-1].append(linear)

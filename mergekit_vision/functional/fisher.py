@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mergekit_vision.functional.gram import gram
 
+HELD = 4 << 30
+"""Bytes of curvatures that are held at once; each further part of a model's layers costs a run of the proxy images."""
 TOLERANCE = 1e-6
 """Residual, relative to the right-hand side, at which conjugate gradients stop."""
 ITERATIONS = 300

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_vision.encoders.backbone import Backbone
+from mergekit_vision.functional.fisher import HELD
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
@@ -105,7 +106,8 @@ def _statistics(merger: Merger, sizes: Sizes) -> int:
         of_matrix, at_once = _KEPT[name]
         of_matrix = _whole_subspaces if getattr(merger, "rank", None) == "energy" else of_matrix
         matrices = sizes.matrices()
-        return below + max(sum(map(of_matrix, matrices[at:][:at_once])) for at in range(0, len(matrices), at_once or 1))
+        most = max(sum(map(of_matrix, matrices[at:][:at_once])) for at in range(0, len(matrices), at_once or 1))
+        return below + (min(most, HELD) if name == "FisherFit" else most)
     return below
 
 

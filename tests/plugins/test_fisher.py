@@ -1,6 +1,6 @@
 """FisherFit against its normal equations in float64, and gradients against finite differences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.functional import fisher
 from mergekit_vision.functional.fisher import CurvatureMoments
-from mergekit_vision.merger import Merged, Merger, merged_weights
+from mergekit_vision.merger import GradientObserver, Merged, Merger, merged_weights
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.fisher import FisherFit
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -43,6 +44,22 @@ def test_the_normal_equations_are_solved(tasks: int, options: dict[str, float]) 
     for position in (0, 1, 5):
         expected = normal_equations(zoo, position, **options)
         assert relative_error(found.update[INFOS[position].weight], expected) < 1e-5
+
+
+def test_layers_in_parts_are_fitted_like_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, runs = Zoo(tasks=2).inputs(), list[int]()
+    whole = FisherFit().merge(inputs)
+    run = inputs.run_backward
+    assert run is not None
+
+    def counted(task: str, observers: Mapping[str, GradientObserver], model: Merged) -> None:
+        runs.append(len(observers))
+        run(task, observers, model)
+
+    monkeypatch.setattr(fisher, "HELD", 1)
+    parts = FisherFit().merge(replace(inputs, run_backward=counted))
+    assert runs == [1] * 2 * len(INFOS)
+    assert all(parts.update[key].equal(value) for key, value in whole.update.items())
 
 
 def test_what_is_no_layer_of_a_block_is_as_in_the_base() -> None:
