@@ -1,6 +1,7 @@
 """Iso-C and Iso-CTS merging."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,9 +10,13 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
+from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["isotropic", "mean"]
+
+AT_ONCE = 4
+"""Parameters that threads merge at once; the same number in all processes, which share out the groups."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,21 @@ class _Isotropic(Merger):
         def merged(key: str) -> Tensor:
             return self._merged(inputs, key) if key in flat else inputs.deltas(key).mean(0)
 
-        update = inputs.spread_changed(merged, inputs.base, "merging")
+        update = _several_at_once(inputs, merged)
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - flat)
+
+
+def _several_at_once(inputs: MergeInputs, merged: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Merged task vectors of the parameters that some expert changed: several at once, alike in size."""
+
+    def changed(key: str) -> Tensor | None:
+        return merged(key) if any(inputs.changed(task, key) for task in inputs.tasks) else None
+
+    keys = sorted(inputs.base, key=lambda key: tuple(inputs.base[key].shape))
+    groups = {keys[at]: keys[at : at + AT_ONCE] for at in range(0, len(keys), AT_ONCE)}
+    found = inputs.spread(lambda first: in_threads(changed, groups[first]), groups, "merging")
+    updates = {key: update for first, keys in groups.items() for key, update in zip(keys, found[first], strict=True)}
+    return {key: update for key in inputs.base if (update := updates[key]) is not None}
 
 
 @dataclass(frozen=True)

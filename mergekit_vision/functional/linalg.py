@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.functional.gram import gram
+from mergekit_vision.functional.leading import leading_eigenpairs
 from mergekit_vision.functional.polar_columns import is_large, polar_columns
 from mergekit_vision.functional.threads import in_threads
 
@@ -171,10 +172,10 @@ def top_svd(M: Tensor, k: int, tol: float = GRAM_TOLERANCE) -> TopSVD:
     matrix = M.double()
     wide = M.shape[0] < M.shape[1]
     A = matrix.T if wide else matrix
-    values, vectors = torch.linalg.eigh(gram(A))
-    s = values.clamp(min=0).sqrt().flip(0)[:k]
+    values, vectors = leading_eigenpairs(gram(A), k)
+    s = values.clamp(min=0).sqrt()
     s = s[s > tol * s[:1]]
-    V = vectors.flip(1)[:, : len(s)]
+    V = vectors[:, : len(s)]
     U = A @ V / s
     if wide:
         U, V = V, U
