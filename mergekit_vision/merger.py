@@ -271,10 +271,10 @@ class MergeInputs:
         self.run_proxies(task, observers, model)
 
     def differentiate(self, task: str, observers: Mapping[str, GradientObserver], model: "Merged") -> None:
-        """Run a task's proxy images through a static merged model and back: how its class probabilities depend on each layer.
+        """Run a task's proxy images through a static merged model and back: how its distance from the expert depends on layers.
 
         What is differentiated is the Kullback-Leibler divergence of the model's class probabilities from those of the task's
-        expert, in nats, summed over the images; no label is looked at.
+        expert, in nats, summed over the images; no label is looked at, but the class names are.
 
         Args:
             task: whose proxy images run, and whose classes are told apart.
@@ -283,7 +283,7 @@ class MergeInputs:
             model: what runs.
 
         Raises:
-            InputError: when there are no proxy images, or a name is not that of one of :attr:`linears`.
+            InputError: when there are no proxy images, a name is not that of one of :attr:`linears`, or the model has experts.
         """
         if self.run_backward is None:
             raise InputError(_NO_PROXIES)
@@ -300,7 +300,8 @@ class MergeInputs:
         """``function`` of every item, as :attr:`track` shows it; with several processes each computes a share.
 
         The result does not depend on the number of processes, and every process gets all of it. ``function`` may call
-        :meth:`observe`, and nothing that needs the other processes: not :meth:`coefficient`, not :meth:`spread` again.
+        :meth:`observe` and :meth:`differentiate`, and nothing that needs the other processes: not :meth:`coefficient`, not
+        :meth:`spread` again.
 
         Args:
             function: of a task's name or a parameter's key, giving tensors, numbers, or collections of them.

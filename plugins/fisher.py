@@ -1,9 +1,8 @@
 """Calibration of a merged model, weighted by what its outputs depend on."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional import fisher
 from mergekit_vision.functional.fisher import Curvature, CurvatureMoments, fisher_fit
-from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, Weights, settled, static_base
+from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, settled, static_base
 
 
 @dataclass(frozen=True)
@@ -56,39 +55,39 @@ class FisherFit(Merger):
         anchor = Merged(update, fixed=frozenset(update))
         found: dict[str, Tensor] = {}
         for number, linears in enumerate(groups := _groups(inputs)):
-            name = f"part {number + 1} of {len(groups)}"
-            curvatures = partial(self._curvatures, inputs, anchor, linears)
-            seen = inputs.spread(curvatures, inputs.tasks, f"proxies and gradients, {name}")
-            fit = partial(self._fitted, inputs, update, seen)
-            found |= inputs.spread(fit, [linear.weight for linear in linears], f"fitting, {name}")
+            found |= self._fit(inputs, anchor, linears, f"part {number + 1} of {len(groups)}")
         return Merged(update | found, base.scale, fixed=frozenset(update | found))
 
-    def _curvatures(
-        self, inputs: MergeInputs, anchor: Merged, linears: Sequence[LinearInfo], task: str
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of some layers, by the key of their weight."""
-        moments = {linear.name: CurvatureMoments() for linear in linears}
-        inputs.differentiate(task, moments, anchor)
-        return {linear.weight: tuple(moments.pop(linear.name).curvature(self.floor)) for linear in linears}  # type: ignore[misc]
+    def _fit(self, inputs: MergeInputs, anchor: Merged, linears: Sequence[LinearInfo], name: str) -> dict[str, Tensor]:
+        """The task vectors of some layers' weights."""
 
-    def _fitted(
-        self, inputs: MergeInputs, update: Weights, seen: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], key: str
-    ) -> Tensor:
-        """The task vector of one layer's weight."""
-        deltas = [inputs.delta(task, key) for task in inputs.tasks]
-        start = update[key] if key in update else deltas[0].new_zeros(deltas[0].shape)
-        return fisher_fit(deltas, [Curvature(*seen[task][key]) for task in inputs.tasks], start, self.ridge).float()
+        def curvatures(task: str) -> dict[str, Curvature]:
+            moments = {linear.name: CurvatureMoments() for linear in linears}
+            inputs.differentiate(task, moments, anchor)
+            return {linear.weight: moments.pop(linear.name).curvature(self.floor) for linear in linears}
+
+        def fitted(key: str) -> Tensor:
+            deltas = [inputs.delta(task, key) for task in inputs.tasks]
+            start = anchor.update[key] if key in anchor.update else deltas[0].new_zeros(deltas[0].shape)
+            return fisher_fit(deltas, [seen[task][key] for task in inputs.tasks], start, self.ridge).float()
+
+        seen = inputs.spread(curvatures, inputs.tasks, f"proxies and gradients, {name}")
+        return inputs.spread(fitted, [linear.weight for linear in linears], f"fitting, {name}")
 
 
 def _groups(inputs: MergeInputs) -> list[list[LinearInfo]]:
     """The layers that some expert changed, in parts whose curvatures are held at once."""
+
+    def changed(key: str) -> bool:
+        return any(inputs.changed(task, key) for task in inputs.tasks)
+
+    known = inputs.spread(changed, [linear.weight for linear in inputs.linears], "changed layers")
     groups, held = list[list[LinearInfo]](), math.inf
-    for linear in inputs.linears:
-        if any(inputs.changed(task, linear.weight) for task in inputs.tasks):
-            size = 8 * len(inputs.tasks) * sum(side**2 for side in inputs.base[linear.weight].shape)
-            if held + size > fisher.HELD:
-                groups.append([])
-                held = 0
-            groups[-1].append(linear)
-            held += size
+    for linear in (linear for linear in inputs.linears if known[linear.weight]):
+        size = 4 * len(inputs.tasks) * sum(side * (side + 1) for side in inputs.base[linear.weight].shape)
+        if held + size > fisher.HELD:
+            groups.append([])
+            held = 0
+        groups[-1].append(linear)
+        held += size
     return groups

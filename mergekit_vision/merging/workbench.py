@@ -1,6 +1,6 @@
 """Runs mergers on one encoder: the bridge between weights, images and the contract."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -92,12 +92,10 @@ class Workbench:
                     running.encoder(images.to(runtime.device))
 
         def run_backward(task: str, observers: Mapping[str, GradientObserver], model: Merged) -> None:
-            if model.routed:
-                raise InputError("a model with routed experts cannot be differentiated; take its base")
-            for x, gradient, name in _gradients(
-                evaluator, task, experts[task], merged_weights(self.base, model), list(observers)
-            ):
-                observers[name](x.to(device), gradient.to(device))
+            if model.routed or model.experts:
+                raise InputError("a model with routed or compressed experts cannot be differentiated; take a static one")
+            if observers:
+                _run_backward(evaluator, task, experts[task], merged_weights(self.base, model), observers, device)
 
         return MergeInputs(
             self.base,
@@ -154,6 +152,10 @@ class Workbench:
         return merged
 
 
+GRAPH = 8
+"""Images whose activations are kept for the way back: some thirty numbers a token and block, in units of the width."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Streams:
     """Runs proxy images block by block with the evaluator's encoder; see :class:`~mergekit_vision.merger.Streams`.
@@ -182,25 +184,33 @@ class _Streams:
             return torch.cat([run(index, part.to(device)).to(self.device) for part in parts])
 
 
-def _gradients(
-    evaluator: Evaluator, task: str, expert: Weights, model: Weights, names: Sequence[str]
-) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Inputs of named layers of a model, and gradients by their outputs of its divergence from an expert."""
-    device = evaluator.runtime.device
+def _run_backward(
+    evaluator: Evaluator,
+    task: str,
+    expert: Weights,
+    model: Weights,
+    observers: Mapping[str, GradientObserver],
+    device: torch.device,
+) -> None:
+    """Show observers inputs of layers of a model, and gradients by their outputs of its divergence from an expert."""
     head = evaluator.heads().weight(task).float().clone()  # what was made in inference mode has no gradient
+    at = evaluator.runtime.device
 
     def opinion(running: Evaluator, images: Tensor) -> Tensor:
         return (F.normalize(running.encoder(images).float(), dim=-1) @ head.T).log_softmax(-1)
 
-    for batch in evaluator.data.proxy_loader(task):
-        images = batch.to(device).clone()
-        with evaluator.with_weights(expert) as running:
-            target = opinion(running, images).exp()
-        with evaluator.with_weights(model) as running, torch.enable_grad(), capture_outputs(running.encoder, names) as seen:
-            divergence = -(target * opinion(running, images.requires_grad_())).sum()  # up to the expert's entropy, a constant
-            gradients = torch.autograd.grad(divergence, [seen[name][1] for name in names])
-        for name, gradient in zip(names, gradients, strict=True):
-            yield seen[name][0].detach().float(), gradient.float(), name
+    with evaluator.with_weights(expert) as running:
+        targets = [opinion(running, images.to(at)).exp() for images in evaluator.data.proxy_loader(task)]
+    with evaluator.with_weights(model) as running, capture_outputs(running.encoder, observers) as seen:
+        for batch, target in zip(evaluator.data.proxy_loader(task), targets, strict=True):
+            for images, wanted in zip(torch.split(batch, GRAPH), torch.split(target, GRAPH), strict=True):
+                with torch.enable_grad():
+                    opinions = opinion(running, images.to(at).clone().requires_grad_())
+                    divergence = -(wanted * opinions).sum()  # up to the expert's entropy, a constant
+                    gradients = torch.autograd.grad(divergence, [seen[name][1] for name in observers])
+                for (name, observer), gradient in zip(observers.items(), gradients, strict=True):
+                    observer(seen[name][0].detach().float().to(device), gradient.float().to(device))
+                seen.clear()
 
 
 def _moving(observer: Observer, device: torch.device) -> Observer:

@@ -11,6 +11,7 @@ from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
 from mergekit_vision.merging.work import Matrix, Sizes
+from mergekit_vision.merging.workbench import GRAPH
 
 TRIED = 9
 """Coefficients that a search tries, one more or less."""
@@ -107,7 +108,10 @@ def _statistics(merger: Merger, sizes: Sizes) -> int:
         of_matrix = _whole_subspaces if getattr(merger, "rank", None) == "energy" else of_matrix
         matrices = sizes.matrices()
         most = max(sum(map(of_matrix, matrices[at:][:at_once])) for at in range(0, len(matrices), at_once or 1))
-        return below + (min(most, HELD) if name == "FisherFit" else most)
+        if name == "FisherFit":  # whole matrices of one layer besides, and what is kept of some images for the way back
+            most = min(most, HELD) + 3 * max(map(of_matrix, matrices))
+            most += GRAPH * sizes.tokens * 31 * len(matrices) // 4 * max(map(min, sizes.linears)) * _NUMBER
+        return below + most
     return below
 
 
@@ -132,8 +136,8 @@ def _fits(x: Matrix) -> int:
 
 
 def _curvatures(x: Matrix) -> int:
-    """Of all tasks the second moments of one Linear's inputs and of the gradients by its outputs."""
-    return x.tasks * 8 * (x.columns**2 + x.rows**2)
+    """Of all tasks halves of the second moments of one Linear's inputs and of the gradients by its outputs."""
+    return x.tasks * 4 * (x.columns**2 + x.rows**2)
 
 
 _EVERYTHING = 1 << 20

@@ -93,3 +93,17 @@ def test_pooled_tokens() -> None:
         expected += [*image.mean(0).tolist(), *image[0].tolist(), *image.std(0, correction=0).tolist()]
         # a moment's signed root rises by at most 10 times the moment
         assert features.tolist() == pytest.approx(expected, abs=10 * largest**2 * summed(13, torch.float64))
+
+
+def test_axes_along_which_tokens_do_not_vary_are_none() -> None:
+    """Layer normalization takes one away; along it, coordinates would be rounding errors made as large as all others."""
+    x = normal(200, 6) - normal(200, 6).mean(1, keepdim=True)
+    x = x - x.mean(1, keepdim=True)
+    axes = principal_axes(x.mean(0), x.T @ x / len(x), 6)
+    assert axes.basis.shape == (6, 5)
+    assert_near(
+        (x @ axes.basis - axes.offset).square().mean(0), torch.ones(5, dtype=torch.float64), direct(200, 1e2, torch.float64)
+    )
+    constant = principal_axes(x[0], torch.outer(x[0], x[0]), 6)
+    assert constant.basis.shape[1] <= 6
+    assert constant.basis.isfinite().all()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import Subject, together
 from synthetic import INFOS, Zoo, relative_error
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional import fisher
 from mergekit_vision.functional.fisher import CurvatureMoments
-from mergekit_vision.merger import GradientObserver, Merged, Merger, merged_weights
+from mergekit_vision.merger import CompressedExpert, GradientObserver, Merged, Merger, merged_weights
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.fisher import FisherFit
+from mergekit_vision.plugins.lines import LiNeS
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 
 
@@ -108,6 +110,62 @@ def test_gradients_are_those_of_the_divergence(bench: Workbench) -> None:
     slope = (divergence(step) - divergence(-step)) / (2 * step)
     assert slope == pytest.approx(float(gradient.norm()), rel=0.02)
     assert all(parameter.grad is None for parameter in bench.evaluator.encoder.parameters())
+
+
+def test_layers_that_no_expert_changed_stay_and_a_few_changed_are_fitted() -> None:
+    zoo = Zoo(tasks=2)
+    still, moved = INFOS[1].weight, INFOS[2].weight
+    for expert in zoo.experts.values():
+        expert[still] = zoo.base[still].clone()
+    zoo.experts["task0"][moved] = zoo.base[moved].clone()
+    found = FisherFit().merge(zoo.inputs()).update
+    assert still not in found or not found[still].any()
+    assert relative_error(found[moved], normal_equations(zoo, 2, 1.4, 1.0, 0.1)) < 1e-5
+
+
+def test_a_model_that_says_what_the_expert_does_has_no_curvature_but_the_floor() -> None:
+    x, rounding = torch.randn(4, 5, 6), 1e-9 * torch.randn(4, 5, 3)
+    for gradient in (torch.zeros(4, 5, 3), rounding):
+        moments = CurvatureMoments()
+        moments(x, gradient)
+        _, H = moments.curvature(0.25).matrices((3, 6))
+        assert H.equal(0.25 * torch.eye(3, dtype=torch.float64))
+
+
+def test_on_changed_task_vectors_and_with_others_before_it() -> None:
+    inputs = Zoo(tasks=2).inputs()
+    whole, half = (FisherFit(base=base, rho=1.0).merge(inputs) for base in (TaskArithmetic(), LiNeS(base=TaskArithmetic())))
+    assert whole.update.keys() == half.update.keys()
+    shrunk = inputs.view(lambda task, key, delta: 0.5 * delta)
+    assert all(
+        relative_error(value, 0.5 * whole.update[key]) < 1e-5 for key, value in FisherFit(rho=1.0).merge(shrunk).update.items()
+    ), "the equations are linear in the task vectors where the gradients are given"
+
+
+def test_processes_that_share_the_work_find_the_same() -> None:
+    inputs = Subject(Zoo(tasks=3)).inputs
+    alone = FisherFit().merge(inputs).update
+    for merged in together(inputs, FisherFit(), False):
+        assert all(value.equal(alone[key]) for key, value in merged.update.items())
+
+
+def test_nothing_is_left_behind_where_an_observer_fails(bench: Workbench) -> None:
+    experts, linear = bench.evaluator.data.suite.experts, bench.evaluator.encoder.linears[0]
+    inputs, task = bench.inputs(experts), next(iter(experts))
+    before = {key: value.clone() for key, value in bench.evaluator.encoder.state_dict().items()}
+    inputs.differentiate(task, {}, Merged({}))
+
+    def fail(x: Tensor, gradient: Tensor) -> None:
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        inputs.differentiate(task, {linear.name: fail}, Merged({}))
+    encoder = bench.evaluator.encoder
+    assert all(value.equal(before[key]) for key, value in encoder.state_dict().items())
+    assert not any(module._forward_hooks for module in encoder.modules())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    with pytest.raises(InputError, match="routed or compressed experts"):
+        inputs.differentiate(task, {linear.name: fail}, Merged({}, experts={task: CompressedExpert(0, dict)}))
 
 
 def test_gradients_need_images_and_known_layers() -> None:
