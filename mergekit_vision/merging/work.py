@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from mergekit_vision.functional import fisher
 from mergekit_vision.functional.gram import GRAM_BLOCK
 from mergekit_vision.functional.polar_columns import SIDE
 
@@ -21,6 +22,8 @@ Work = Counter[Unit]
 _LINEAR = re.compile(
     r"visual\.transformer\.resblocks\.\d+\.(attn\.in_proj_weight|(attn\.out_proj|mlp\.c_fc|mlp\.c_proj)\.weight)"
 )
+CURVATURES = fisher.HELD
+"""Bytes of curvatures that FisherFit holds at once."""
 APART = 1.15
 """Time of the same operations in a merge, which goes from tensor to tensor, relative to a measurement that repeats one."""
 

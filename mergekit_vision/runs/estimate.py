@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_vision.encoders.backbone import Backbone
-from mergekit_vision.functional.fisher import HELD
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
-from mergekit_vision.merging.work import Matrix, Sizes
+from mergekit_vision.merging.work import CURVATURES, Matrix, Sizes
 from mergekit_vision.merging.workbench import GRAPH
 
 TRIED = 9
@@ -109,7 +108,7 @@ def _statistics(merger: Merger, sizes: Sizes) -> int:
         matrices = sizes.matrices()
         most = max(sum(map(of_matrix, matrices[at:][:at_once])) for at in range(0, len(matrices), at_once or 1))
         if name == "FisherFit":  # whole matrices of one layer besides, and what is kept of some images for the way back
-            most = min(most, HELD) + 3 * max(map(of_matrix, matrices))
+            most = min(most, CURVATURES) + 3 * max(map(of_matrix, matrices))
             most += GRAPH * sizes.tokens * 31 * len(matrices) // 4 * max(map(min, sizes.linears)) * _NUMBER
         return below + most
     return below
