@@ -24,7 +24,7 @@ class FisherFit(Merger):
     the one that is set or searched.
 
     Args:
-        base: merges what is fitted; the sum of the task vectors where ``None``.
+        base: merges what is fitted; ESM with its defaults where ``None``.
         rho: the anchor's weights of these layers are the backbone's plus ``rho`` times the base's update.
         ridge: pull of the anchor, above 0; each task's ``G_t`` has norm 1 and ``H_t`` a mean diagonal entry of 1.
         floor: share to which all outputs count equally, in [0, 1]; with 1 no gradient has a say.
@@ -49,7 +49,9 @@ class FisherFit(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, see how its outputs depend on every layer, then fit the layers."""
-        base = settled(inputs, static_base(inputs, self.base))
+        from .esm import ESM  # here, as only the default depends on another plugin
+
+        base = settled(inputs, static_base(inputs, ESM() if self.base is None else self.base))
         fits = {linear.weight for linear in inputs.linears}
         update = {key: self.rho * value if key in fits else value for key, value in base.update.items()}
         anchor = Merged(update, fixed=frozenset(update))

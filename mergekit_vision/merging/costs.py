@@ -229,7 +229,7 @@ METHODS: Mapping[str, Method] = {
     "RegMean": Method(_regression, outside=False, passes=3.0, forwards=1.0, scaled=False),
     "FeatCal": Method(_calibration, outside=False, passes=4.0, forwards=2.0, base="TaskArithmetic", scaled=False),
     # of the parts into which large models are cut, one; conjugate gradients take most of the time
-    "FisherFit": Method(_fisher, outside=False, passes=2.0, forwards=4.0, base="TaskArithmetic", scaled=False),
+    "FisherFit": Method(_fisher, outside=False, passes=2.0, forwards=4.0, base="ESM", scaled=False),
     "ESM": Method(_essential, kinds=(0, 2, 3), others=_tsvm, passes=2.0, forwards=1.0),
     "ESMPP": Method(_routed, kinds=(0, 2), outside=False, forwards=1.0, base="ESM", scaled=False, routing=0.13),
     "ESMPPBayes": Method(_routed_by_moments, kinds=(0, 2), outside=False, forwards=3.0, base="ESM", scaled=False, routing=0.4),

@@ -15,6 +15,7 @@ from mergekit_vision.functional import fisher
 from mergekit_vision.functional.fisher import CurvatureMoments
 from mergekit_vision.merger import CompressedExpert, GradientObserver, Merged, Merger, merged_weights
 from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.fisher import FisherFit
 from mergekit_vision.plugins.lines import LiNeS
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -41,7 +42,7 @@ def normal_equations(zoo: Zoo, position: int, rho: float, ridge: float, floor: f
 def test_the_normal_equations_are_solved(tasks: int, options: dict[str, float]) -> None:
     """The right-hand side is float32, so that errors of its precision pass through a system of condition below 1e3."""
     zoo, options = Zoo(tasks=tasks), {"rho": 1.4, "ridge": 1.0, "floor": 0.1} | options
-    found = FisherFit(**options).merge(zoo.inputs())  # type: ignore[arg-type]
+    found = FisherFit(base=TaskArithmetic(), **options).merge(zoo.inputs())  # type: ignore[arg-type]
     assert found.fixed == found.update.keys()
     for position in (0, 1, 5):
         expected = normal_equations(zoo, position, **options)
@@ -50,7 +51,7 @@ def test_the_normal_equations_are_solved(tasks: int, options: dict[str, float]) 
 
 def test_layers_in_parts_are_fitted_like_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, runs = Zoo(tasks=2).inputs(), list[int]()
-    whole = FisherFit().merge(inputs)
+    whole = FisherFit(base=TaskArithmetic()).merge(inputs)
     run = inputs.run_backward
     assert run is not None
 
@@ -59,7 +60,7 @@ def test_layers_in_parts_are_fitted_like_all_at_once(monkeypatch: pytest.MonkeyP
         run(task, observers, model)
 
     monkeypatch.setattr(fisher, "HELD", 1)
-    parts = FisherFit().merge(replace(inputs, run_backward=counted))
+    parts = FisherFit(base=TaskArithmetic()).merge(replace(inputs, run_backward=counted))
     assert runs == [1] * 2 * len(INFOS)
     assert all(parts.update[key].equal(value) for key, value in whole.update.items())
 
@@ -74,9 +75,15 @@ def test_what_is_no_layer_of_a_block_is_as_in_the_base() -> None:
         assert found.update[key].equal(0.5 * value) != (key in fits)
 
 
+def test_the_base_is_esm_by_default() -> None:
+    inputs = Zoo(tasks=3).inputs()
+    default, named = FisherFit().merge(inputs), FisherFit(base=ESM()).merge(inputs)
+    assert all(value.equal(named.update[key]) for key, value in default.update.items())
+
+
 def test_a_heavy_anchor_gives_the_base() -> None:
     inputs = Zoo(tasks=3).inputs()
-    base, found = TaskArithmetic().merge(inputs), FisherFit(rho=1.0, ridge=1e9).merge(inputs)
+    base, found = TaskArithmetic().merge(inputs), FisherFit(base=TaskArithmetic(), rho=1.0, ridge=1e9).merge(inputs)
     for key, value in base.update.items():
         assert relative_error(found.update[key], 0.3 * value) < 1e-6
 
@@ -118,7 +125,7 @@ def test_layers_that_no_expert_changed_stay_and_a_few_changed_are_fitted() -> No
     for expert in zoo.experts.values():
         expert[still] = zoo.base[still].clone()
     zoo.experts["task0"][moved] = zoo.base[moved].clone()
-    found = FisherFit().merge(zoo.inputs()).update
+    found = FisherFit(base=TaskArithmetic()).merge(zoo.inputs()).update
     assert still not in found or not found[still].any()
     assert relative_error(found[moved], normal_equations(zoo, 2, 1.4, 1.0, 0.1)) < 1e-5
 
@@ -137,15 +144,14 @@ def test_on_changed_task_vectors_and_with_others_before_it() -> None:
     whole, half = (FisherFit(base=base, rho=1.0).merge(inputs) for base in (TaskArithmetic(), LiNeS(base=TaskArithmetic())))
     assert whole.update.keys() == half.update.keys()
     shrunk = inputs.view(lambda task, key, delta: 0.5 * delta)
-    assert all(
-        relative_error(value, 0.5 * whole.update[key]) < 1e-5 for key, value in FisherFit(rho=1.0).merge(shrunk).update.items()
-    ), "the equations are linear in the task vectors where the gradients are given"
+    found = FisherFit(base=TaskArithmetic(), rho=1.0).merge(shrunk).update
+    assert all(relative_error(value, 0.5 * whole.update[key]) < 1e-5 for key, value in found.items()), "linear in task vectors"
 
 
 def test_processes_that_share_the_work_find_the_same() -> None:
     inputs = Subject(Zoo(tasks=3)).inputs
-    alone = FisherFit().merge(inputs).update
-    for merged in together(inputs, FisherFit(), False):
+    alone = FisherFit(base=TaskArithmetic()).merge(inputs).update
+    for merged in together(inputs, FisherFit(base=TaskArithmetic()), False):
         assert all(value.equal(alone[key]) for key, value in merged.update.items())
 
 
@@ -171,7 +177,7 @@ def test_nothing_is_left_behind_where_an_observer_fails(bench: Workbench) -> Non
 def test_gradients_need_images_and_known_layers() -> None:
     inputs = Zoo(tasks=2).inputs()
     with pytest.raises(InputError, match="needs proxy images"):
-        FisherFit().merge(replace(inputs, run_backward=None))
+        FisherFit(base=TaskArithmetic()).merge(replace(inputs, run_backward=None))
     with pytest.raises(InputError, match="not a Linear layer of this encoder"):
         inputs.differentiate("task0", {"visual.nothing": CurvatureMoments()}, Merged({}))
     with pytest.raises(ValueError, match="no inputs were observed"):
