@@ -11,7 +11,7 @@ the ratio of processor times, at one thread, tells more: it counts this process 
 import copy
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -25,7 +25,7 @@ from benchmarks.records import Row
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.functional.routing import Axes, Pooling, pool_tokens
 from mergekit_vision.merger import LinearKind, linears_of_kind
-from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
+from mergekit_vision.routers import CosineRouter, Evidence, HeldRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
 
 ALL_KINDS: tuple[LinearKind, ...] = ("in_proj", "out_proj", "c_fc", "c_proj")
 TOKEN_STATISTICS: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")  # of ESMPPBayes
@@ -52,26 +52,38 @@ def projection(tasks: int, width: int) -> Router:
     return ProjectionRouter(torch.randn(tasks, 16, width))
 
 
-VARIANTS: dict[str, tuple[tuple[LinearKind, ...], int, Callable[[int, int], Router]]] = {  # layers, rank, router
-    "ESM++ r=8": (("in_proj", "c_fc"), 8, cosine),
-    "ESM++ r=32": (("in_proj", "c_fc"), 32, cosine),
-    "ESMPPBayes r=32": (("in_proj", "c_fc"), 32, bayes),
-    "SMILE r=32 g=16": (ALL_KINDS, 32, projection),
+class Variant(NamedTuple):
+    """Routed layers, the rank of their experts, their router, and whether the last ``c_fc`` decides for all in a run ahead."""
+
+    kinds: tuple[LinearKind, ...]
+    rank: int
+    router: Callable[[int, int], Router]
+    once: bool = False
+
+
+VARIANTS = {
+    "ESM++ r=8": Variant(("in_proj", "c_fc"), 8, cosine),
+    "ESM++ r=32": Variant(("in_proj", "c_fc"), 32, cosine),
+    "ESMPPBayes r=32": Variant(("in_proj", "c_fc"), 32, bayes),
+    "ESMPPFit r=18": Variant(ALL_KINDS, 18, bayes, once=True),
+    "SMILE r=32 g=16": Variant(ALL_KINDS, 32, projection),
 }
 
 
-def routed(
-    plain: VisionEncoder, tasks: int, kinds: tuple[LinearKind, ...], rank: int, router: Callable[[int, int], Router]
-) -> VisionEncoder:
+def routed(plain: VisionEncoder, tasks: int, variant: Variant) -> VisionEncoder:
     """The encoder with random experts; the plain weights are shared."""
     memo = {id(parameter): parameter for parameter in plain.parameters()}
     encoder = copy.deepcopy(plain, memo)
     experts = {}
-    for linear in linears_of_kind(encoder.linears, kinds):
+    linears = linears_of_kind(encoder.linears, variant.kinds)
+    deciding = [linear for linear in linears if linear.kind == "c_fc"][-1]
+    for linear in linears:
         d_out, d_in = encoder.get_parameter(f"{linear.name}.weight").shape
-        up, down = torch.randn(tasks, d_out, rank) / 100, torch.randn(tasks, rank, d_in) / 100
-        bias = torch.zeros(tasks, d_out) if router is projection else None
-        experts[linear.name] = LowRankExperts(up, down, router(tasks, d_in), bias)
+        up, down = torch.randn(tasks, d_out, variant.rank) / 100, torch.randn(tasks, variant.rank, d_in) / 100
+        bias = torch.zeros(tasks, d_out) if variant.router is projection else None
+        evidence: Evidence = "own" if not variant.once else "ahead" if linear is deciding else "hold"
+        router = HeldRouter(tasks, top_k=2, temperature=DOUBT) if evidence == "hold" else variant.router(tasks, d_in)
+        experts[linear.name] = LowRankExperts(up, down, router, bias, evidence)
     encoder.route(experts)
     return encoder.eval()
 
@@ -95,7 +107,7 @@ def measure(
     plain: VisionEncoder, tasks: int, images: Tensor, budget: float, compiled: bool, about: records.Case
 ) -> Iterator[Row]:
     """Rows of one case: every variant in turns until the time is up, three rounds at least."""
-    encoders = {"plain encoder": plain, **{name: routed(plain, tasks, *spec) for name, spec in VARIANTS.items()}}
+    encoders = {"plain encoder": plain, **{name: routed(plain, tasks, variant) for name, variant in VARIANTS.items()}}
     added = {name: added_megabytes(encoder) for name, encoder in encoders.items()}
     runs: dict[str, Callable[[], Any]] = {}
     for name, encoder in encoders.items():

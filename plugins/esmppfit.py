@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.fitting import RouterFit, evidence_of, routed
+from mergekit_vision.functional.gram import gram
 from mergekit_vision.functional.linalg import pad_rank
 from mergekit_vision.functional.lowrank import low_rank_fit
 from mergekit_vision.functional.routing import Pooling
@@ -31,8 +32,11 @@ from mergekit_vision.merger import (
 POOLING: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")
 """What the router knows of an image's tokens."""
 
-Factors = dict[str, tuple[Tensor, Tensor]]
+ExpertFactors = dict[str, tuple[Tensor, Tensor]]
 """Linear name -> ``up [d_out, r]`` and ``down [r, d_in]`` of one expert."""
+
+IMAGES = 32
+"""Images whose layer inputs and outputs are held in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -79,48 +83,71 @@ class ESMPPFit(Merger):
         """Merge the base, fit the router and, task by task, the experts."""
         from .esm import ESM  # here, as only the default depends on another plugin
 
+        if any(key.endswith((".ls_1.gamma", ".ls_2.gamma")) for key in inputs.base):
+            raise InputError(
+                "ESMPPFit: this encoder scales what its layers add to the residual stream (LayerScale), which the fit does not "
+                "know of; take ESMPPBayes"
+            )
         linears = linears_of_kind(inputs.linears, self.layers)
         base = settled(inputs, static_base(inputs, ESM() if self.base is None else self.base))
-        found = inputs.spread(partial(self._expert, inputs, base, linears), inputs.tasks, "experts").values()
-        factors = {linear.name: _stacked([expert[linear.name] for expert in found]) for linear in linears}
+        changed = inputs.spread_changed(lambda key: True, [linear.weight for linear in linears], "layers that changed")
+        expert = partial(self._expert, inputs, base, [linear for linear in linears if linear.weight in changed])
+        found = inputs.spread(expert, inputs.tasks, "experts").values()
+        factors = {linear.name: _stacked(inputs, linear, [expert.get(linear.name) for expert in found]) for linear in linears}
         fit = RouterFit("ESMPPFit", "discriminant", POOLING, top_k=self.top_k, temperature=None)
-        held = _deciding(inputs, linears)
+        held = _held_layer(inputs, linears)
         names = [linears[held].name]
         axes = fit.axes(inputs, names, base)
         routers = fit.of_features(fit.features(inputs, names, base, axes), axes)
         return replace(base, routed=routed(factors, routers, evidence_of("ESMPPFit", "once", held, linears)))
 
-    def _expert(self, inputs: MergeInputs, base: Merged, linears: list[LinearInfo], task: str) -> Factors:
+    def _expert(self, inputs: MergeInputs, base: Merged, linears: list[LinearInfo], task: str) -> ExpertFactors:
         """A task's low-rank weights; each layer sees those of the layers before it."""
-        run, last, found = inputs.blocks.block, inputs.linears[-1].block, Factors()
-        own, weights = dict[str, Tensor](), dict[str, Tensor]()
-        for key, value in inputs.base.items():
-            own[key] = (delta := inputs.delta(task, key)).add_(value.to(delta))
-            weights[key] = value.to(delta) + base.update[key].to(delta) if key in base.update else value.to(delta)
+        run, found = inputs.blocks.block, ExpertFactors()
+        own, weights = _weights(inputs, base, task)
         theirs, ours = inputs.blocks.embed(task, own), inputs.blocks.embed(task, weights)
+        last = linears[-1].block if linears else -1
         for block in range(last + 1):
-            layers = {linear.name: linear for linear in linears if linear.block == block}
-            seen = {name: Inputs() for name in layers}
+            layers = [linear for linear in linears if linear.block == block]
+            seen = {linear.name: _KeptInputs() for linear in layers if linear.kind != "c_proj"}
             behind = run(block, own, theirs, seen)
-            for name, linear in layers.items():
-                at, key = Inputs(), linear.weight
-                after = run(block, weights, ours, {name: at})
-                target = _outputs(linear, seen[name].all, own) - _outputs(linear, at.all, weights)
-                if linear.kind == "out_proj":
-                    target += theirs - ours
-                elif linear.kind == "c_proj":
-                    target = (behind - after).double()
-                found[name] = target.new_zeros(len(own[key]), 0).float(), target.new_zeros(0, own[key].shape[1]).float()
-                if any(inputs.changed(other, key) for other in inputs.tasks):
-                    patches = self.patches if block == last and linear.kind != "in_proj" else 1.0
-                    rows, target = (_weighted(part, patches) for part in (at.all, target))
-                    found[name] = low_rank_fit(rows, target, own[key] - weights[key], self.rank, self.ridge)
-                    weights[key] = weights[key] + found[name][0] @ found[name][1]
-            theirs, ours = behind, run(block, weights, ours, {})
+            for linear in layers:
+                x = seen.pop(linear.name).all if linear.name in seen else behind
+                moments = self._moments(inputs, linear, (own, weights), (theirs, behind, x), ours)
+                key = linear.weight
+                found[linear.name] = up, down = low_rank_fit(*moments, own[key] - weights[key], self.rank, self.ridge)
+                weights[key] = weights[key] + up @ down
+            if block < last:
+                theirs, ours = behind, run(block, weights, ours, {})
         return found
 
+    def _moments(
+        self, inputs: MergeInputs, linear: LinearInfo, models: tuple[Weights, Weights], theirs: Sequence[Tensor], ours: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``XᵀX`` and ``XᵀY`` of a layer's inputs ``x`` in the merged model and of what is missing there, ``y``; float64.
 
-class Inputs:
+        Args:
+            inputs: where blocks are run.
+            linear: the layer.
+            models: the expert's weights and the merged model's.
+            theirs: the expert's streams before and behind the layer's block, and its inputs of the layer.
+            ours: the merged model's streams before the block.
+        """
+        patches = self.patches if linear.block == inputs.linears[-1].block and linear.kind != "in_proj" else 1.0
+        d_out, d_in = inputs.base[linear.weight].shape
+        own, weights = models
+        G, cross = (ours.new_zeros(d_in, d, dtype=torch.float64) for d in (d_in, d_out))
+        for before, *their in zip(*(torch.split(part, IMAGES) for part in (ours, *theirs)), strict=True):
+            seen = _KeptInputs()
+            behind = inputs.blocks.block(linear.block, weights, before, {linear.name: seen})
+            missing = _reached(linear, own, *their) - _reached(linear, weights, before, behind, seen.all)
+            rows, missing = (_weighted(part, patches) for part in (seen.all.double(), missing))
+            G += gram(rows)
+            cross += rows.T @ missing
+        return G, cross
+
+
+class _KeptInputs:
     """Observer that keeps a layer's inputs."""
 
     def __init__(self) -> None:
@@ -132,13 +159,29 @@ class Inputs:
 
     @property
     def all(self) -> Tensor:
-        """Those of all images, ``[images, tokens, d_in]``, float64."""
-        return torch.cat(self._batches).double()
+        """Those of all images, ``[images, tokens, d_in]``."""
+        return torch.cat(self._batches)
 
 
-def _outputs(linear: LinearInfo, x: Tensor, weights: Weights) -> Tensor:
-    """What a layer makes of its inputs, float64."""
-    return F.linear(x, weights[linear.weight].double(), None if linear.bias is None else weights[linear.bias].double())
+def _weights(inputs: MergeInputs, base: Merged, task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a task's expert and of the merged base, float32."""
+    own, weights = dict[str, Tensor](), dict[str, Tensor]()
+    for key, value in inputs.base.items():
+        own[key] = (delta := inputs.delta(task, key)).add_(value.to(delta))
+        weights[key] = value.to(delta) + base.update[key].to(delta) if key in base.update else value.to(delta)
+    return own, weights
+
+
+def _reached(linear: LinearInfo, weights: Weights, before: Tensor, behind: Tensor, x: Tensor) -> Tensor:
+    """What a layer makes of its inputs ``x``, float64: its outputs, or where it adds to the residual stream, that stream.
+
+    ``before`` and ``behind`` are the stream before and behind its block; ``c_proj`` needs ``behind`` alone.
+    """
+    if linear.kind == "c_proj":
+        return behind.double()
+    bias = None if linear.bias is None else weights[linear.bias].double()
+    out = F.linear(x.double(), weights[linear.weight].double(), bias)
+    return out.add_(before) if linear.kind == "out_proj" else out
 
 
 def _weighted(x: Tensor, patches: float) -> Tensor:
@@ -146,13 +189,18 @@ def _weighted(x: Tensor, patches: float) -> Tensor:
     return torch.cat([x[:, :1], patches**0.5 * x[:, 1:]], 1).flatten(0, 1)
 
 
-def _stacked(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The factors of all experts, ``[T, d_out, r]`` and ``[T, r, d_in]``, with the largest rank that one has; at least 1."""
-    rank = max(1, *(len(down) for _, down in parts))
-    return torch.stack([pad_rank(up, rank, 1) for up, _ in parts]), torch.stack([pad_rank(down, rank, 0) for _, down in parts])
+def _stacked(inputs: MergeInputs, linear: LinearInfo, parts: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """The factors of all experts, ``[T, d_out, r]`` and ``[T, r, d_in]``, with the largest rank that one has; at least 1.
+
+    Those of a layer that no expert changed are 0.
+    """
+    zero = torch.zeros(inputs.base[linear.weight].shape, device=inputs.device)
+    pairs = [(zero[:, :0], zero[:0]) if part is None else part for part in parts]
+    rank = max(1, *(len(down) for _, down in pairs))
+    return torch.stack([pad_rank(up, rank, 1) for up, _ in pairs]), torch.stack([pad_rank(down, rank, 0) for _, down in pairs])
 
 
-def _deciding(inputs: MergeInputs, linears: Sequence[LinearInfo]) -> int:
+def _held_layer(inputs: MergeInputs, linears: Sequence[LinearInfo]) -> int:
     """Index of the layer that decides: the last of those with the fewest inputs, so that its router is small."""
     widths = [inputs.base[linear.weight].shape[1] for linear in linears]
     return len(widths) - 1 - widths[::-1].index(min(widths))

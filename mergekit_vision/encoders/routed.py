@@ -172,8 +172,10 @@ class RoutedLinear(nn.Module):
         """Each expert runs once, with its bias, on the tokens that chose it: how many is not for a graph or accelerator."""
         experts, top_k = choice.experts.expand(-1, x.shape[1], -1).flatten(), choice.experts.shape[2]
         weight = choice.weight.to(y.dtype).expand(-1, x.shape[1], -1).reshape(-1, 1)
-        counts: list[int] = torch.bincount(experts, minlength=len(self.down)).tolist()
-        groups = torch.split(experts.argsort(stable=True), counts)  # of (token, position), by expert
+        if top_k > 1:  # what has no weight goes to a group behind the last expert's, which is left out
+            experts = experts.masked_fill(weight.flatten() == 0, len(self.down))
+        counts: list[int] = torch.bincount(experts, minlength=len(self.down) + 1).tolist()
+        groups = torch.split(experts.argsort(stable=True), counts)[:-1]  # of (token, position), by expert
         rows, out = x.to(y.dtype).flatten(0, 1), y.view(-1, y.shape[-1])
         shift = None if self.shift is None else self.shift.to(y.dtype)
         for expert, (group, down, up) in enumerate(zip(groups, self.down.to(y.dtype), self.up.to(y.dtype), strict=True)):

@@ -16,6 +16,10 @@ LEAST_VARIANCE = 1e-6
 """Share of the largest axis's variance below which an axis is none."""
 
 
+ROUNDING = 1e-12
+"""Deviation within tasks, as a share of the features' root mean square, up to which there is none: float64's rounding errors."""
+
+
 class Axes(NamedTuple):
     """Leading principal axes of a layer's tokens, scaled so that coordinates have variance 1.
 
@@ -175,7 +179,8 @@ def discriminant(features: Sequence[Tensor], shrinkage: float) -> Discriminant:
     """Linear discriminant between tasks of equal probability that share one covariance.
 
     The covariance within tasks, ``S``, is pooled over tasks and shrunk towards its own diagonal, ``(1 - shrinkage) S +
-    shrinkage diag(S)``: a few images a task are far fewer than the features. It is never formed (Woodbury's identity).
+    shrinkage diag(S)``: a few images a task are far fewer than the features. It is never formed (Woodbury's identity). Where
+    features do not vary within any task, as with one image each, the variances of the tasks' means stand for ``diag(S)``.
 
     Args:
         features: for each task, its images' features, ``[n_t, f]``.
@@ -193,6 +198,8 @@ def discriminant(features: Sequence[Tensor], shrinkage: float) -> Discriminant:
     rest = torch.cat([group - mean for group, mean in zip(groups, means, strict=True)])
     freedom = max(len(rest) - len(groups), 1)
     variance = rest.square().sum(0) / freedom
+    if variance.mean() <= ROUNDING**2 * means.square().mean():  # one image a task, or the same one several times
+        variance = (means - means.mean(0)).square().sum(0) / max(len(means) - 1, 1)
     deviation = variance.clamp_min(1e-8 * variance.mean().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
     # In units of the deviations the shrunk covariance is A = shrinkage * I + (1 - shrinkage) / freedom * CᵀC.
     C, M = rest / deviation, (means - means.mean(0)) / deviation

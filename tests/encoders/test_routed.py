@@ -86,6 +86,22 @@ def test_an_expert_of_no_weight_is_left_out(lead: float) -> None:
             assert_near(layer(x), expected, forward(2, WIDTH + RANK))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_expert_of_no_weight_is_left_out_where_all_are_mixed(biased: bool) -> None:
+    linear = nn.Linear(WIDTH, 48)
+    x = torch.tensor([1.0, -1.0]).view(2, 1, 1).expand(2, 5, WIDTH)
+    up, down, bias = normal(TASKS, 48, RANK, seed=2), normal(TASKS, RANK, WIDTH, seed=3), normal(TASKS, 48, seed=4)
+    router = LinearRouter(torch.tensor([0.0, 1.0, -1.0]).view(3, 1).expand(3, WIDTH), torch.zeros(3), top_k=TASKS)
+    layer = RoutedLinear(linear, LowRankExperts(up, down, router, bias if biased else None), Routing(), "layer")
+    expected = []
+    for expert, image in zip((1, 2), x.double(), strict=True):
+        dense = linear.weight.double() + up[expert].double() @ down[expert].double()
+        expected.append(image @ dense.T + linear.bias.double() + (bias[expert].double() if biased else 0))
+    layer.up[0] = torch.nan
+    with torch.inference_mode():
+        assert_near(layer(x), torch.stack(expected), forward(2, WIDTH + RANK))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_experts_are_the_plain_encoder(kind: str, images: Tensor) -> None:
     plain = make_encoder()["visual"](images)

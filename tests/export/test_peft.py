@@ -109,9 +109,17 @@ def test_an_image_gets_the_expert_with_the_largest_sum_of_scores(
     torch.testing.assert_close(Peft().load(place)(clear), by_expert(encoder, clear, chosen), rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_decides_once_computes_what_its_adapters_do(tiny_suite: Path, tmp_path: Path) -> None:
-    options = [*OPTIONS["ESMPP"], *ONCE, "--merger.pooling", "[mean, deviation]"]
-    assert main(["merge", "-s", str(tiny_suite), "-m", "ESMPP", *options, "-o", str(tmp_path / "merged")]) == 0
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ESMPP", [*OPTIONS["ESMPP"], *ONCE, "--merger.pooling", "[mean, deviation]"]),
+        ("ESMPPFit", ["--merger.rank", "3", "--merger.top_k", "1"]),
+    ],
+)
+def test_a_model_that_decides_once_computes_what_its_adapters_do(
+    tiny_suite: Path, tmp_path: Path, method: str, options: list[str]
+) -> None:
+    assert main(["merge", "-s", str(tiny_suite), "-m", method, *options, "-o", str(tmp_path / "merged")]) == 0
     assert export_model(tmp_path / "merged", "peft", tmp_path / "adapted") < 1e-5
     with torch.no_grad():
         expected = load(tmp_path / "merged")(images(40))

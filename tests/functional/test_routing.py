@@ -47,6 +47,17 @@ def test_left_out_images_are_judged_less_kindly() -> None:
     assert torch.nn.functional.cross_entropy(fit.left_out, fit.labels) > 2 * kind
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_where_no_task_varies_features_count_as_they_vary_between_tasks(copies: int) -> None:
+    images = torch.cat(groups([1, 1, 1], 12))
+    fit = discriminant([image.expand(copies, -1) for image in images], 0.5)
+    distances = ((images[:, None] - images) ** 2 / images.var(0)).sum(-1)
+    scores = images @ fit.weight.T + fit.bias
+    assert_near(scores.log_softmax(1), (-0.5 * distances / 0.5).log_softmax(1), direct(12, 12.0, torch.float64))
+    assert 1 <= calibrate(fit.left_out, fit.labels) < 1e4
+    assert not discriminant([images[:1]] * 2, 0.5).weight.any(), "the same image in all tasks"
+
+
 @pytest.mark.parametrize("true", [1.0, 7.0, 300.0])
 def test_calibrate_finds_the_most_likely_temperature(true: float) -> None:
     logits = 2 * normal(4000, 5)
