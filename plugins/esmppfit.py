@@ -140,8 +140,9 @@ class ESMPPFit(Merger):
         for before, *their in zip(*(torch.split(part, IMAGES) for part in (ours, *theirs)), strict=True):
             seen = _KeptInputs()
             behind = inputs.blocks.block(linear.block, weights, before, {linear.name: seen})
-            missing = _reached(linear, own, *their) - _reached(linear, weights, before, behind, seen.all)
-            rows, missing = (_weighted(part, patches) for part in (seen.all.double(), missing))
+            x = seen.all.double()
+            missing = _reached(linear, own, *their) - _reached(linear, weights, before, behind, x)
+            rows, missing = (_weighted(part, patches) for part in (x, missing))
             G += gram(rows)
             cross += rows.T @ missing
         return G, cross

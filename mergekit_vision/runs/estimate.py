@@ -111,7 +111,7 @@ def _statistics(merger: Merger, sizes: Sizes) -> int:
             most = min(most, CURVATURES) + 3 * max(map(of_matrix, matrices))
             most += GRAPH * sizes.tokens * 31 * len(matrices) // 4 * max(map(min, sizes.linears)) * _NUMBER
         return below + most
-    return below
+    return below + (_fits(sizes) if name == "ESMPPFit" else 0)
 
 
 def _subspaces(x: Matrix) -> int:
@@ -129,9 +129,15 @@ def _normals(x: Matrix) -> int:
     return (min(x.tasks, 8) + 1) * 8 * (x.columns**2 + x.rows * x.columns) + x.tasks * x.inputs * x.side * _NUMBER // 4
 
 
-def _fits(x: Matrix) -> int:
-    """Of one task the inputs of one Linear in two models and the outputs that are wanted, and the normal equations."""
-    return x.inputs * (20 * x.columns + 24 * x.rows) + 32 * x.columns**2 + 8 * x.rows * x.columns
+def _fits(sizes: Sizes) -> int:
+    """Of one task two models' weights, and of one block three streams and three Linears' inputs, float32.
+
+    In float64 the inputs and outputs of one Linear for up to 32 images, and its normal equations.
+    """
+    held, some = sizes.proxies * sizes.tokens, min(sizes.proxies, 32) * sizes.tokens
+    streams = 6 * held * min(map(min, sizes.linears))
+    layer = max(some * (3 * columns + 4 * rows) + 5 * columns**2 + 4 * rows * columns for rows, columns in sizes.linears)
+    return _NUMBER * (2 * sizes.parameters + streams) + 8 * layer
 
 
 def _curvatures(x: Matrix) -> int:
@@ -144,7 +150,6 @@ _KEPT: Mapping[str, tuple[Callable[[Matrix], int], int]] = {  # method -> bytes 
     "ESM": (_subspaces, _EVERYTHING),
     "ESMPP": (_subspaces, _EVERYTHING),
     "ESMPPBayes": (_subspaces, _EVERYTHING),
-    "ESMPPFit": (_fits, 4),
     "RegMean": (_normals, 4),
     "FeatCal": (_normals, 4),
     "FisherFit": (_curvatures, _EVERYTHING),
