@@ -79,7 +79,7 @@ class ESM(ByParts):
         tasks = 1 if self.rank == "energy" else tasks
         if self._is_essential(inputs, key):
             return self.rank if isinstance(self.rank, int) else shape[0] // tasks
-        out_proj = key in (linear.weight for linear in inputs.linears if linear.kind == "out_proj")
+        out_proj = any(key == linear.weight and linear.kind == "out_proj" for linear in inputs.linears)
         spectral = len(shape) == 2 and (self.out_proj if out_proj else self.other) == "tsvm"
         return min(shape) // tasks if spectral else None
 

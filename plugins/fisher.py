@@ -79,13 +79,9 @@ class FisherFit(Merger):
 
 def _groups(inputs: MergeInputs) -> list[list[LinearInfo]]:
     """The layers that some expert changed, in parts whose curvatures are held at once."""
-
-    def changed(key: str) -> bool:
-        return any(inputs.changed(task, key) for task in inputs.tasks)
-
-    known = inputs.spread(changed, [linear.weight for linear in inputs.linears], "changed layers")
+    changed = inputs.spread_changed(lambda key: True, [linear.weight for linear in inputs.linears], "layers that changed")
     groups, held = list[list[LinearInfo]](), math.inf
-    for linear in (linear for linear in inputs.linears if known[linear.weight]):
+    for linear in (linear for linear in inputs.linears if linear.weight in changed):
         size = 4 * len(inputs.tasks) * sum(side * (side + 1) for side in inputs.base[linear.weight].shape)
         if held + size > fisher.HELD:
             groups.append([])
