@@ -1,6 +1,6 @@
 """The leading eigenpairs of a large symmetric matrix in float64, at the price of float32.
 
-Eigenvectors in float32 are right to about 1e-7 of the norm over the gaps. One step of perturbation theory, with products in
+Eigenvectors in float32 are right to about 1e-7 of the norm over the gaps. A step or two of perturbation theory, with products in
 float64, squares that error, and a Rayleigh-Ritz projection sorts out what lies close together.
 """
 

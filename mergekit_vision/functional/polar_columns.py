@@ -49,7 +49,7 @@ def polar_columns(M: Tensor, Z: Tensor) -> PolarColumns | None:
 
     Returns:
         The product, ``[m, k]``, as accurate as by a float32 singular value decomposition, and the nuclear norm; ``None`` for a
-        condition number beyond :data:`CONDITION`.
+        condition number beyond :data:`CONDITION`, by bounds of it that may be four times too large.
     """
     if M.shape[0] > M.shape[1]:
         Q, R = torch.linalg.qr(M)
