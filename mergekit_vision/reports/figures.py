@@ -1,8 +1,7 @@
 """Pictures of results."""
 
-import math
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import ceil, inf, log2, nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_vision.reports.noise import leads
@@ -11,7 +10,6 @@ from mergekit_vision.reports.style import COLORS, GRAY, INK, RULE, WIDTH, empty_
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FLOAT = 4  # bytes of a parameter
 _DISTANCE = "distance from the experts on proxy images"
 _WIDE = 16  # columns of a heat map, above which its cells are smaller
 _LABEL = 64  # letters of a line's name
@@ -57,25 +55,25 @@ def _key(figure: "Figure", kinds: Sequence[str]) -> None:
         figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
-def draw_sizes(rows: Sequence[Mapping[str, Any]], parameters: int) -> "Figure":
+def draw_sizes(rows: Sequence[Mapping[str, Any]], encoder: int) -> "Figure":
     """Mean accuracy of each model by its size, in encoders; of the static ones, which all have size 1, the best one is named.
 
     Args:
         rows: those of a comparison that say their ``bytes``, and the experts'; accuracies in [0, 1].
-        parameters: of one encoder, float32.
+        encoder: bytes of one.
     """
     best = max((row for row in rows if row["kind"] == "static"), key=lambda row: row["mean"]["accuracy"], default=None)
-    points = [(_encoders(row, parameters), 100 * row["mean"]["accuracy"], row) for row in rows]
-    ticks = [2**power for power in range(1 + math.ceil(math.log2(max(2.0, *(x for x, _, _ in points)))))]
+    points = [(_encoders(row, encoder), 100 * row["mean"]["accuracy"], row) for row in rows]
+    ticks = [2**power for power in range(1 + ceil(log2(max(2.0, *(x for x, _, _ in points)))))]
     low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
     letter = 0.035 * (high - low + 1)  # what a line of letters takes of the axis
     with empty_figure(WIDTH, 3.6) as figure:
         axes = figure.add_subplot()
-        above = (1.0, math.inf)  # where the last name stands
+        above = (1.0, inf)  # where the last name stands
         for x, y, row in sorted(points, key=lambda point: -point[1]):
             axes.plot(x, y, marker="o", markersize=6, color=COLORS[row["kind"]], markeredgecolor="white", linestyle="none")
             if row["kind"] != "static" or row is best:
-                beside = min(y, above[1] - 1.6 * letter) if abs(math.log2(x / above[0])) < 1 else y
+                beside = min(y, above[1] - 1.6 * letter) if abs(log2(x / above[0])) < 1 else y
                 axes.annotate(
                     named(row["name"], _BELOW), (x, beside - letter / 2), xytext=(6, 0), textcoords="offset points", fontsize=8.5
                 )
@@ -91,9 +89,9 @@ def draw_sizes(rows: Sequence[Mapping[str, Any]], parameters: int) -> "Figure":
     return figure
 
 
-def _encoders(row: Mapping[str, Any], parameters: int) -> float:
+def _encoders(row: Mapping[str, Any], encoder: int) -> float:
     """Size of a model in encoders; the experts are whole ones, and need no other."""
-    added = (len(row["tasks"]) * row["bytes"]["task"] + row["bytes"]["shared"]) / (_FLOAT * parameters)
+    added = (len(row["tasks"]) * row["bytes"]["task"] + row["bytes"]["shared"]) / encoder
     return float(added if row["kind"] == "experts" else 1 + added)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mergekit_vision.encoders.backbone import Backbone
@@ -102,16 +103,21 @@ def _statistics(merger: Merger, sizes: Sizes) -> int:
     """Bytes of what a method keeps of its layers' inputs."""
     name, base = type(merger).__name__, getattr(merger, "base", None)
     below = _statistics(base, sizes) if isinstance(base, Merger) else 0
-    if name in _KEPT:
-        of_matrix, at_once = _KEPT[name]
-        of_matrix = _whole_subspaces if getattr(merger, "rank", None) == "energy" else of_matrix
-        matrices = sizes.matrices()
-        most = max(sum(map(of_matrix, matrices[at:][:at_once])) for at in range(0, len(matrices), at_once or 1))
-        if name == "FisherFit":  # whole matrices of one layer besides, and what is kept of some images for the way back
-            most = min(most, CURVATURES) + 3 * max(map(of_matrix, matrices))
-            most += GRAPH * sizes.tokens * 31 * len(matrices) // 4 * max(map(min, sizes.linears)) * _NUMBER
-        return below + most
-    return below + (_fits(sizes) if name == "ESMPPFit" else 0)
+    if name not in _KEPT:
+        return below
+    whole = getattr(merger, "rank", None) == "energy"
+    return below + (_sum(_whole_subspaces, sizes) if whole else _KEPT[name](sizes))
+
+
+def _sum(of_matrix: Callable[[Matrix], int], sizes: Sizes) -> int:
+    """Bytes of all Linears together."""
+    return sum(map(of_matrix, sizes.matrices()))
+
+
+def _largest_block(of_matrix: Callable[[Matrix], int], sizes: Sizes) -> int:
+    """Bytes of the Linears of one block."""
+    matrices = sizes.matrices()
+    return max(sum(map(of_matrix, matrices[at : at + 4])) for at in range(0, len(matrices), 4))
 
 
 def _subspaces(x: Matrix) -> int:
@@ -140,17 +146,26 @@ def _fits(sizes: Sizes) -> int:
     return _NUMBER * (2 * sizes.parameters + streams) + 8 * layer
 
 
-def _curvatures(x: Matrix) -> int:
-    """Of all tasks halves of the second moments of one Linear's inputs and of the gradients by its outputs."""
-    return x.tasks * 4 * (x.columns**2 + x.rows**2)
+def _curvatures(sizes: Sizes) -> int:
+    """Of all tasks second moments of Linears' inputs and of gradients by their outputs, as many as are held at once.
+
+    Besides them the whole matrices of one Linear, and what is kept of some images for the way back.
+    """
+
+    def halves(x: Matrix) -> int:
+        return x.tasks * 4 * (x.columns**2 + x.rows**2)
+
+    held = min(_sum(halves, sizes), CURVATURES) + 3 * max(map(halves, sizes.matrices()))
+    blocks, width = len(sizes.linears) // 4, max(map(min, sizes.linears))
+    return held + GRAPH * sizes.tokens * 31 * blocks * width * _NUMBER
 
 
-_EVERYTHING = 1 << 20
-_KEPT: Mapping[str, tuple[Callable[[Matrix], int], int]] = {  # method -> bytes for a Linear, and how many are at work at once
-    "ESM": (_subspaces, _EVERYTHING),
-    "ESMPP": (_subspaces, _EVERYTHING),
-    "ESMPPBayes": (_subspaces, _EVERYTHING),
-    "RegMean": (_normals, 4),
-    "FeatCal": (_normals, 4),
-    "FisherFit": (_curvatures, _EVERYTHING),
+_KEPT: Mapping[str, Callable[[Sizes], int]] = {  # method -> bytes
+    "ESM": partial(_sum, _subspaces),
+    "ESMPP": partial(_sum, _subspaces),
+    "ESMPPBayes": partial(_sum, _subspaces),
+    "ESMPPFit": _fits,
+    "RegMean": partial(_largest_block, _normals),
+    "FeatCal": partial(_largest_block, _normals),
+    "FisherFit": _curvatures,
 }

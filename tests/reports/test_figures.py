@@ -58,7 +58,7 @@ def test_sizes_are_in_encoders_and_names_do_not_meet() -> None:
 
     rows = [row("Bad", "static", 0.5, 0, 0), row("Good", "static", 0.6, 0, 0), row("Routed", "dynamic", 0.8, 20, 40)]
     rows += [row("Masks", "oracle", 0.801, 20, 40), row("Each", "experts", 0.9, 40, 0)]
-    figure = draw_sizes(rows, parameters=10)
+    figure = draw_sizes(rows, encoder=40)
     (axes,) = figure.axes
     points = {(float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 1)) for line in axes.lines}  # type: ignore[index]
     assert points == {(1.0, 50.0), (1.0, 60.0), (3.0, 80.0), (3.0, 80.1), (2.0, 90.0)}
