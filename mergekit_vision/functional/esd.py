@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.eigen import eigh
 from mergekit_vision.functional.gram import gram
 from mergekit_vision.functional.linalg import GRAM_TOLERANCE
 
@@ -165,7 +166,7 @@ def _through_inputs(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: float
     _check_rows(rows)
     R = _root(inputs)
     A = (delta @ R.to(delta.dtype)).double()
-    values, vectors = torch.linalg.eigh(gram(A))
+    values, vectors = eigh(gram(A))
     total = float(values.sum())
     values, vectors = _leading(values, vectors, min(k, rows), tol)
     return CompactSubspace((R @ (vectors / values.sqrt())).to(delta.dtype), values / (rows - 1), total / (rows - 1))
@@ -174,7 +175,7 @@ def _through_inputs(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: float
 def _principal(shifts: Tensor, rows: int, k: int, dtype: torch.dtype, tol: float) -> CompactSubspace:
     """Leading eigenpairs of a Gram matrix of output shifts, ``[d_out, d_out]``."""
     _check_rows(rows)
-    values, vectors = torch.linalg.eigh(shifts)
+    values, vectors = eigh(shifts)
     values, vectors = _leading(values, vectors, min(k, rows), tol)
     return CompactSubspace(vectors.to(dtype), values / (rows - 1), float(shifts.trace()) / (rows - 1))
 
@@ -191,7 +192,7 @@ def _root(G: Tensor) -> Tensor:
     R: Tensor
     R, failed = torch.linalg.cholesky_ex(G)
     if failed:
-        values, vectors = torch.linalg.eigh(G)
+        values, vectors = eigh(G)
         R = vectors * values.clamp(min=0).sqrt()
     return R
 

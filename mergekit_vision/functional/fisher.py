@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.eigen import eigh
 from mergekit_vision.functional.gram import gram, symmetric, triangle
 
 ROUND_OFF = 1e-14
@@ -106,6 +107,6 @@ def fisher_fit(deltas: Sequence[Tensor], curvatures: Sequence[Curvature], anchor
 
 def _preconditioner(pairs: Sequence[tuple[Tensor, Tensor]], ridge: float) -> Callable[[Tensor], Tensor]:
     """The solution for a right-hand side ``[d_out, d_in]`` if every task had the mean curvature."""
-    (g, V), (h, U) = (torch.linalg.eigh(sum(parts[1:], parts[0])) for parts in zip(*pairs, strict=True))
+    (g, V), (h, U) = (eigh(sum(parts[1:], parts[0])) for parts in zip(*pairs, strict=True))
     gains = 1 / (h.clamp(min=0)[:, None] * g.clamp(min=0) / len(pairs) + ridge)
     return lambda M: U @ (gains * (U.T @ M @ V)) @ V.T

@@ -7,6 +7,8 @@ float64, squares that error, and a Rayleigh-Ritz projection sorts out what lies 
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.eigen import eigh
+
 SIDE = 512
 """Side from which this pays, for at most a sixth of the eigenpairs."""
 SHARE = 6
@@ -34,14 +36,14 @@ def leading_eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, len(G))
     if len(G) >= SIDE and 0 < k <= len(G) // SHARE and (found := _refined(G, k)) is not None:
         return found
-    values, vectors = torch.linalg.eigh(G)
+    values, vectors = eigh(G)
     return values.flip(0)[:k], vectors[:, len(G) - k :].flip(1)
 
 
 def _refined(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """By float32; ``None`` where that cannot tell the leading eigenvalues from the others, or from zero."""
     scale = G.diagonal().max().clamp(min=torch.finfo(G.dtype).tiny)  # float32 overflows where float64 does not
-    values, vectors = (part.double() for part in torch.linalg.eigh((G / scale).float()))
+    values, vectors = (part.double() for part in eigh((G / scale).float()))
     rest, top, largest = values[:-k] * scale, values[-k:], values[-1]
     gap = float((top[0] - values[-k - 1]) / largest)
     if not (gap > SMALLEST and float(top[0] / largest) > SMALLEST):
@@ -53,7 +55,7 @@ def _refined(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         X = X + others @ ((others.T @ (GX - X * rates)) / (rates - rest[:, None]))
         Q = torch.linalg.qr(X).Q
         GQ = G @ Q
-        found, turn = torch.linalg.eigh(Q.T @ GQ)
+        found, turn = eigh(Q.T @ GQ)
         X = Q @ turn
         if float((GQ @ turn - X * found).norm()) <= ERROR * gap * float(found[-1]):
             return found.flip(0), X.flip(1)

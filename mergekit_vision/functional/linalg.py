@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.eigen import eigh
 from mergekit_vision.functional.gram import gram
 from mergekit_vision.functional.leading import leading_eigenpairs
 from mergekit_vision.functional.polar_columns import is_large, polar_columns
@@ -72,7 +73,7 @@ class _Whitener(NamedTuple):
     @classmethod
     def of(cls, M: Tensor, tol: float) -> "_Whitener":
         wide = M.shape[0] < M.shape[1]
-        values, vectors = torch.linalg.eigh(gram(M.T if wide else M))
+        values, vectors = eigh(gram(M.T if wide else M))
         s = values.clamp(min=0).sqrt()
         kept = (s > tol * s.amax()) if s.numel() else s.bool()
         return cls(vectors[:, kept], s[kept].reciprocal(), wide, float(s.sum()))

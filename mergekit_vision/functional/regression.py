@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.eigen import eigh
 from mergekit_vision.functional.esd import RowGram
 from mergekit_vision.functional.gram import gram
 
@@ -118,7 +119,7 @@ def semidefinite_solve(G: Tensor, target: Tensor) -> Tensor:
     if not failed and float(root.diagonal().min()) ** 2 > NULL:
         solution: Tensor = torch.cholesky_solve(scale[:, None] * target, root).mul_(scale[:, None])
         return solution
-    values, vectors = torch.linalg.eigh(G)
+    values, vectors = eigh(G)
     kept = values > NULL * values[-1].clamp(min=0)
     least: Tensor = vectors[:, kept] @ ((vectors[:, kept].T @ target) / values[kept, None])
     return least

@@ -37,6 +37,7 @@ def principal_axes(mean: Tensor, second: Tensor, k: int = 32) -> Axes:
 
     Along an axis on which tokens hardly vary, as along one that layer normalization takes away, coordinates are rounding errors.
     """
+    # every process computes these, and all need the same signs: not where each of them finds it faster, but where the tokens are
     variance, vectors = torch.linalg.eigh(second.double() - torch.outer(mean.double(), mean.double()))
     variance, vectors = variance[-k:], vectors[:, -k:]
     kept = variance > LEAST_VARIANCE * variance[-1]

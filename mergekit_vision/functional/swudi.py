@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mergekit_vision.functional.eigen import eigh
 from mergekit_vision.functional.gram import gram
 
 
@@ -39,7 +40,7 @@ def swudi_merge(deltas: Iterable[Tensor], time: float, share: float = 1.0) -> Te
         raise ValueError("no task vectors")
     if not (isinstance(second, Tensor) and isinstance(third, Tensor)):
         return start
-    values, Q = torch.linalg.eigh(second)
+    values, Q = eigh(second)
     still = len(values) - round(share * len(values))  # the smallest come first
     x, Q = (time / values.mean() * values[still:]).clamp(min=torch.finfo(values.dtype).tiny), Q[:, still:]
     gains = -torch.expm1(-x) / x * (time / values.mean())
