@@ -16,7 +16,18 @@ from mergekit_vision.encoders.hooks import capture_inputs, capture_outputs
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
-from mergekit_vision.merger import Former, GradientObserver, Merged, MergeInputs, Merger, Observer, Weights, merged_weights
+from mergekit_vision.merger import (
+    Former,
+    GradientObserver,
+    Merged,
+    MergeInputs,
+    Merger,
+    Observer,
+    Spread,
+    Weights,
+    merged_weights,
+)
+from mergekit_vision.merging.streaming import copies_to, read_ahead
 from mergekit_vision.support.console import track
 
 
@@ -97,15 +108,19 @@ class Workbench:
             if observers:
                 _run_backward(evaluator, task, experts[task], merged_weights(self.base, model), observers, device)
 
+        share: Spread = partial(runtime.team.spread, device=device)
+        copies, given = copies_to(device), experts
+        if copies is not None:
+            given, share = read_ahead(experts, runtime.team, share, copies)
         return MergeInputs(
             self.base,
-            experts,
+            given,
             evaluator.encoder.linears,
             device,
             run_proxies,
             choose_scale,
             track,
-            partial(runtime.team.spread, device=device),
+            share,
             evaluator.encoder.norms,
             evaluator.encoder.depths,
             _Streams(evaluator, device),

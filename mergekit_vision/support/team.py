@@ -31,6 +31,11 @@ class Team:
     size: int = 1
     broadcast: Callable[[Any, int], Any] = _same
 
+    def own(self, items: Mapping[str, int]) -> list[str]:
+        """Those of the items, with their costs, that this process computes in :meth:`spread`, in that order."""
+        owners = assign_by_cost(items, self.size)
+        return [item for item in items if owners[item] == self.rank]
+
     def spread(
         self,
         function: Callable[[str], Result],
@@ -49,14 +54,14 @@ class Team:
         Raises:
             Exception: on every process, when ``function`` fails on one of them; see :meth:`raise_together`.
         """
-        owners = assign_by_cost(items, self.size)
-        own = [item for item in items if owners[item] == self.rank]
+        own = self.own(items)
         if self.size == 1:
             return {item: function(item) for item in track(own, description)}
         done, failure = _attempt(function, track(own, description))
         self.raise_together(failure)
         received = {}
-        for item, owner in owners.items():  # tensors travel through main memory: a device's name means another one elsewhere
+        for item, owner in assign_by_cost(items, self.size).items():
+            # tensors travel through main memory: a device's name means another one elsewhere
             sent = move_data_to_device(done.pop(item), "cpu") if owner == self.rank else None
             received[item] = move_data_to_device(self.broadcast(sent, owner), device)
         return received

@@ -1,0 +1,242 @@
+"""Experts' weights on their way to a GPU: one parameter of all experts is read while the one before is merged.
+
+A background thread reads from the files into pinned memory, from which the device copies on a stream of its own while it computes
+on another one. At any time, two parameters of all experts are held on the device.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_vision.merger import Spread, Weights
+from mergekit_vision.support.team import Team
+from mergekit_vision.support.tensors import FINITE, largest_magnitude
+
+
+class Copies(Protocol):
+    """Copies from main memory to a device that go on beside its computations."""
+
+    def pin(self, value: Tensor) -> Tensor:
+        """A tensor in memory that can be copied from; one that is on a device stays there."""
+
+    def start(self, pinned: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """The copies on the device, which must not be used yet, and what to wait for."""
+
+    def wait(self, there: Sequence[Tensor], end: Any) -> None:
+        """Have all that the caller computes from now on wait until the copies are there."""
+
+
+class CudaCopies:
+    """Copies to a CUDA device, on a stream of their own.
+
+    Args:
+        device: of CUDA.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def pin(self, value: Tensor) -> Tensor:
+        """See :class:`Copies`."""
+        if value.device.type != "cpu":
+            return value
+        with torch.cuda.stream(self._stream):  # else memory is pinned by way of the first device, whichever this one is
+            return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+
+    def start(self, pinned: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
+        """See :class:`Copies`."""
+        if any(value.is_cuda for value in pinned):  # it was computed on this thread's stream
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            there = [value.to(self._device, non_blocking=True) for value in pinned]
+        return there, self._stream.record_event()
+
+    def wait(self, there: Sequence[Tensor], end: torch.cuda.Event) -> None:
+        """See :class:`Copies`."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(end)
+        for tensor in there:
+            tensor.record_stream(current)  # its memory is not used for the next copy before this stream is done with it
+
+
+def copies_to(device: torch.device) -> Copies | None:
+    """What copies to a device where that can go on beside its computations; else ``None``."""
+    return CudaCopies(device) if device.type == "cuda" else None
+
+
+class _Arrival(NamedTuple):
+    """What was read of one task's parameter.
+
+    Attributes:
+        tensors: its value or, of an adapter, the two factors of its change; in the dtype of the file, on the device.
+        end: what to wait for before they are used.
+        finite: whether they are known to be finite, also as float32.
+    """
+
+    tensors: Sequence[Tensor]
+    end: Any
+    finite: bool
+
+
+class _Window:
+    """The parameter that is merged and the one after it, as far as they are read.
+
+    Nothing is read ahead for work that asks for no expert: reading begins when it first asks for the parameter it is at.
+
+    Args:
+        keys: of the parameters, in the order in which they are merged.
+        tasks: whose experts are read.
+        read: reads one task's parameter; called in a thread of its own.
+    """
+
+    def __init__(self, keys: Sequence[str], tasks: Sequence[str], read: Callable[[str, str], _Arrival]) -> None:
+        self._next: dict[str, str | None] = dict(zip(keys, [*keys[1:], None], strict=True)) if keys else {}
+        self._tasks, self._read = tasks, read
+        self._current: str | None = None
+        self._held: dict[str, dict[str, Future[_Arrival]]] = {}
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(1, "experts")
+
+    def enter(self, key: str | None) -> None:
+        """Let go of all parameters but this one, which is merged now."""
+        self._current = key
+        for other in [other for other in self._held if other != key]:
+            for reading in self._held.pop(other).values():
+                reading.cancel()
+
+    def get(self, task: str, key: str) -> _Arrival | None:
+        """A task's parameter when it is read; ``None`` of one that is not merged now.
+
+        Raises:
+            Exception: what went wrong in reading it.
+        """
+        if key not in self._next or key != self._current:
+            return None
+        with self._lock:
+            for wanted in (key, self._next[key]):
+                if wanted is not None and wanted not in self._held:
+                    self._held[wanted] = {task: self._pool.submit(self._read, task, wanted) for task in self._tasks}
+        return self._held[key][task].result()
+
+    def close(self) -> None:
+        """Read no more, without waiting for the tensor that is being read."""
+        self.enter(None)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Reader:
+    """Reads experts one parameter ahead of the one that is merged.
+
+    Args:
+        experts: task -> weights.
+        copies: puts them on the device.
+    """
+
+    def __init__(self, experts: Mapping[str, Weights], copies: Copies) -> None:
+        self.experts = experts
+        self._copies = copies
+        self._window: _Window | None = None
+
+    @contextmanager
+    def ahead(self, keys: Sequence[str]) -> Iterator[Callable[[str], None]]:
+        """Read ahead while the context is open, and call what it gives with a key before that parameter is merged.
+
+        Args:
+            keys: in the order in which they will be merged.
+        """
+        window = self._window = _Window(keys, tuple(self.experts), self._read)
+        try:
+            yield window.enter
+        finally:
+            self._window = None
+            window.close()
+
+    def get(self, task: str, key: str) -> _Arrival | None:
+        """A task's parameter, ready to be used, where it is the one that is merged now; else ``None``."""
+        window = self._window
+        found = None if window is None else window.get(task, key)
+        if found is not None:
+            self._copies.wait(found.tensors, found.end)
+        return found
+
+    @torch.no_grad()  # a thread's own setting
+    def _read(self, task: str, key: str) -> _Arrival:
+        values = _factors(self.experts[task], key) or (self.experts[task][key],)
+        pinned = [self._copies.pin(value) for value in values]
+        finite = all(value.device.type == "cpu" and _is_finite(value) for value in pinned)
+        return _Arrival(*self._copies.start(pinned), finite)
+
+
+class Streamed(Mapping[str, Tensor]):
+    """An expert's weights: on the device where they were read ahead, and otherwise as the expert gives them.
+
+    Args:
+        task: whose expert it is.
+        reader: of all experts.
+    """
+
+    def __init__(self, task: str, reader: Reader) -> None:
+        self._task, self._reader, self._weights = task, reader, reader.experts[task]
+
+    def __getitem__(self, key: str) -> Tensor:
+        found = self._reader.get(self._task, key)
+        return self._weights[key] if found is None or len(found.tensors) != 1 else found.tensors[0]
+
+    def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """Of an adapter, the factors of a weight's change; ``None`` where it is not known as a product."""
+        found = self._reader.get(self._task, key)
+        if found is None:
+            return _factors(self._weights, key)
+        return None if len(found.tensors) != 2 else (found.tensors[0], found.tensors[1])
+
+    def finite(self, key: str) -> bool:
+        """Whether what is given for a key at present is known to be finite, also as float32."""
+        found = self._reader.get(self._task, key)
+        return found is not None and found.finite
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def read_ahead(experts: Mapping[str, Weights], team: Team, share: Spread, copies: Copies) -> tuple[dict[str, Weights], Spread]:
+    """Experts, and a way to share out work on their parameters, that read each parameter while the one before is merged.
+
+    Args:
+        experts: task -> weights.
+        team: the processes; each reads what it merges itself.
+        share: shares the work out among them.
+        copies: puts the weights on the device.
+    """
+    reader = Reader(experts, copies)
+
+    def sharing(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
+        with reader.ahead([item for item in team.own(items) if item not in experts]) as enter:
+
+            def entered(item: str) -> Any:
+                enter(item)
+                return function(item)
+
+            return share(entered, items, description)
+
+    return {task: Streamed(task, reader) for task in experts}, sharing
+
+
+def _factors(weights: Weights, key: str) -> tuple[Tensor, Tensor] | None:
+    find = getattr(weights, "factors", None)
+    found: tuple[Tensor, Tensor] | None = None if find is None else find(key)
+    return found
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.numel() or largest_magnitude(value) <= FINITE
