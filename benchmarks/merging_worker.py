@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.encoders.hooks import capture_inputs
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.merger import Merged, MergeInputs, Observer, merged_weights
+from mergekit_vision.merging.streaming import copies_to, read_ahead
 from mergekit_vision.registry import get
+from mergekit_vision.support.team import ALONE
 
 METHODS = ("ESM", "TSVM", "TIES", "IsoC")
 
@@ -92,6 +94,9 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
             encoder(batch)
 
     inputs = MergeInputs(base, experts, encoder.linears, device, run_proxies)
+    if (copies := copies_to(device)) is not None:
+        ahead, share = read_ahead(experts, ALONE, inputs.share, copies)
+        inputs = replace(inputs, experts=ahead, share=share)
     return merged_weights(base, get(case.method)().merge(inputs))
 
 

@@ -52,7 +52,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype, in
 
 @pytest.mark.parametrize(
     ("side", "dtype", "place"),
-    [(3, torch.float64, "cpu"), (300, torch.float64, "cpu"), (513, torch.float64, "cuda"), (300, torch.float32, "cuda")],
+    [(3, torch.float64, "cpu"), (300, torch.float64, "cpu"), (1025, torch.float64, "cuda"), (300, torch.float32, "cuda")],
 )
 def test_a_devices_matrix_is_decomposed_where_that_is_faster(
     side: int, dtype: torch.dtype, place: str, places: Places, measured: list[tuple[str, torch.dtype, int]]
@@ -67,11 +67,11 @@ def test_a_devices_matrix_is_decomposed_where_that_is_faster(
 
 def test_measures_once_for_each_device_type_and_size(measured: list[tuple[str, torch.dtype, int]]) -> None:
     with FakeTensorMode():
-        for side in (513, 700, 1024, 1025):
+        for side in (512, 700, 1024, 1023):
             eigh(torch.empty(side, side, dtype=torch.float64, device="cuda"))
         eigh(torch.empty(700, 700, device="cuda"))
         eigh(torch.empty(700, 700, device="cuda:1"))
-    kinds = [(torch.float64, 1024), (torch.float64, 2048), (torch.float32, 1024), (torch.float32, 1024)]
+    kinds = [(torch.float64, 512), (torch.float64, 1024), (torch.float32, 512), (torch.float32, 512)]
     assert measured == [("cuda", *kind) for kind in kinds for _ in range(2)]
 
 
