@@ -141,7 +141,7 @@ class MergeInputs:
     Attributes:
         base: weights of the pre-trained vision tower.
         experts: task -> weights with the keys and shapes of ``base``, in the order of the suite. Those of adapters have a method
-            ``factors(key)`` besides, and those that are read ahead a method ``finite(key)``, of what they give at present.
+            ``factors(key)`` besides, and those that are read ahead a method ``finite(key)``, of what is read of a key.
         linears: the encoder's Linear layers in forward order.
         norms: the layer normalizations of its blocks, in forward order.
         depths: key -> index of the block that the parameter lies in; -1 before the first block, their number behind the last.
@@ -199,7 +199,7 @@ class MergeInputs:
         return stack
 
     def factors(self, task: str, key: str) -> Factors | None:
-        """A task vector as a product, float32 on ``device``; ``None`` where it is not known as one of low rank.
+        """A task vector as a product, float32 on ``device``, to be read only; ``None`` where it is not known as one of low rank.
 
         Raises:
             InputError: when the expert holds NaN or infinity there.

@@ -1,12 +1,13 @@
 """Experts' weights on their way to a GPU: one parameter of all experts is read while the one before is merged.
 
 A background thread reads from the files into pinned memory, from which the device copies on a stream of its own while it computes
-on another one. At any time, two parameters of all experts are held on the device.
+on another one. Two parameters of all experts are held at a time, and what a device that is behind still computes with.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,9 @@ from mergekit_vision.support.tensors import FINITE, largest_magnitude
 
 class Copies(Protocol):
     """Copies from main memory to a device that go on beside its computations."""
+
+    def begin(self) -> None:
+        """Prepare the thread that reads; called in it, once."""
 
     def pin(self, value: Tensor) -> Tensor:
         """A tensor in memory that can be copied from; one that is on a device stays there."""
@@ -35,18 +39,21 @@ class CudaCopies:
     """Copies to a CUDA device, on a stream of their own.
 
     Args:
-        device: of CUDA.
+        device: of CUDA, with its index.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def begin(self) -> None:
+        """See :class:`Copies`."""
+        torch.cuda.set_device(self._device)  # else the thread takes memory of the first device, whichever this one is
+
     def pin(self, value: Tensor) -> Tensor:
         """See :class:`Copies`."""
         if value.device.type != "cpu":
             return value
-        with torch.cuda.stream(self._stream):  # else memory is pinned by way of the first device, whichever this one is
-            return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
 
     def start(self, pinned: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
         """See :class:`Copies`."""
@@ -66,14 +73,22 @@ class CudaCopies:
 
 def copies_to(device: torch.device) -> Copies | None:
     """What copies to a device where that can go on beside its computations; else ``None``."""
-    return CudaCopies(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return _cuda_copies(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache  # memory that was taken for one stream is not used for another
+def _cuda_copies(index: int) -> Copies:
+    return CudaCopies(torch.device("cuda", index))
 
 
 class _Arrival(NamedTuple):
     """What was read of one task's parameter.
 
     Attributes:
-        tensors: its value or, of an adapter, the two factors of its change; in the dtype of the file, on the device.
+        tensors: its value or, of an adapter, the two factors of its change; in the dtype of the file, on the device. Empty where
+            that had no memory for them.
         end: what to wait for before they are used.
         finite: whether they are known to be finite, also as float32.
     """
@@ -86,21 +101,21 @@ class _Arrival(NamedTuple):
 class _Window:
     """The parameter that is merged and the one after it, as far as they are read.
 
-    Nothing is read ahead for work that asks for no expert: reading begins when it first asks for the parameter it is at.
+    An expert that nobody asks for is not read: the first question for a parameter begins the reading of its next one.
 
     Args:
         keys: of the parameters, in the order in which they are merged.
-        tasks: whose experts are read.
         read: reads one task's parameter; called in a thread of its own.
+        begin: called in that thread first.
     """
 
-    def __init__(self, keys: Sequence[str], tasks: Sequence[str], read: Callable[[str, str], _Arrival]) -> None:
+    def __init__(self, keys: Sequence[str], read: Callable[[str, str], _Arrival], begin: Callable[[], None]) -> None:
         self._next: dict[str, str | None] = dict(zip(keys, [*keys[1:], None], strict=True)) if keys else {}
-        self._tasks, self._read = tasks, read
+        self._read = read
         self._current: str | None = None
         self._held: dict[str, dict[str, Future[_Arrival]]] = {}
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(1, "experts")
+        self._pool = ThreadPoolExecutor(1, "experts", begin)
 
     def enter(self, key: str | None) -> None:
         """Let go of all parameters but this one, which is merged now."""
@@ -118,15 +133,21 @@ class _Window:
         if key not in self._next or key != self._current:
             return None
         with self._lock:
-            for wanted in (key, self._next[key]):
-                if wanted is not None and wanted not in self._held:
-                    self._held[wanted] = {task: self._pool.submit(self._read, task, wanted) for task in self._tasks}
-        return self._held[key][task].result()
+            reading, after = self._reading(task, key), self._next[key]
+            if after is not None:
+                self._reading(task, after)
+        return reading.result()
 
-    def close(self) -> None:
-        """Read no more, without waiting for the tensor that is being read."""
+    def _reading(self, task: str, key: str) -> Future[_Arrival]:
+        held = self._held.setdefault(key, {})
+        if task not in held:
+            held[task] = self._pool.submit(self._read, task, key)
+        return held[task]
+
+    def close(self, wait: bool) -> None:
+        """Read no more; ``wait`` for the tensor that is being read, or leave that to Python's exit."""
         self.enter(None)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
 
 class Reader:
@@ -138,7 +159,7 @@ class Reader:
     """
 
     def __init__(self, experts: Mapping[str, Weights], copies: Copies) -> None:
-        self.experts = experts
+        self.experts = dict(experts)
         self._copies = copies
         self._window: _Window | None = None
 
@@ -149,19 +170,22 @@ class Reader:
         Args:
             keys: in the order in which they will be merged.
         """
-        window = self._window = _Window(keys, tuple(self.experts), self._read)
+        window = self._window = _Window(keys, self._read, self._copies.begin)
+        done = False
         try:
             yield window.enter
+            done = True
         finally:
             self._window = None
-            window.close()
+            window.close(wait=done)  # a failure, or an interruption, is not kept waiting for the disk
 
     def get(self, task: str, key: str) -> _Arrival | None:
         """A task's parameter, ready to be used, where it is the one that is merged now; else ``None``."""
         window = self._window
         found = None if window is None else window.get(task, key)
-        if found is not None:
-            self._copies.wait(found.tensors, found.end)
+        if found is None or not found.tensors:
+            return None
+        self._copies.wait(found.tensors, found.end)
         return found
 
     @torch.no_grad()  # a thread's own setting
@@ -169,7 +193,10 @@ class Reader:
         values = _factors(self.experts[task], key) or (self.experts[task][key],)
         pinned = [self._copies.pin(value) for value in values]
         finite = all(value.device.type == "cpu" and _is_finite(value) for value in pinned)
-        return _Arrival(*self._copies.start(pinned), finite)
+        try:
+            return _Arrival(*self._copies.start(pinned), finite)
+        except torch.cuda.OutOfMemoryError:  # merging alone may still fit
+            return _Arrival((), None, finite)
 
 
 class Streamed(Mapping[str, Tensor]):
@@ -188,14 +215,14 @@ class Streamed(Mapping[str, Tensor]):
         return self._weights[key] if found is None or len(found.tensors) != 1 else found.tensors[0]
 
     def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
-        """Of an adapter, the factors of a weight's change; ``None`` where it is not known as a product."""
+        """Of an adapter, the factors of a weight's change, not to be written to; ``None`` where it is not known as a product."""
         found = self._reader.get(self._task, key)
         if found is None:
             return _factors(self._weights, key)
         return None if len(found.tensors) != 2 else (found.tensors[0], found.tensors[1])
 
     def finite(self, key: str) -> bool:
-        """Whether what is given for a key at present is known to be finite, also as float32."""
+        """Whether what is read of a key, its value or its factors, is known to be finite, also as float32."""
         found = self._reader.get(self._task, key)
         return found is not None and found.finite
 
@@ -239,4 +266,6 @@ def _factors(weights: Weights, key: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _is_finite(value: Tensor) -> bool:
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return False  # not looked at
     return not value.numel() or largest_magnitude(value) <= FINITE

@@ -110,7 +110,7 @@ class Workbench:
 
         share: Spread = partial(runtime.team.spread, device=device)
         copies, given = copies_to(device), experts
-        if copies is not None:
+        if copies is not None and experts:
             given, share = read_ahead(experts, runtime.team, share, copies)
         return MergeInputs(
             self.base,

@@ -22,7 +22,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Runtime
 from mergekit_vision.merger import MergeInputs, Merger
 from mergekit_vision.merging import workbench
-from mergekit_vision.merging.streaming import Copies, copies_to, read_ahead
+from mergekit_vision.merging.streaming import Copies, _cuda_copies, copies_to, read_ahead
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -47,6 +47,9 @@ class LateCopies:
     def held(self) -> int:
         """How many of them are in memory."""
         return sum(made() is not None for made in self._made)
+
+    def begin(self) -> None:
+        self.threads.add(threading.get_ident())
 
     def pin(self, value: Tensor) -> Tensor:
         self.threads.add(threading.get_ident())
@@ -130,6 +133,7 @@ class Stream:
 def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is asked of a device of CUDA that is not there."""
     found = list[str]()
+    _cuda_copies.cache_clear()
     current, side = Stream("current", found), Stream("side", found)
 
     @contextmanager
@@ -140,15 +144,19 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(f"set to {device}"))
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: found.append(f"kept for {stream.name}"))
     with FakeTensorMode():  # knows shapes and devices, also of a device that is not there
         yield found
+    _cuda_copies.cache_clear()
 
 
 def test_copies_to_cuda_are_made_on_a_stream_of_their_own(log: list[str]) -> None:
     copies = copies_to(torch.device("cuda", 0))
     assert copies is not None
+    assert copies_to(torch.device("cuda", 0)) is copies
+    copies.begin()
     pinned = [copies.pin(torch.zeros(2, 3).half()), copies.pin(torch.zeros(3, 2).T)]
     assert [value.device.type for value in pinned] == ["cpu", "cpu"]
     there, end = copies.start(pinned)
@@ -156,8 +164,8 @@ def test_copies_to_cuda_are_made_on_a_stream_of_their_own(log: list[str]) -> Non
         ("cuda", dtype, (2, 3)) for dtype in (torch.float16, torch.float32)
     ]
     copies.wait(there, end)
-    pinning, copying = ["on side", "off side"] * 2, ["on side", "off side", "event on side"]
-    assert log == [*pinning, *copying, "current waits for event on side", "kept for current", "kept for current"]
+    copying = ["on side", "off side", "event on side"]
+    assert log == ["set to cuda:0", *copying, "current waits for event on side", "kept for current", "kept for current"]
 
 
 def test_what_is_on_the_device_already_is_not_copied_but_waited_for(log: list[str]) -> None:
@@ -223,6 +231,25 @@ def test_nothing_is_read_for_work_that_asks_for_no_expert() -> None:
     expert = Slow(1.0)
     assert inputs_of({"a": expert}).spread(len, KEYS, "") == dict.fromkeys(KEYS, 8)
     assert not expert.reads
+
+
+def test_nothing_is_read_of_experts_that_work_does_not_ask_for() -> None:
+    """To find a changed expert, one may do."""
+    experts = {"a": Slow(1.0), "b": Slow(2.0)}
+    assert all(inputs_of(experts).spread_changed(lambda key: True, KEYS, "").values())
+    assert [key for key, _ in experts["a"].reads] == KEYS
+    assert not experts["b"].reads
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("experts")]
+
+
+def test_where_the_device_has_no_memory_nothing_is_read_ahead() -> None:
+    class Full(LateCopies):
+        def start(self, pinned: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    inputs = inputs_of({"a": Adapted(1.0), "b": Slow(2.0)}, copies=Full())
+    found = inputs.spread(inputs.deltas, KEYS, "")
+    assert all(torch.equal(found[key], inputs.deltas(key)) for key in KEYS)
 
 
 def test_a_parameter_is_read_once_however_often_it_is_asked_for() -> None:
