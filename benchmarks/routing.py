@@ -25,7 +25,16 @@ from benchmarks.records import Row
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.functional.routing import Axes, Pooling, pool_tokens
 from mergekit_vision.merger import LinearKind, linears_of_kind
-from mergekit_vision.routers import CosineRouter, Evidence, HeldRouter, LinearRouter, LowRankExperts, ProjectionRouter, Router
+from mergekit_vision.routers import (
+    CosineRouter,
+    Evidence,
+    ExpertDtype,
+    HeldRouter,
+    LinearRouter,
+    LowRankExperts,
+    ProjectionRouter,
+    Router,
+)
 
 ALL_KINDS: tuple[LinearKind, ...] = ("in_proj", "out_proj", "c_fc", "c_proj")
 TOKEN_STATISTICS: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")  # of ESMPPBayes
@@ -53,18 +62,21 @@ def projection(tasks: int, width: int) -> Router:
 
 
 class Variant(NamedTuple):
-    """Routed layers, the rank of their experts, their router, and whether the last ``c_fc`` decides for all in a run ahead."""
+    """Routed layers, the rank of their experts, their router, whether the last ``c_fc`` decides for all in a run ahead, dtype."""
 
     kinds: tuple[LinearKind, ...]
     rank: int
     router: Callable[[int, int], Router]
     once: bool = False
+    dtype: ExpertDtype = "float32"
 
 
 VARIANTS = {
     "ESM++ r=8": Variant(("in_proj", "c_fc"), 8, cosine),
     "ESM++ r=32": Variant(("in_proj", "c_fc"), 32, cosine),
+    "ESM++ r=32 bfloat16": Variant(("in_proj", "c_fc"), 32, cosine, dtype="bfloat16"),
     "ESMPPBayes r=32": Variant(("in_proj", "c_fc"), 32, bayes),
+    "ESMPPBayes r=32 bfloat16": Variant(("in_proj", "c_fc"), 32, bayes, dtype="bfloat16"),
     "ESMPPFit r=18": Variant(ALL_KINDS, 18, bayes, once=True),
     "SMILE r=32 g=16": Variant(ALL_KINDS, 32, projection),
 }
@@ -83,7 +95,7 @@ def routed(plain: VisionEncoder, tasks: int, variant: Variant) -> VisionEncoder:
         bias = torch.zeros(tasks, d_out) if variant.router is projection else None
         evidence: Evidence = "own" if not variant.once else "ahead" if linear is deciding else "hold"
         router = HeldRouter(tasks, top_k=2, temperature=DOUBT) if evidence == "hold" else variant.router(tasks, d_in)
-        experts[linear.name] = LowRankExperts(up, down, router, bias, evidence)
+        experts[linear.name] = LowRankExperts(up, down, router, bias, evidence).rounded(variant.dtype)
     encoder.route(experts)
     return encoder.eval()
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -250,6 +250,9 @@ class HeldRouter(Router):
 
 Evidence = Literal["own", "start", "add", "hold", "ahead"]
 
+ExpertDtype = Literal["float32", "bfloat16"]
+"""What the factors of routed experts are rounded to and stored in."""
+
 
 @dataclass(frozen=True)
 class LowRankExperts:
@@ -285,6 +288,17 @@ class LowRankExperts:
             raise ValueError(f"up [T, d_out, r] and down [T, r, d_in] do not fit each other: {shapes}")
         if self.bias is not None and tuple(self.bias.shape) != shapes["up"][:2]:
             raise ValueError(f"bias must be [T, d_out] = {list(shapes['up'][:2])}, got {list(self.bias.shape)}")
+
+    def rounded(self, dtype: ExpertDtype) -> "LowRankExperts":
+        """The same experts with factors in ``dtype``, each number rounded to the nearest; router and bias stay as they are.
+
+        >>> up, down = torch.full((2, 3, 1), 1.001), torch.ones(2, 1, 4)
+        >>> rounded = LowRankExperts(up, down, HeldRouter(2)).rounded("bfloat16")
+        >>> rounded.up.dtype, rounded.up.max().item(), rounded.up.nbytes
+        (torch.bfloat16, 1.0, 12)
+        """
+        kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        return replace(self, up=self.up.to(kind), down=self.down.to(kind))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors there are, by ``up``, ``down``, ``bias`` and ``router.<buffer>``."""

@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import from; everythi
     "reports": {"support"},
     "runs": {
         "merging", "evaluation", "export", "reports", "registry", "data", "suites", "sources", "encoders", "checkpoints",
-        "parts", "merger", "support"
+        "parts", "merger", "routers", "support"
     },
     "cli": {"runs", "export", "data", "registry", "suites", "merger", "support", "version"},
     "demo": {"suites", "sources", "encoders", "data", "support"},

@@ -1,5 +1,6 @@
 """Routers: what they choose, and that they can be made again from what is saved of them."""
 
+import numpy as np
 import pytest
 import torch
 from routed_encoder import KINDS, TASKS, WIDTH, make_router, normal
@@ -11,6 +12,21 @@ from mergekit_vision.routers import Choice, CosineRouter, HeldRouter, LowRankExp
 def test_weights_of_all_experts_are_zero_where_not_chosen() -> None:
     choice = Choice(torch.tensor([[[2, 0]], [[1, 2]]]), torch.tensor([[[0.75, 0.25]], [[0.5, 0.5]]]))
     assert choice.dense(4).tolist() == [[[0.25, 0, 0.75, 0]], [[0, 0.5, 0.5, 0]]]
+
+
+def test_factors_are_rounded_to_the_nearest_of_eight_binary_digits() -> None:
+    up, down = normal(TASKS, 6, 2) * torch.tensor([1e-30, 1e20]), normal(TASKS, 2, WIDTH, seed=1)
+    experts = LowRankExperts(up, down, HeldRouter(TASKS), normal(TASKS, 6, seed=2), "hold")
+    rounded = experts.rounded("bfloat16")
+    for name in ("up", "down"):
+        mantissa, exponent = np.frexp(getattr(experts, name).double().numpy())
+        expected = np.ldexp(np.round(mantissa * 256) / 256, exponent)  # ties to even, as the processor's
+        assert getattr(rounded, name).dtype == torch.bfloat16
+        assert np.array_equal(getattr(rounded, name).double().numpy(), expected)
+    assert (rounded.router, rounded.bias, rounded.evidence) == (experts.router, experts.bias, "hold")
+    same = experts.rounded("float32")
+    assert torch.equal(same.up, up)
+    assert torch.equal(same.down, down)
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (1, 0.01), (2, 1.0), (2, 5.0), (9, 1.0)])

@@ -71,6 +71,13 @@ SHORT = (
         "dynamic models: router, oracle (the true task's expert) or base",
         (*_MERGING, "compare"),
     ),
+    Short(
+        ("--expert-dtype",),
+        "--model.expert_dtype",
+        "DTYPE",
+        "dynamic models: store the experts' factors as float32 or, in half the bytes, bfloat16",
+        (*_MERGING, "compare"),
+    ),
     Short(("--proxies",), "--data.proxies.n", "N", "unlabeled proxy images a task; --proxies.split and others set the rest"),
     Short(("--tasks",), "--data.tasks", "LIST", "evaluate these tasks only", ("validate", "test", "compare")),
     Short(("--devices",), "--trainer.devices", "N", "processes of a machine, one a device"),
@@ -118,7 +125,7 @@ def summary(command: str) -> str:
     for short in SHORT:
         if not short.commands or command in short.commands:
             names = ", ".join(short.names) if len(short.names) > 1 else f"    {short.names[0]}"
-            lines.append(f"  {f'{names} {short.value}':<22}{short.text}")
+            lines.append(f"  {f'{names} {short.value}':<25}{short.text}")
     return "\n".join(["options that matter:", *lines])
 
 

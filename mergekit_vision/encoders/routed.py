@@ -54,12 +54,12 @@ class Routing:
             return None
         if self.mode == "oracle":
             index = self._true_tasks(x).view(-1, 1, 1)
-            choice = Choice(index, torch.ones_like(index, dtype=layer.down.dtype))
+            choice = Choice(index, torch.ones_like(index, dtype=layer.weight.dtype))
         else:
             if self._ahead:
                 return self._score_ahead(layer, x)
             with torch.autocast(x.device.type, enabled=False):  # a choice must not hinge on bfloat16's three digits
-                choice = layer.router.choose(self._evidence(layer, x.to(layer.down.dtype)))
+                choice = layer.router.choose(self._evidence(layer, x.to(layer.weight.dtype)))
         if self.counts and self.truth is not None:
             counts = self.counts[layer.name]
             counts.index_add_(0, self._true_tasks(x), choice.dense(len(layer.down)).mean(1).to(counts.dtype))
@@ -69,7 +69,7 @@ class Routing:
         """Add up the scores of ``layer``, of an image the mean over its tokens; no experts yet."""
         if layer.evidence == "ahead":
             with torch.autocast(x.device.type, enabled=False):
-                scores: Tensor = layer.router(x.to(layer.down.dtype)).mean(1, keepdim=True)
+                scores: Tensor = layer.router(x.to(layer.weight.dtype)).mean(1, keepdim=True)
                 self._shared = scores if self._shared is None else self._shared + scores
         return None
 
@@ -101,6 +101,9 @@ class RoutedLinear(nn.Module):
     No dense delta is formed: an image's (or token's) factors are gathered, or the tokens grouped, and each costs
     ``r (d_in + d_out)`` multiplications a token. ``weight`` and ``bias`` are the wrapped layer's own, under their own names.
 
+    Factors of fewer bytes a number than the layer's weight are kept as they are, and those that are used are cast to the output's
+    dtype. Router and shifts get the layer's dtype.
+
     Args:
         linear: the layer.
         experts: what is added to its output.
@@ -123,8 +126,9 @@ class RoutedLinear(nn.Module):
         self.name, self.routing, self.evidence = name, routing, experts.evidence
         self.weight, self.bias = linear.weight, linear.bias
         self.router = deepcopy(experts.router).to(device, dtype)
-        self.register_buffer("up", experts.up.to(device, dtype).transpose(1, 2).contiguous())  # [T, r, d_out]: rows to gather
-        self.register_buffer("down", experts.down.to(device, dtype).contiguous())
+        up, down = (part.to(device, _narrower(part.dtype, dtype)) for part in (experts.up, experts.down))
+        self.register_buffer("up", up.transpose(1, 2).contiguous())  # [T, r, d_out]: rows to gather
+        self.register_buffer("down", down.contiguous())
         self.register_buffer("shift", None if experts.bias is None else experts.bias.to(device, dtype))
 
     @property
@@ -150,9 +154,11 @@ class RoutedLinear(nn.Module):
 
     def _one_by_one(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
         """Each image multiplies with its own experts' factors where they lie. Not for a graph or an accelerator."""
-        rows, up = x.to(y.dtype), self.up.to(y.dtype).unbind()
-        down = self.down.to(y.dtype).transpose(1, 2).unbind()
-        pairs = zip(choice.experts[:, 0].tolist(), choice.weight[:, 0].tolist(), strict=True)
+        rows = x.to(y.dtype)
+        pairs = list(zip(choice.experts[:, 0].tolist(), choice.weight[:, 0].tolist(), strict=True))
+        used = {expert for chosen, weight in pairs for expert, share in zip(chosen, weight, strict=True) if share}
+        up = {expert: self.up[expert].to(y.dtype) for expert in used}
+        down = {expert: self.down[expert].to(y.dtype).T for expert in used}
         for image, (chosen, weight) in enumerate(pairs):
             for expert, share in zip(chosen, weight, strict=True):
                 if share:  # an image whose task is beyond doubt costs one expert, not top_k
@@ -161,12 +167,12 @@ class RoutedLinear(nn.Module):
 
     def _gathered(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
         """Each image multiplies with a copy of its own experts' factors."""
-        index, up = choice.experts[:, 0], self.up.to(y.dtype)
-        down = self.down.to(y.dtype)[index]  # [N, K, r, d_in]
+        index = choice.experts[:, 0]
+        up, down = _gather(self.up, index, y.dtype), _gather(self.down, index, y.dtype)  # [N, K, r, d_out], [N, K, r, d_in]
         codes = torch.bmm(x.to(y.dtype), down.flatten(1, 2).transpose(1, 2)).view(*x.shape[:2], *down.shape[1:3])
         if index.shape[1] > 1:
             codes = codes * choice.weight.to(y.dtype).unsqueeze(-1)
-        return y.baddbmm_(codes.flatten(2), up[index].flatten(1, 2))
+        return y.baddbmm_(codes.flatten(2), up.flatten(1, 2))
 
     def _grouped(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
         """Each expert runs once, with its bias, on the tokens that chose it: how many is not for a graph or accelerator."""
@@ -178,9 +184,11 @@ class RoutedLinear(nn.Module):
         groups = torch.split(experts.argsort(stable=True), counts)[:-1]  # of (token, position), by expert
         rows, out = x.to(y.dtype).flatten(0, 1), y.view(-1, y.shape[-1])
         shift = None if self.shift is None else self.shift.to(y.dtype)
-        for expert, (group, down, up) in enumerate(zip(groups, self.down.to(y.dtype), self.up.to(y.dtype), strict=True)):
-            chosen = group // top_k
-            codes = rows.index_select(0, chosen) @ down.T
+        for expert, (group, down, up) in enumerate(zip(groups, self.down, self.up, strict=True)):
+            if not len(group):
+                continue
+            chosen, up = group // top_k, up.to(y.dtype)
+            codes = rows.index_select(0, chosen) @ down.to(y.dtype).T
             # with the bias in the same product: a pass over the output less than for the biases by themselves
             added = codes @ up if shift is None else torch.addmm(shift[expert], codes, up)
             out.index_add_(0, chosen, added if top_k == 1 else added.mul_(weight[group]))
@@ -188,10 +196,20 @@ class RoutedLinear(nn.Module):
 
     def _masked(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
         """All experts' codes, zeroed where not chosen: two large products instead of many small ones."""
-        codes = F.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], *self.down.shape[:2])
+        codes = F.linear(x.to(y.dtype), self.down.to(y.dtype).flatten(0, 1)).view(*x.shape[:-1], *self.down.shape[:2])
         codes = codes * choice.dense(len(self.down)).to(y.dtype).unsqueeze(-1)
         out: Tensor = y + codes.flatten(-2) @ self.up.to(y.dtype).flatten(0, 1)
         return out
+
+
+def _narrower(own: torch.dtype, layer: torch.dtype) -> torch.dtype:
+    """The dtype of fewer bytes a number; the layer's where both have as many."""
+    return own if own.itemsize < layer.itemsize else layer
+
+
+def _gather(factors: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copies of the factors of chosen experts, cast to ``dtype``; they are gathered in whichever dtype has fewer bytes."""
+    return factors.to(_narrower(factors.dtype, dtype))[index].to(dtype)
 
 
 def attach(encoder: nn.Module, routed: Mapping[str, LowRankExperts]) -> Routing:

@@ -147,7 +147,7 @@ def load(directory: str | Path, allow_code: bool = False, verify: bool = True) -
         verify: compare every file with the checksum that was recorded when it was written.
 
     Returns:
-        A plain ``nn.Module`` on the CPU, float32, in evaluation mode.
+        A plain ``nn.Module`` on the CPU, float32, in evaluation mode. Experts that were stored in bfloat16 remain so in memory.
 
     Raises:
         InputError: when ``directory`` holds no merged model, or one that is not as it was written.

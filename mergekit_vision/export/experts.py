@@ -122,11 +122,16 @@ def _try_out(name: str, experts: LowRankExperts) -> None:
     count, _, width = experts.down.shape
     try:
         with torch.no_grad():
-            scores = experts.router.eval()(experts.down.new_zeros(1, 2, width))
+            scores = experts.router.eval()(torch.zeros(1, 2, width, dtype=_dtype_of(experts.router)))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise InputError(f"{name}: its router does not run on the layer's inputs: {error}; {_REMEDY}") from error
     if scores.dim() != 3 or scores.shape[1] not in (1, 2) or (scores.shape[0], scores.shape[2]) != (1, count):
         raise InputError(f"{name}: its router gives scores {list(scores.shape)} for the {count} experts of the layer; {_REMEDY}")
+
+
+def _dtype_of(router: Router) -> torch.dtype:
+    """Of a router's buffers, which factors of fewer bytes do not share."""
+    return next((buffer.dtype for buffer in router.buffers() if buffer.is_floating_point()), torch.float32)
 
 
 def _check_evidence(routed: Mapping[str, LowRankExperts]) -> None:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt
 from mergekit_vision.checkpoints.opening import ROUTED
 from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.errors import InputError
+from mergekit_vision.routers import ExpertDtype
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import raise_faults
 from mergekit_vision.support.fingerprints import sha256 as hash_of
@@ -63,6 +64,7 @@ class _Record(Schema):
     experts: dict[str, str] = Field(min_length=1)
     merger: _Method
     scale: FiniteFloat
+    expert_dtype: ExpertDtype | None = None
     search: list[dict[str, FiniteFloat]]
     seconds: dict[str, FiniteFloat]
     versions: dict[str, str]

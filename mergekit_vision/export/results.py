@@ -59,7 +59,8 @@ def read_results(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         found[-1] += f"; {_REMEDY}"
     raise_faults(path, found, brief=True)
     differs = [key for key in ("suite", "merger", "scale") if not same(content[key], record[key])]
-    differs += ["history"] if not same(content.get("history", []), record.get("history", [])) else []
+    absent = {"history": [], "expert_dtype": "float32"}  # of models without any, and of earlier versions
+    differs += [key for key, usual in absent.items() if not same(content.get(key) or usual, record.get(key) or usual)]
     if differs:
         problem = f"measured on another model, by its {', '.join(differs)}"
         raise InputError(f"`results` {path}: {problem}; test this one", of="command")

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from mergekit_vision.merging.coefficient import Scale, ScaleChoice
 from mergekit_vision.merging.record import citations, composed, merger_record, revisable
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
-from mergekit_vision.routers import LowRankExperts
+from mergekit_vision.routers import ExpertDtype, LowRankExperts
 from mergekit_vision.suites.splits import VAL
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.console import track
@@ -56,6 +56,7 @@ class Recipe:
         experts: tasks whose experts are merged; all of the suite where ``None``.
         route: how a dynamic model chooses its experts.
         keep_state: how many experts are to be able to leave the model later, where what that needs is kept; else ``None``.
+        expert_dtype: what the factors of a dynamic model's experts are rounded to, once the method has returned them.
 
     Raises:
         InputError: when ``scale`` is neither a number that weights can be multiplied by nor one of the words, or ``keep_state``
@@ -67,6 +68,7 @@ class Recipe:
     experts: tuple[str, ...] | None = None
     route: Route = "router"
     keep_state: int | None = None
+    expert_dtype: ExpertDtype = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, str) and self.scale not in ("merger", "search", "agreement"):
@@ -133,6 +135,7 @@ class Recipe:
         start = time.perf_counter()
         merged = bench.merge(merger, {task: bench.evaluator.expert(task) for task in experts}, choice, self.keep_state)
         seconds = time.perf_counter() - start - choice.seconds
+        merged = self._rounded(merged)
         scale = choice(merged)
         record = {
             "suite": suite.name,
@@ -143,6 +146,7 @@ class Recipe:
             "merger": merger_record(merger),
             "citation": citations(merger),
             "scale": scale,
+            **({"expert_dtype": self.expert_dtype} if merged.routed else {}),
             "search": sorted(choice.curve, key=lambda row: row["coefficient"]),
             "seconds": {"merge": round(seconds, 3), "search": round(choice.seconds, 3)},
             "versions": versions(),
@@ -151,6 +155,11 @@ class Recipe:
         check_usable(weights, merged.routed, f"{type(merger).__name__} at coefficient {scale:g}")
         kept = None if self.keep_state is None else merged.kept
         return MergedModel(weights, merged.routed, record, merged if merged.experts else None, kept)
+
+    def _rounded(self, merged: Merged) -> Merged:
+        """What a method returned, with its routed experts in the dtype that they are searched, evaluated and stored in."""
+        routed = {name: experts.rounded(self.expert_dtype) for name, experts in merged.routed.items()}
+        return replace(merged, routed=routed) if routed else merged
 
 
 def halves(data: VisionTasks, mergers: Iterable[Merger]) -> tuple[VisionTasks, VisionTasks]:

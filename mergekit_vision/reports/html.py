@@ -107,7 +107,7 @@ def summary(results: Results) -> str:
         sentences.append(f"{found.row['name']} {_reaches(found.row)} in one model of the same size{_rivals(found)}.")
     if found := best.get("dynamic"):
         extra = _whole(found.row["extra_parameters"] / results["parameters"])
-        what = f"with {extra} more parameters and a router"
+        what = f"with {extra} more memory and a router"
         sentences.append(f"{found.row['name']} {_reaches(found.row)} {what}{_rivals(found)}.")
     if found := best.get("backbone"):
         sentences.append(f"The pre-trained model alone, zero-shot, {_reaches(found.row)}.")

@@ -51,7 +51,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
         )
     for column in table.columns[1:]:  # a name is wrapped rather than a number cut
         column.min_width = max(Text.from_markup(str(cell)).cell_len for cell in column.cells)
-    table.caption = "normalized: relative to each task's own expert · extra: parameters besides one encoder"
+    table.caption = "normalized: relative to each task's own expert · extra: memory besides one encoder, in parameters of 4 bytes"
     if any(row["kind"] == "oracle" for row in results["rows"]):
         table.caption += "\noracle: no merge; it is told each image's task"
     table.caption_justify = "left"

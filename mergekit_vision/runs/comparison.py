@@ -198,6 +198,7 @@ class Comparison(LightningModule):
             "scale": recipe.scale,
             "search": asdict(recipe.search) if recipe.scale in ("search", "agreement") else None,
             "route": recipe.route,
+            "expert_dtype": recipe.expert_dtype,
             "proxies": asdict(data.proxies),
             "draws": self.seeds,
             "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")),

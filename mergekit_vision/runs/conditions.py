@@ -49,7 +49,7 @@ def of_experts(evaluator: Evaluator, experts: Mapping[str, Expert]) -> list[str]
 
 def of_recipe(evaluator: Evaluator, recipe: Recipe) -> list[str]:
     """What the coefficient and the routing depend on, besides the method."""
-    data, parts = evaluator.data, [str(recipe.scale), recipe.route]
+    data, parts = evaluator.data, [str(recipe.scale), recipe.route, recipe.expert_dtype]
     if recipe.scale in ("search", "agreement"):
         parts += [str(recipe.search), *(data.fingerprint(task, split) for split in recipe.searched for task in data.suite.tasks)]
     return parts

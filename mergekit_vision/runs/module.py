@@ -29,6 +29,7 @@ from mergekit_vision.reports.figures import draw_routing
 from mergekit_vision.reports.style import save_png
 from mergekit_vision.reports.summary import own_expert_shares, summarize
 from mergekit_vision.reports.tables import results_table
+from mergekit_vision.routers import ExpertDtype
 from mergekit_vision.runs.checks import check_alike, check_merged, check_processes
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.runtime import data_of, runtime_of
@@ -61,6 +62,8 @@ class MergedCLIP(LightningModule):
         verify: whether the files of ``merged`` must be as they were written, by the checksums in its ``merge.json``.
         keep_state: keep beside the model what the trainer's ``add`` and ``drop`` need, for so many experts that may leave it;
             ``None`` for nothing.
+        expert_dtype: how the low-rank factors of a dynamic model's experts are kept in memory and in its files; ``bfloat16``
+            rounds them once they are merged, to half the bytes.
 
     Attributes:
         encoder: the merged encoder, once it is set up.
@@ -81,9 +84,11 @@ class MergedCLIP(LightningModule):
         route: Route = "router",
         verify: bool = True,
         keep_state: int | None = None,
+        expert_dtype: ExpertDtype = "float32",
     ) -> None:
         super().__init__()
-        self.recipe = Recipe(scale, search, None if experts is None else tuple(experts), route, keep_state)
+        chosen = None if experts is None else tuple(experts)
+        self.recipe = Recipe(scale, search, chosen, route, keep_state, expert_dtype)
         if merger is not None and merged is not None:
             raise InputError(_ONE_OF, of="model")
         if merged == "":
@@ -94,6 +99,8 @@ class MergedCLIP(LightningModule):
             raise InputError("`experts` goes with `merger`; a merged model has those that it was merged from", of="model")
         if merged is not None and keep_state is not None:
             raise InputError("`keep_state` goes with `merger`; add and drop keep what the model has", of="model")
+        if merged is not None and expert_dtype != "float32":
+            raise InputError("`expert_dtype` goes with `merger`; a merged model's experts are as they were stored", of="model")
         self.merger, self.merged = merger, None if merged is None else Path(merged)
         self.verify = verify
         self.encoder: VisionEncoder | None = None
@@ -150,7 +157,7 @@ class MergedCLIP(LightningModule):
                 raise InputError(f"`merger` {type(self.merger).__name__} {problem}", of="model")
             self.recipe.check_keeping(data.suite, self.merger)
             self.recipe.chosen(data.suite)
-            self._check_route(dynamic=self.merger.kind == "dynamic")
+            self._check_routed(dynamic=self.merger.kind == "dynamic")
         elif self.merged is not None:
             check_merged(self.merged, data.suite, self.verify)
         if split is not None:
@@ -163,7 +170,7 @@ class MergedCLIP(LightningModule):
         encoder = bench.evaluator.encoder
         encoder.assign(model.weights)
         encoder.route(model.routed, self.recipe.route)
-        self._check_route(dynamic=encoder.routing is not None)
+        self._check_routed(dynamic=encoder.routing is not None)
         self.encoder, self.record = encoder.eval(), model.record
         self._evaluator = replace(bench.evaluator, experts=tuple(model.record["experts"]))
         self._text = bench.text if self.trainer.is_global_zero else {}
@@ -171,11 +178,13 @@ class MergedCLIP(LightningModule):
         if self.merger is not None and self.trainer.is_global_zero:  # who revises the model is to have the same backbone
             self.record = {**self.record, "base": of_tensors(bench.base)}
 
-    def _check_route(self, dynamic: bool) -> None:
-        """Refuse a rule of routing for a model that routes nothing."""
-        if not dynamic and self.recipe.route != "router":
-            problem = "a static model has no routed experts; merge with ESMPP or SMILE"
-            raise InputError(f"`route` {self.recipe.route}: {problem}", of="model")
+    def _check_routed(self, dynamic: bool) -> None:
+        """Refuse a rule of routing, or a dtype of experts, for a model that routes nothing."""
+        given = (("route", self.recipe.route, "router"), ("expert_dtype", self.recipe.expert_dtype, "float32"))
+        for name, value, usual in given if not dynamic else ():
+            if value != usual:
+                problem = "a static model has no routed experts; merge with ESMPP or SMILE"
+                raise InputError(f"`{name}` {value}: {problem}", of="model")
 
     def _merged_model(self, bench: Workbench) -> MergedModel:
         if self.merger is not None:
@@ -283,7 +292,7 @@ class MergedCLIP(LightningModule):
             "kind": "evaluation",
             "schema": 1,
             **{key: self.record.get(key) for key in ("suite", "merger", "scale", "search")},
-            **({"history": self.record["history"]} if self.record.get("history") else {}),
+            **{key: self.record[key] for key in ("history", "expert_dtype") if self.record.get(key)},
             "split": split,
             "hub": self.data.hub_sources(split),
             "route": None if encoder.routing is None else route,
@@ -301,6 +310,7 @@ class MergedCLIP(LightningModule):
         merger, scale = self.record.get("merger", {}), self.record.get("scale")
         name = merger.get("recipe", merger.get("name"))  # models merged before had no recipe
         how = f", route {route}" if route != "router" else ""
+        how += ", experts in bfloat16" if self.record.get("expert_dtype") == "bfloat16" else ""
         for text in departures(self.data.suite.tasks.values(), self.expert_accuracy[TEST]) if split == TEST else ():
             logger.warning(text)
         show(results_table(results, f"{name} at coefficient {scale:g}{how} on {split} → {path}"))

@@ -41,7 +41,9 @@ def _is_of(number: PublishedNumber, row: Row) -> bool:
     given = row["settings"]
     if merger_record(merger)["class_path"] != row["merger"]["class_path"] or given["route"] != "router":
         return False
+    if given.get("expert_dtype", "float32") != "float32":
+        return False
     wanted = {**parameters(merger), **{f"proxies.{name}": value for name, value in number.proxies.items()}}
-    own = {name for name in given if name not in ("scale", "route", "tasks") and not name.startswith("proxies.")}
+    own = {name for name in given if name not in ("scale", "route", "expert_dtype", "tasks") and not name.startswith("proxies.")}
     scaled = isinstance(given["scale"], str) or given["scale"] == number.scale
     return scaled and own <= wanted.keys() and all(name in given and given[name] == value for name, value in wanted.items())

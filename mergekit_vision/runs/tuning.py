@@ -92,6 +92,7 @@ class Tuning(LightningModule):
             "scale": recipe.scale,
             "search": asdict(recipe.search) if isinstance(recipe.scale, str) else None,
             "route": recipe.route,
+            "expert_dtype": recipe.expert_dtype,
             "proxies": asdict(data.proxies),
             "rows": shown,
             "winner": self._configuration(rows[0], data.proxies),
@@ -103,7 +104,8 @@ class Tuning(LightningModule):
         searched = best["scale"] if best["search"] else "merger"
         scale = searched if isinstance(self.recipe.scale, str) else self.recipe.scale
         experts = None if self.recipe.experts is None else list(self.recipe.experts)
-        model = {"merger": best["content"], "scale": scale, "experts": experts, "route": self.recipe.route}
+        same = {"route": self.recipe.route, "expert_dtype": self.recipe.expert_dtype}
+        model = {"merger": best["content"], "scale": scale, "experts": experts, **same}
         return {"model": model, "data": {"proxies": asdict(proxies)}}
 
 

@@ -12,6 +12,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.coefficient import Scale
 from mergekit_vision.merging.recipe import Recipe
+from mergekit_vision.routers import ExpertDtype
 from mergekit_vision.runs.building import build_merger
 from mergekit_vision.runs.variants import Variant
 from mergekit_vision.support.faults import raise_faults, repeated
@@ -28,6 +29,7 @@ def read_variants(path: Path) -> list[Variant]:
           merger: {class_path: ESM, init_args: {rank: 4}}   # or its name alone
           scale: 1.0                                        # the rest is optional, and the run's where it is absent
           route: router
+          expert_dtype: float32
           proxies: 8                                        # or a mapping: n, split, seed, label, source, skip
           tasks: 4                                          # the first so many, or a list of names
 
@@ -107,13 +109,16 @@ class _Variant(Schema):
     )
     tasks: Annotated[int | tuple[str, ...] | None, PlainValidator(_tasks)] = None
 
+    expert_dtype: ExpertDtype | None = Field(default=None, description="float32 or bfloat16")
+
     @model_validator(mode="after")
     def _routes(self) -> "_Variant":
-        if self.route is not None and self.merger.kind == "static":
-            raise ValueError(f"`route` {self.route}: {type(self.merger).__name__} returns a static model, which routes nothing")
+        for name, value in (("route", self.route), ("expert_dtype", self.expert_dtype)):
+            if value is not None and self.merger.kind == "static":
+                raise ValueError(f"`{name}` {value}: {type(self.merger).__name__} returns a static model, which routes nothing")
         return self
 
     def variant(self) -> Variant:
         """What the file says, as a row."""
         proxies = self.proxies.model_dump(exclude_unset=True)
-        return Variant(self.name, self.merger, self.scale, self.route, proxies, self.tasks)
+        return Variant(self.name, self.merger, self.scale, self.route, proxies, self.tasks, self.expert_dtype)

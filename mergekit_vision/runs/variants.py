@@ -11,10 +11,11 @@ from mergekit_vision.merger import Merger
 from mergekit_vision.merging.coefficient import Scale
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.record import composed
+from mergekit_vision.routers import ExpertDtype
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.faults import closest
 
-_OF_THE_RUN = ("scale", "route", "tasks", "proxies")  # a method's own parameter of such a name is told apart
+_OF_THE_RUN = ("scale", "route", "expert_dtype", "tasks", "proxies")  # a method's own parameter of such a name is told apart
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Variant:
         proxies: fields of :class:`~mergekit_vision.data.proxies.Proxies` that are others than the run's.
         tasks: the tasks whose experts are merged, and on which the result is evaluated: that many of the suite's first, or by
             name; the run's where ``None``.
+        expert_dtype: that of a dynamic model's experts; the run's where ``None``.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Variant:
     route: Route | None = None
     proxies: Mapping[str, Any] = field(default_factory=dict)
     tasks: int | tuple[str, ...] | None = None
+    expert_dtype: ExpertDtype | None = None
 
     def recipe(self, run: Recipe, suite: Suite) -> Recipe:
         """How this row is merged.
@@ -46,7 +49,10 @@ class Variant:
         """
         experts = run.experts if self.tasks is None else self._tasks_of(suite)
         scale, route = run.scale if self.scale is None else self.scale, self.route or run.route
-        return replace(run, scale=scale, route=route, experts=experts)
+        dtype: ExpertDtype = self.expert_dtype or run.expert_dtype
+        if self.merger.kind != "dynamic":  # whose result is the same, also to what is remembered
+            dtype = "float32"
+        return replace(run, scale=scale, route=route, experts=experts, expert_dtype=dtype)
 
     def data(self, run: VisionTasks, draw: int = 0) -> VisionTasks:
         """The images of this row.
@@ -93,7 +99,8 @@ def settings(row: Variant, recipe: Recipe, data: VisionTasks) -> dict[str, Any]:
     """
     found = parameters(row.merger)
     proxies = {f"proxies.{name}": value for name, value in asdict(data.proxies).items()}
-    return {**found, "scale": recipe.scale, "route": recipe.route, **proxies, "tasks": len(data.task_names)}
+    chosen = {"scale": recipe.scale, "route": recipe.route, "expert_dtype": recipe.expert_dtype}
+    return {**found, **chosen, **proxies, "tasks": len(data.task_names)}
 
 
 def parameters(merger: Merger) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def parameters(merger: Merger) -> dict[str, Any]:
 
 def differing(row: Variant) -> list[str]:
     """Names of the :func:`settings` of a row that are others than the method's own and the run's."""
-    given = {"scale": row.scale, "route": row.route, "tasks": row.tasks}
+    given = {"scale": row.scale, "route": row.route, "expert_dtype": row.expert_dtype, "tasks": row.tasks}
     return [
         *(name for name, _, usual in _parameters(row.merger) if not usual),
         *(name for name, value in given.items() if value is not None),

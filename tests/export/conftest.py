@@ -17,6 +17,7 @@ from mergekit_vision.export.manifest import write_record
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP, ESMPPBayes
 from mergekit_vision.plugins.smile import SMILE
+from mergekit_vision.routers import ExpertDtype
 
 _LAYERS = ("in_proj",)  # graphs of few layers are quick to make
 
@@ -25,6 +26,7 @@ MERGERS: dict[str, Merger] = {
     "ESMPP": ESMPP(rank=4, layers=_LAYERS),
     # of so small a model the tokens have no 32 axes that float32 could tell apart, on which the covariance would be taken
     "ESMPPBayes": ESMPPBayes(rank=4, layers=_LAYERS, pooling=("mean", "deviation", "first")),
+    "bfloat16": ESMPPBayes(rank=4, layers=_LAYERS, pooling=("mean", "first")),
     "SMILE": SMILE(rank=4, gate_rank=2, layers=_LAYERS),
     "once": ESMPP(
         rank=4, layers=_LAYERS, rule="sim", statistics="base", pooling=("mean", "first"), decision="once", held_layer=1
@@ -40,7 +42,8 @@ def merged(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     def directory(name: str) -> Path:
         if not (root / name).exists():
             trainer = Trainer(default_root_dir=str(root / name), accelerator="cpu")
-            trainer.merge(MergedCLIP(MERGERS[name], scale=0.7), VisionTasks(str(tiny_suite)))
+            dtype: ExpertDtype = "bfloat16" if name == "bfloat16" else "float32"
+            trainer.merge(MergedCLIP(MERGERS[name], scale=0.7, expert_dtype=dtype), VisionTasks(str(tiny_suite)))
         return root / name
 
     return directory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from routed_encoder import KINDS, LINEARS, make_encoder, make_experts, make_routed, normal
+from routed_encoder import KINDS, LINEARS, RANK, make_encoder, make_experts, make_routed, normal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,6 +50,26 @@ def test_experts_of_different_ranks_come_back_bit_for_bit(images: Tensor) -> Non
     attach(fresh, again)
     with torch.inference_mode():
         assert torch.equal(fresh["visual"](images), whole["visual"](images))
+
+
+def test_bfloat16_factors_come_back_in_half_the_bytes(images: Tensor, tmp_path: Path) -> None:
+    """Also those of experts of different ranks, with whatever router."""
+    experts = {}
+    for at, (name, layer) in enumerate(make_experts(make_encoder(), "linear of covariance, mixed").items()):
+        layer.up[0, :, 1 + at % RANK :] = layer.down[0, 1 + at % RANK :] = 0
+        experts[name] = layer.rounded("bfloat16")
+    tensors, config = pack_experts(experts)
+    whole, _ = pack_experts({name: layer.rounded("float32") for name, layer in experts.items()})
+    for name, tensor in tensors.items():
+        assert tensor.nbytes * (2 if name.endswith((".up", ".down")) else 1) == whole[name].nbytes
+    save_file(tensors, tmp_path / "experts.safetensors")
+    again = unpack_experts(load_file(tmp_path / "experts.safetensors"), json.loads(json.dumps(config)))
+    fresh, encoder = make_encoder(), make_encoder()
+    attach(fresh, again)
+    attach(encoder, experts)
+    assert all(layer.up.dtype == layer.down.dtype == torch.bfloat16 for layer in again.values())
+    with torch.inference_mode():
+        assert torch.equal(fresh["visual"](images), encoder["visual"](images))
 
 
 def test_unpack_explains_what_is_wrong() -> None:

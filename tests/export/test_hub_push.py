@@ -209,6 +209,7 @@ def test_names_are_text_and_nothing_else(hub: LoopbackHub, model: Path) -> None:
         ),
         ({"tasks": {}}, "tasks: must be at least one entry long"),
         ({"scale": 0.123}, "measured on another model, by its scale; test this one"),
+        ({"expert_dtype": "bfloat16"}, "measured on another model, by its expert_dtype; test this one"),
         ({"route": "oracle"}, "measured with route oracle"),
     ],
 )

@@ -38,6 +38,8 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown base": ({"merger": method("ESMPP", base="nosuch")}, "init_args.base: there is no merger 'nosuch'"),
     **{f"the scale {scale!r}": ({"scale": scale}, "a.scale: ") for scale in (float("nan"), float("inf"), 1e30, True, "auto", [])},
     "a route of a static model": ({"route": "router"}, "Average returns a static model, which routes nothing"),
+    "a dtype of a static model": ({"expert_dtype": "bfloat16"}, "Average returns a static model, which routes nothing"),
+    "an unknown dtype": ({"merger": "SMILE", "expert_dtype": "int8"}, "a.expert_dtype: must be float32 or bfloat16, not the str"),
     "an unknown route": ({"merger": "SMILE", "route": "x"}, "a.route: must be router, oracle or base, not the str 'x'"),
     **{f"{proxies!r} proxies": ({"proxies": proxies}, "a.proxies: ") for proxies in (0, -1, 1e30, "8", True, [], None)},
     "no proxies": ({"proxies": {"n": 0}}, "`proxies.n` must be 1 or more, not 0"),

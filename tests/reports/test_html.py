@@ -124,7 +124,7 @@ def test_what_is_unknown_is_left_out(results: dict[str, Any]) -> None:
 def test_summary_names_the_best_of_each_kind(results: dict[str, Any]) -> None:
     assert summary(results).replace(NARROW, " ") == (
         "Plain keeps 71 % of the experts’ accuracy in one model of the same size. "
-        "Clever keeps 88 % of the experts’ accuracy with 12 % more parameters and a router. "
+        "Clever keeps 88 % of the experts’ accuracy with 12 % more memory and a router. "
         "The pre-trained model alone, zero-shot, keeps 53 % of the experts’ accuracy."
     )
 

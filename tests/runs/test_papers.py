@@ -45,6 +45,8 @@ def number(suite: str, merger: Merger, tasks: int = 8, **settings: Any) -> float
         (TALL, ESMPP(rank=8), {}, 91.3),
         (TALL, ESMPP(), {}, 91.8),
         (TALL, ESMPP(), {"route": "oracle"}, None),
+        (TALL, ESMPP(), {"expert_dtype": "float32"}, 91.8),
+        (TALL, ESMPP(), {"expert_dtype": "bfloat16"}, None),
         (TALL, ESMPP(base=TIES()), {}, None),
         (TALL, RegMean(), {}, None),
         (FUSION, ESM(), {}, None),

@@ -25,7 +25,8 @@ Compare = Callable[..., dict[str, dict[str, Any]]]
 FILE = """
 - {name: plain, merger: ESM}
 - {name: nine, merger: {class_path: ESM, init_args: {rank: 4}}, scale: 1, proxies: 9}
-- {name: routed, merger: {class_path: ESMPP, init_args: {rank: 2, layers: [c_fc], base: TIES}}, route: oracle}
+- {name: routed, merger: {class_path: ESMPP, init_args: {rank: 2, layers: [c_fc], base: TIES}},
+   route: oracle, expert_dtype: bfloat16}
 - {name: two, merger: mergekit_vision.plugins.average.Average, proxies: {label: 0, split: test}, tasks: [stripes, colors]}
 """
 
@@ -50,7 +51,7 @@ def test_a_file_says_what_the_rows_are(tmp_path: Path) -> None:
     assert read_variants(tmp_path / "variants.yaml") == [
         Variant("plain", ESM()),
         Variant("nine", ESM(rank=4), scale=1.0, proxies={"n": 9}),
-        Variant("routed", ESMPP(base=TIES(), rank=2, layers=("c_fc",)), route="oracle"),
+        Variant("routed", ESMPP(base=TIES(), rank=2, layers=("c_fc",)), route="oracle", expert_dtype="bfloat16"),
         Variant("two", Average(), proxies={"label": 0, "split": "test"}, tasks=("stripes", "colors")),
     ]
 
@@ -77,8 +78,8 @@ def test_a_row_is_what_a_run_with_its_settings_finds(compare: Compare, tmp_path:
 
 
 def test_a_row_says_what_differs() -> None:
-    row = Variant("routed", ESMPP(base=TIES(density=0.1), rank=32), scale=0.0, proxies={"n": 4}, tasks=2)
-    assert differing(row) == ["base", "base.density", "scale", "tasks", "proxies.n"]
+    row = Variant("routed", ESMPP(base=TIES(density=0.1), rank=32), scale=0.0, proxies={"n": 4}, tasks=2, expert_dtype="bfloat16")
+    assert differing(row) == ["base", "base.density", "scale", "expert_dtype", "tasks", "proxies.n"]
     assert differing(Variant("plain", ESMPP())) == []
 
 
