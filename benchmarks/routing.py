@@ -79,6 +79,7 @@ VARIANTS = {
     "ESMPPBayes r=32 bfloat16": Variant(("in_proj", "c_fc"), 32, bayes, dtype="bfloat16"),
     "ESMPPFit r=18": Variant(ALL_KINDS, 18, bayes, once=True),
     "SMILE r=32 g=16": Variant(ALL_KINDS, 32, projection),
+    "SMILE r=32 g=16 bfloat16": Variant(ALL_KINDS, 32, projection, dtype="bfloat16"),
 }
 
 

@@ -22,7 +22,7 @@ from mergekit_vision.export.exporting import export_model
 from mergekit_vision.export.image_router import router_faults
 from mergekit_vision.export.peft import Peft
 from mergekit_vision.export.peft_example import example
-from mergekit_vision.routers import CosineRouter, LinearRouter, LowRankExperts, Router
+from mergekit_vision.routers import CosineRouter, ExpertDtype, LinearRouter, LowRankExperts, Router
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -155,7 +155,8 @@ def experts(d_out: int, d_in: int, rank: int, bias: bool = False) -> LowRankExpe
     return LowRankExperts(up, down, CosineRouter(torch.eye(2, d_in)), shift)
 
 
-def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_and_biases_arrive_in_every_layer(dtype: ExpertDtype, tmp_path: Path) -> None:
     """By peft's own computation, layer by layer, where layers and experts differ in rank and some shift no bias."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -168,7 +169,9 @@ def test_ranks_and_biases_arrive_in_every_layer(tmp_path: Path) -> None:
         f"{block}mlp.c_proj": experts(8, 16, 5, bias=True),
     }
     routed[f"{block}mlp.c_fc"].up[1, :, 1:] = routed[f"{block}mlp.c_fc"].down[1, 1:] = 0  # of lower rank than the other expert
+    routed = {name: layer.rounded(dtype) for name, layer in routed.items()}
     config, tensors = adapter(routed, 1)
+    assert {str(tensor.dtype) for name, tensor in tensors.items() if "lora_A.weight" in name} == {f"torch.{dtype}"}
     assert config["lora_alpha"] == config["r"] == 3
     assert sorted(config["rank_pattern"].values()) == [1, 2, 5]
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
