@@ -102,7 +102,7 @@ class RoutedLinear(nn.Module):
     ``r (d_in + d_out)`` multiplications a token. ``weight`` and ``bias`` are the wrapped layer's own, under their own names.
 
     Factors of fewer bytes a number than the layer's weight are kept as they are, and those that are used are cast to the output's
-    dtype. Router and shifts get the layer's dtype.
+    dtype (on an accelerator and in graphs all, where all are multiplied). Router and shifts get the layer's dtype.
 
     Args:
         linear: the layer.
@@ -208,8 +208,8 @@ def _narrower(own: torch.dtype, layer: torch.dtype) -> torch.dtype:
 
 
 def _gather(factors: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copies of the factors of chosen experts, cast to ``dtype``; they are gathered in whichever dtype has fewer bytes."""
-    return factors.to(_narrower(factors.dtype, dtype))[index].to(dtype)
+    """Copies of the factors of chosen experts, cast to ``dtype``: before they are gathered where that makes them smaller."""
+    return factors.to(dtype)[index] if dtype.itemsize < factors.dtype.itemsize else factors[index].to(dtype)
 
 
 def attach(encoder: nn.Module, routed: Mapping[str, LowRankExperts]) -> Routing:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from mergekit_vision.checkpoints import Expert
 from mergekit_vision.data.checks import Needs
@@ -59,8 +59,8 @@ class Recipe:
         expert_dtype: what the factors of a dynamic model's experts are rounded to, once the method has returned them.
 
     Raises:
-        InputError: when ``scale`` is neither a number that weights can be multiplied by nor one of the words, or ``keep_state``
-            is below 0.
+        InputError: when ``scale`` is neither a number that weights can be multiplied by nor one of the words, ``expert_dtype`` is
+            not one of its two, or ``keep_state`` is below 0.
     """
 
     scale: Scale = "merger"
@@ -77,9 +77,18 @@ class Recipe:
             raise InputError(
                 f"`scale` is {self.scale}, but must be a finite number, of magnitude {LARGEST:.0f} at most", of="model"
             )
-
+        if self.expert_dtype not in get_args(ExpertDtype):
+            raise InputError(f"`expert_dtype` is {self.expert_dtype!r}, but must be float32 or bfloat16", of="model")
         if self.keep_state is not None and self.keep_state < 0:
             raise InputError(f"`keep_state` is {self.keep_state}, but must be 0 or more experts that may leave", of="model")
+
+    def check_routed(self, dynamic: bool) -> None:
+        """Refuse a rule of routing, or a dtype of experts, for a model that routes nothing."""
+        given = (("route", self.route, "router"), ("expert_dtype", self.expert_dtype, "float32"))
+        for name, value, usual in given if not dynamic else ():
+            if value != usual:
+                problem = "a static model has no routed experts; merge with ESMPP or SMILE"
+                raise InputError(f"`{name}` {value}: {problem}", of="model")
 
     @property
     def searched(self) -> frozenset[str]:

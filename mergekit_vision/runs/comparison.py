@@ -126,6 +126,7 @@ class Comparison(LightningModule):
         data.check(self._needs())
         check_alike(data, self._needs(), team)
         self._merged_experts(data)
+        self.recipe.check_routed(dynamic=not self.rows or any(row.merger.kind == "dynamic" for row in self.rows))
         for row in self.rows:
             row.data(data)
         for name, other in self._other_proxies(data):

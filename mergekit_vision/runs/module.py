@@ -157,7 +157,7 @@ class MergedCLIP(LightningModule):
                 raise InputError(f"`merger` {type(self.merger).__name__} {problem}", of="model")
             self.recipe.check_keeping(data.suite, self.merger)
             self.recipe.chosen(data.suite)
-            self._check_routed(dynamic=self.merger.kind == "dynamic")
+            self.recipe.check_routed(dynamic=self.merger.kind == "dynamic")
         elif self.merged is not None:
             check_merged(self.merged, data.suite, self.verify)
         if split is not None:
@@ -170,21 +170,13 @@ class MergedCLIP(LightningModule):
         encoder = bench.evaluator.encoder
         encoder.assign(model.weights)
         encoder.route(model.routed, self.recipe.route)
-        self._check_routed(dynamic=encoder.routing is not None)
+        self.recipe.check_routed(dynamic=encoder.routing is not None)
         self.encoder, self.record = encoder.eval(), model.record
         self._evaluator = replace(bench.evaluator, experts=tuple(model.record["experts"]))
         self._text = bench.text if self.trainer.is_global_zero else {}
         self._kept = model.kept if self.trainer.is_global_zero else None
         if self.merger is not None and self.trainer.is_global_zero:  # who revises the model is to have the same backbone
             self.record = {**self.record, "base": of_tensors(bench.base)}
-
-    def _check_routed(self, dynamic: bool) -> None:
-        """Refuse a rule of routing, or a dtype of experts, for a model that routes nothing."""
-        given = (("route", self.recipe.route, "router"), ("expert_dtype", self.recipe.expert_dtype, "float32"))
-        for name, value, usual in given if not dynamic else ():
-            if value != usual:
-                problem = "a static model has no routed experts; merge with ESMPP or SMILE"
-                raise InputError(f"`{name}` {value}: {problem}", of="model")
 
     def _merged_model(self, bench: Workbench) -> MergedModel:
         if self.merger is not None:

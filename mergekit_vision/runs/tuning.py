@@ -55,6 +55,7 @@ class Tuning(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Judge every combination."""
+        self.recipe.check_routed(dynamic=any(row.merger.kind == "dynamic" for row in self.rows))
         data, runtime = data_of(self.trainer), runtime_of(self.trainer)
         seen, judging = halves(data, [row.merger for row in self.rows])
         judging.check(self._needs())

@@ -53,10 +53,26 @@ def test_a_model_in_bfloat16_is_stored_and_found_again(tiny_suite: Path, tmp_pat
     assert results[0]["expert_dtype"] == results[1]["expert_dtype"] == "bfloat16"
 
 
-def test_what_has_no_experts_to_round_says_so(tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    static = ["merge", "-s", str(tiny_suite), "-m", "Average", "--expert-dtype", "bfloat16", "-o", str(tmp_path)]
-    assert main(static) == 1
+STATIC = (
+    ["merge", "-m", "Average"],
+    ["tune", "-m", "Trim", "--grid", "{density: [0.2]}"],
+    ["compare", "--mergers", "[Average, TIES]"],
+)
+
+
+@pytest.mark.parametrize("command", STATIC, ids=lambda command: command[0])
+def test_what_has_no_experts_to_round_says_so(
+    command: list[str], tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [command[0], "-s", str(tiny_suite), *command[1:], "--expert-dtype", "bfloat16", "-o", str(tmp_path)]
+    assert main(given) == 1
     assert "--expert-dtype bfloat16: a static model has no routed experts" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_dtypes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`expert_dtype` is 'float16', but must be float32 or bfloat16"):
+        MergedCLIP(ESMPP(), expert_dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="`expert_dtype` goes with `merger`"):
         MergedCLIP(merged=str(tmp_path), expert_dtype="bfloat16")
 
