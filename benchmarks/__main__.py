@@ -9,6 +9,7 @@ got worse than in the run before, on the same machine. Quick results never repla
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,6 +45,8 @@ QUICK = (
     "agreement --suites demo --methods TSVM --proxies 8 --seeds 0 --images 20",
     "adapters demo --methods ESMPP",
 )
+ONE_THREAD = frozenset({"routing", "reading", "planning"})
+"""Programs of which the CPU time is stated: that of one thread, as threads that wait for each other take it too."""
 SMALL = "ViT-S-32-2-blocks"
 
 
@@ -65,13 +68,19 @@ def run(commands: list[list[str]], common: list[str]) -> list[str]:
     for number, (program, *arguments) in enumerate(commands, start=1):
         print(f"\n[{number}/{len(commands)}, {_minutes(start)}] {program} {' '.join(arguments)}", flush=True)
         try:
-            done = subprocess.run([sys.executable, "-m", f"benchmarks.{program}", *arguments, *common], cwd=ROOT, check=False)
+            command = [sys.executable, "-m", f"benchmarks.{program}", *arguments, *common]
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | threads_of(program), check=False)
         except KeyboardInterrupt:
             return [*failed, f"{program} {' '.join(arguments)}, interrupted"]
         if done.returncode:
             failed.append(f"{program} {' '.join(arguments)}")
     print(f"\n{len(commands)} benchmarks in {_minutes(start)}", flush=True)
     return failed
+
+
+def threads_of(program: str) -> dict[str, str]:
+    """What a program's environment says of threads besides the user's own."""
+    return {"OMP_NUM_THREADS": "1"} if program in ONE_THREAD else {}
 
 
 def _minutes(start: float) -> str:
