@@ -30,7 +30,7 @@ def flat_spectrum(M: Tensor) -> Tensor:
     matrix = M.double()
     factor = polar(matrix).factor
     # the sum of the singular values, without the round-off that the Gram matrix has for null ones
-    nuclear_norm = float((factor * matrix).sum())
+    nuclear_norm = float(torch.dot(factor.flatten(), matrix.flatten()))
     return factor.mul_(nuclear_norm / min(M.shape)).to(M.dtype)
 
 
