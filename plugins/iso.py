@@ -87,7 +87,7 @@ class IsoC(_Isotropic):
     def _merged(self, inputs: MergeInputs, key: str) -> Tensor:
         total = torch.zeros(inputs.base[key].shape, dtype=torch.float64, device=inputs.device)
         for task in inputs.tasks:
-            for rows, more in zip(total.split(ROWS), inputs.delta(task, key).split(ROWS), strict=True):
+            for rows, more in zip(torch.split(total, ROWS), torch.split(inputs.delta(task, key), ROWS), strict=True):
                 rows.add_(more)
         return flat_spectrum(total).float()
 
