@@ -74,6 +74,13 @@ class LinearInfo(NamedTuple):
     block: int
 
 
+def factors_of(weights: Weights, key: str) -> Factors | None:
+    """The factors of a weight's change, as an adapter gives them; ``None`` of others, and where it is not known as a product."""
+    find = getattr(weights, "factors", None)
+    found: Factors | None = None if find is None else find(key)
+    return found
+
+
 def linears_of_kind(linears: Iterable[LinearInfo], kinds: Sequence[LinearKind]) -> list[LinearInfo]:
     """Those of the ``linears`` whose kind is one of ``kinds``, in their order.
 
@@ -244,8 +251,7 @@ class MergeInputs:
         return self._finite(self.experts[task][key], task, key)
 
     def _factors(self, task: str, key: str) -> Factors | None:
-        find = getattr(self.experts[task], "factors", None)
-        found: Factors | None = None if find is None else find(key)
+        found = factors_of(self.experts[task], key)
         return None if found is None else (self._finite(found[0], task, key), self._finite(found[1], task, key))
 
     def _finite(self, value: Tensor, task: str, key: str) -> Tensor:

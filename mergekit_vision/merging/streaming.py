@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mergekit_vision.merger import Spread, Weights
+from mergekit_vision.checkpoints.weights import MadeOn
+from mergekit_vision.merger import Factors, Spread, Weights, factors_of
 from mergekit_vision.support.team import Team
 from mergekit_vision.support.tensors import FINITE, largest_magnitude
 
@@ -190,7 +191,7 @@ class Reader:
 
     @torch.no_grad()  # a thread's own setting
     def _read(self, task: str, key: str) -> _Arrival:
-        values = _factors(self.experts[task], key) or (self.experts[task][key],)
+        values = factors_of(self.experts[task], key) or (self.experts[task][key],)
         pinned = [self._copies.pin(value) for value in values]
         finite = all(value.device.type == "cpu" and _is_finite(value) for value in pinned)
         try:
@@ -199,7 +200,7 @@ class Reader:
             return _Arrival((), None, finite)
 
 
-class Streamed(Mapping[str, Tensor]):
+class Streamed(MadeOn):
     """An expert's weights: on the device where they were read ahead, and otherwise as the expert gives them.
 
     Args:
@@ -208,32 +209,24 @@ class Streamed(Mapping[str, Tensor]):
     """
 
     def __init__(self, task: str, reader: Reader) -> None:
+        super().__init__(reader.experts[task], self._value)
         self._task, self._reader, self._weights = task, reader, reader.experts[task]
 
-    def __getitem__(self, key: str) -> Tensor:
+    def _value(self, key: str) -> Tensor:
         found = self._reader.get(self._task, key)
         return self._weights[key] if found is None or len(found.tensors) != 1 else found.tensors[0]
 
-    def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
+    def factors(self, key: str) -> Factors | None:
         """Of an adapter, the factors of a weight's change, not to be written to; ``None`` where it is not known as a product."""
         found = self._reader.get(self._task, key)
         if found is None:
-            return _factors(self._weights, key)
+            return factors_of(self._weights, key)
         return None if len(found.tensors) != 2 else (found.tensors[0], found.tensors[1])
 
     def finite(self, key: str) -> bool:
         """Whether what is read of a key, its value or its factors, is known to be finite, also as float32."""
         found = self._reader.get(self._task, key)
         return found is not None and found.finite
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
 
 def read_ahead(experts: Mapping[str, Weights], team: Team, share: Spread, copies: Copies) -> tuple[dict[str, Weights], Spread]:
@@ -257,12 +250,6 @@ def read_ahead(experts: Mapping[str, Weights], team: Team, share: Spread, copies
             return share(entered, items, description)
 
     return {task: Streamed(task, reader) for task in experts}, sharing
-
-
-def _factors(weights: Weights, key: str) -> tuple[Tensor, Tensor] | None:
-    find = getattr(weights, "factors", None)
-    found: tuple[Tensor, Tensor] | None = None if find is None else find(key)
-    return found
 
 
 def _is_finite(value: Tensor) -> bool:
