@@ -112,7 +112,7 @@ class Case:
     """One merged model, and its test images both on disk and as finished batches on the device."""
 
     def __init__(self, suite: Path, output: Path, batch: int, device: str, precision: Precision) -> None:
-        self.suite, self.batch = suite, batch
+        self.suite, self.batch, self.device = suite, batch, device
         self.clock = Clock()
         self.trainer = Trainer(
             accelerator=device, devices=1, precision=precision, callbacks=self.clock, default_root_dir=str(output)
@@ -120,7 +120,10 @@ class Case:
         self.model = MergedCLIP(mergers()["Average"]())
         self.data = VisionTasks(str(suite), batch)
         self.test(self.data)  # merges, measures the experts and fills the cache of pixels
-        self.batches = {task: list(self.data.loader(task, "test")) for task in self.data.task_names}
+        self.batches = {
+            task: [(images.to(device), labels.to(device)) for images, labels in self.data.loader(task, "test")]
+            for task in self.data.task_names
+        }
         self.images = sum(self.data.size(task, "test") for task in self.data.task_names)
 
     def test(self, data: VisionTasks) -> Outcome:
@@ -134,6 +137,8 @@ class Case:
         """One pass of the bare loop."""
         encoder, heads = self.model.encoder, self.model.heads
         assert encoder is not None
+        for part in (encoder, heads):  # Lightning has taken them off the device
+            part.to(self.device)
         start, right = Cost.now(), {}
         with self.trainer.precision_plugin.forward_context():
             for task, batches in self.batches.items():

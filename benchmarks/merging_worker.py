@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from benchmarks.textbook import Textbook, load
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.encoders.hooks import capture_inputs
 from mergekit_vision.encoders.vision import VisionEncoder
-from mergekit_vision.merger import Merged, MergeInputs, Observer, merged_weights
+from mergekit_vision.merger import Merged, MergeInputs, Observer, Spread, Weights, merged_weights
 from mergekit_vision.merging.streaming import copies_to, read_ahead
 from mergekit_vision.registry import get
 from mergekit_vision.support.team import ALONE
@@ -84,8 +85,12 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
     device, base = torch.device(case.device), whole(case.base)
     visual.load_state_dict({key.removeprefix("visual."): base[key] for key in base}, assign=True)
     encoder = VisionEncoder(visual).to(device)
-    experts = {path: whole(path) for path in case.experts}
+    experts: Mapping[str, Weights] = {path: whole(path) for path in case.experts}
     images = dict(zip(case.experts, case.images, strict=True))
+    share: Spread = partial(ALONE.spread, device=device)
+    start: Weights | None = None
+    if (copies := copies_to(device)) is not None:
+        experts, start, share = read_ahead(base, experts, ALONE, share, copies)
 
     def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
         encoder.assign(experts[task])
@@ -93,10 +98,7 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
         with forward.running(), capture_inputs(encoder, {name: timed(observer, forward) for name, observer in observers.items()}):
             encoder(batch)
 
-    inputs = MergeInputs(base, experts, encoder.linears, device, run_proxies)
-    if (copies := copies_to(device)) is not None:
-        ahead, share = read_ahead(experts, ALONE, inputs.share, copies)
-        inputs = replace(inputs, experts=ahead, share=share)
+    inputs = MergeInputs(base, experts, encoder.linears, device, run_proxies, share=share, start=start)
     return merged_weights(base, get(case.method)().merge(inputs))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_vision.functional.eigen import eigh
 from mergekit_vision.functional.gram import gram
+from mergekit_vision.functional.halley import pays, polar_by_halley
 from mergekit_vision.functional.leading import leading_eigenpairs
 from mergekit_vision.functional.polar_columns import is_large, polar_columns
 from mergekit_vision.functional.threads import in_threads
@@ -111,9 +112,17 @@ def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
             [0., 1.],
             [0., 0.]]), nuclear_norm=5.0)
     """
-    matrix = M.double()
-    whitener = _Whitener.of(matrix, tol)
-    return Polar(whitener.polar(matrix).to(M.dtype), whitener.nuclear_norm)
+    found = _polar(M.double(), tol)
+    return Polar(found.factor.to(M.dtype), found.nuclear_norm)
+
+
+def _polar(M: Tensor, tol: float) -> Polar:
+    """The same of a float64 matrix."""
+    found = polar_by_halley(M) if pays(M) else None
+    if found is not None:
+        return Polar(*found)
+    whitener = _Whitener.of(M, tol)
+    return Polar(whitener.polar(M), whitener.nuclear_norm)
 
 
 def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, tol: float = GRAM_TOLERANCE) -> PolarProduct:
@@ -139,6 +148,10 @@ def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, t
         if found is not None:
             return PolarProduct(found.product, _mean(found.nuclear_norm, left), _mean(of_right.nuclear_norm, R))
     L = left.double()
+    if pays(L):
+        left_polar, right_polar = in_threads(lambda M: _polar(M, tol), (L, R))
+        product = left_polar.factor @ _scaled(right_polar.factor, diagonal)
+        return PolarProduct(product.to(left.dtype), _mean(left_polar.nuclear_norm, L), _mean(right_polar.nuclear_norm, R))
     of_right, of_left = in_threads(lambda M: _Whitener.of(M, tol), (R, L))
     if of_right.wide and not of_left.wide:  # the roots are the smaller matrices, and meet in the middle
         product = L @ of_left.times(_scaled(of_right.root, diagonal)) @ R

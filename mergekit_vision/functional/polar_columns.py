@@ -38,8 +38,11 @@ class PolarColumns(NamedTuple):
 
 
 def is_large(M: Tensor) -> bool:
-    """Whether :func:`polar_columns` is the way to the polar factor of a matrix: float32, with a smaller side of 1024 or more."""
-    return M.dtype == torch.float32 and min(M.shape) >= SIDE
+    """Whether :func:`polar_columns` is the way to the polar factor of a matrix: float32, with a smaller side of 1024 or more.
+
+    Not on an accelerator, which must be told to start each of some thousand small steps.
+    """
+    return M.dtype == torch.float32 and min(M.shape) >= SIDE and M.device.type == "cpu"
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -16,19 +17,20 @@ MOST = 8
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """``function`` of every item, in order, the processor's threads divided among several workers.
 
-    Gradients are not recorded. Where CUDA is in use one worker does it all: its queue needs no more, and torch loads its linear
-    algebra at the first call, which two threads must not make at once.
+    Gradients are not recorded. Where CUDA is in use all workers give their work to the caller's stream, so that each may use what
+    another one made before; :func:`~mergekit_vision.functional.eigen.eigh` leaves it for the time of a decomposition.
 
     >>> in_threads(lambda n: n * n, [1, 2, 3])
     [1, 4, 9]
     """
     items, threads = list(items), torch.get_num_threads()
-    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    workers = 1 if on_gpu else min(threads, MOST, len(items))
+    workers = min(threads, MOST, len(items))
+    stream = _stream()
 
-    @torch.no_grad()  # a thread's own setting
+    @torch.no_grad()  # a thread's own setting, as is the stream
     def run(item: Item) -> Result:
-        return function(item)
+        with torch.cuda.stream(stream):
+            return function(item)
 
     if workers < 2:
         return [run(item) for item in items]
@@ -38,3 +40,17 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
             return list(pool.map(run, items))
     finally:
         torch.set_num_threads(threads)
+
+
+def _stream() -> torch.cuda.Stream | None:
+    """The caller's stream of CUDA; ``None`` where that is not in use."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    _load(torch.cuda.current_device())
+    return torch.cuda.current_stream()
+
+
+@cache
+def _load(device: int) -> None:
+    """Have torch load its linear algebra, which two threads must not make it do at once."""
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device=torch.device("cuda", device)))

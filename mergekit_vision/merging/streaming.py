@@ -1,13 +1,14 @@
-"""Experts' weights on their way to a GPU: one parameter of all experts is read while the one before is merged.
+"""Weights on their way to a GPU: one parameter of all experts is read while the one before is merged.
 
 A background thread reads from the files into pinned memory, from which the device copies on a stream of its own while it computes
-on another one. Two parameters of all experts are held at a time, and what a device that is behind still computes with.
+on another one. What was read stays on the device for the passes that follow, as long as half of its free memory lasts; beyond
+that, two parameters of all experts are held at a time, and what a device that is behind still computes with.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,9 @@ class Copies(Protocol):
 
     def wait(self, there: Sequence[Tensor], end: Any) -> None:
         """Have all that the caller computes from now on wait until the copies are there."""
+
+    def room(self) -> int:
+        """Bytes of copies that may stay on the device."""
 
 
 class CudaCopies:
@@ -71,6 +75,12 @@ class CudaCopies:
         for tensor in there:
             tensor.record_stream(current)  # its memory is not used for the next copy before this stream is done with it
 
+    def room(self) -> int:
+        """See :class:`Copies`."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return (free + unused) // 2
+
 
 def copies_to(device: torch.device) -> Copies | None:
     """What copies to a device where that can go on beside its computations; else ``None``."""
@@ -100,50 +110,50 @@ class _Arrival(NamedTuple):
 
 
 class _Window:
-    """The parameter that is merged and the one after it, as far as they are read.
+    """What is read of the item that is worked on and of the one after it: of a parameter the models, of a task its parameters.
 
-    An expert that nobody asks for is not read: the first question for a parameter begins the reading of its next one.
+    What nobody asks for is not read: the first question for a part of an item begins the reading of that part of the next item.
 
     Args:
-        keys: of the parameters, in the order in which they are merged.
-        read: reads one task's parameter; called in a thread of its own.
+        items: in the order in which they are worked on.
+        read: reads a part of an item; called in a thread of its own.
         begin: called in that thread first.
     """
 
-    def __init__(self, keys: Sequence[str], read: Callable[[str, str], _Arrival], begin: Callable[[], None]) -> None:
-        self._next: dict[str, str | None] = dict(zip(keys, [*keys[1:], None], strict=True)) if keys else {}
+    def __init__(self, items: Sequence[str], read: Callable[[str, str], _Arrival], begin: Callable[[], None]) -> None:
+        self._next: dict[str, str | None] = dict(zip(items, [*items[1:], None], strict=True)) if items else {}
         self._read = read
         self._current: str | None = None
         self._held: dict[str, dict[str, Future[_Arrival]]] = {}
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(1, "experts", begin)
 
-    def enter(self, key: str | None) -> None:
-        """Let go of all parameters but this one, which is merged now."""
-        self._current = key
-        for other in [other for other in self._held if other != key]:
+    def enter(self, item: str | None) -> None:
+        """Let go of all items but this one, which is worked on now."""
+        self._current = item
+        for other in [other for other in self._held if other != item]:
             for reading in self._held.pop(other).values():
                 reading.cancel()
 
-    def get(self, task: str, key: str) -> _Arrival | None:
-        """A task's parameter when it is read; ``None`` of one that is not merged now.
+    def get(self, item: str, part: str) -> _Arrival | None:
+        """A part of an item when it is read; ``None`` of one that is not worked on now.
 
         Raises:
             Exception: what went wrong in reading it.
         """
-        if key not in self._next or key != self._current:
+        if item not in self._next or item != self._current:
             return None
         with self._lock:
-            reading, after = self._reading(task, key), self._next[key]
+            reading, after = self._reading(item, part), self._next[item]
             if after is not None:
-                self._reading(task, after)
+                self._reading(after, part)
         return reading.result()
 
-    def _reading(self, task: str, key: str) -> Future[_Arrival]:
-        held = self._held.setdefault(key, {})
-        if task not in held:
-            held[task] = self._pool.submit(self._read, task, key)
-        return held[task]
+    def _reading(self, item: str, part: str) -> Future[_Arrival]:
+        held = self._held.setdefault(item, {})
+        if part not in held:
+            held[part] = self._pool.submit(self._read, item, part)
+        return held[part]
 
     def close(self, wait: bool) -> None:
         """Read no more; ``wait`` for the tensor that is being read, or leave that to Python's exit."""
@@ -152,26 +162,31 @@ class _Window:
 
 
 class Reader:
-    """Reads experts one parameter ahead of the one that is merged.
+    """Reads models one item of work ahead, and keeps on the device what there is room for.
 
     Args:
-        experts: task -> weights.
+        models: name -> weights; of the experts by their tasks.
         copies: puts them on the device.
     """
 
-    def __init__(self, experts: Mapping[str, Weights], copies: Copies) -> None:
-        self.experts = dict(experts)
+    def __init__(self, models: Mapping[str, Weights], copies: Copies) -> None:
+        self.models = dict(models)
         self._copies = copies
         self._window: _Window | None = None
+        self._by_model = False
+        self._kept = dict[tuple[str, str], _Arrival]()
+        self._room, self._lock = copies.room(), Lock()
 
     @contextmanager
-    def ahead(self, keys: Sequence[str]) -> Iterator[Callable[[str], None]]:
-        """Read ahead while the context is open, and call what it gives with a key before that parameter is merged.
+    def ahead(self, items: Sequence[str]) -> Iterator[Callable[[str], None]]:
+        """Read ahead while the context is open, and call what it gives with an item before work on it begins.
 
         Args:
-            keys: in the order in which they will be merged.
+            items: parameters' keys or models' names, in the order of the work.
         """
-        window = self._window = _Window(keys, self._read, self._copies.begin)
+        self._by_model = all(item in self.models for item in items)
+        read = self._read if self._by_model else lambda key, name: self._read(name, key)
+        window = self._window = _Window(items, read, self._copies.begin)
         done = False
         try:
             yield window.enter
@@ -180,68 +195,102 @@ class Reader:
             self._window = None
             window.close(wait=done)  # a failure, or an interruption, is not kept waiting for the disk
 
-    def get(self, task: str, key: str) -> _Arrival | None:
-        """A task's parameter, ready to be used, where it is the one that is merged now; else ``None``."""
-        window = self._window
-        found = None if window is None else window.get(task, key)
+    def get(self, name: str, key: str) -> _Arrival | None:
+        """A model's parameter, ready to be used, where it is read ahead or there is room for it; else ``None``."""
+        window, place = self._window, (name, key) if self._by_model else (key, name)
+        found = None if window is None else window.get(*place)
+        if found is None and (self._room or (name, key) in self._kept):
+            found = self._read(name, key)
         if found is None or not found.tensors:
             return None
         self._copies.wait(found.tensors, found.end)
         return found
 
+    def value(self, name: str, key: str) -> Tensor:
+        """A model's parameter, on the device where it is read ahead or there is room for it."""
+        found = self.get(name, key)
+        return self.models[name][key] if found is None or len(found.tensors) != 1 else found.tensors[0]
+
     @torch.no_grad()  # a thread's own setting
-    def _read(self, task: str, key: str) -> _Arrival:
-        values = factors_of(self.experts[task], key) or (self.experts[task][key],)
+    def _read(self, name: str, key: str) -> _Arrival:
+        if (known := self._kept.get((name, key))) is not None:
+            return known
+        values = factors_of(self.models[name], key) or (self.models[name][key],)
         pinned = [self._copies.pin(value) for value in values]
         finite = all(value.device.type == "cpu" and _is_finite(value) for value in pinned)
         try:
-            return _Arrival(*self._copies.start(pinned), finite)
+            found = _Arrival(*self._copies.start(pinned), finite)
         except torch.cuda.OutOfMemoryError:  # merging alone may still fit
             return _Arrival((), None, finite)
+        self._keep(name, key, found)
+        return found
+
+    def _keep(self, name: str, key: str, found: _Arrival) -> None:
+        """Keep what was read if there is room for it; the first parameter for which there is none ends it."""
+        size = sum(tensor.nbytes for tensor in found.tensors)
+        with self._lock:
+            self._room = self._room - size if size <= self._room else 0
+            if self._room:
+                self._kept[name, key] = found
 
 
 class Streamed(MadeOn):
-    """An expert's weights: on the device where they were read ahead, and otherwise as the expert gives them.
+    """A model's weights: on the device where they were read ahead or stay, and otherwise as the model gives them.
 
     Args:
-        task: whose expert it is.
-        reader: of all experts.
+        name: of the model.
+        reader: of all models.
     """
 
-    def __init__(self, task: str, reader: Reader) -> None:
-        super().__init__(reader.experts[task], self._value)
-        self._task, self._reader, self._weights = task, reader, reader.experts[task]
-
-    def _value(self, key: str) -> Tensor:
-        found = self._reader.get(self._task, key)
-        return self._weights[key] if found is None or len(found.tensors) != 1 else found.tensors[0]
+    def __init__(self, name: str, reader: Reader) -> None:
+        super().__init__(reader.models[name], partial(reader.value, name))
+        self._get, self._weights = partial(reader.get, name), reader.models[name]
 
     def factors(self, key: str) -> Factors | None:
         """Of an adapter, the factors of a weight's change, not to be written to; ``None`` where it is not known as a product."""
-        found = self._reader.get(self._task, key)
+        found = self._get(key)
         if found is None:
             return factors_of(self._weights, key)
         return None if len(found.tensors) != 2 else (found.tensors[0], found.tensors[1])
 
     def finite(self, key: str) -> bool:
         """Whether what is read of a key, its value or its factors, is known to be finite, also as float32."""
-        found = self._reader.get(self._task, key)
+        found = self._get(key)
         return found is not None and found.finite
 
 
-def read_ahead(experts: Mapping[str, Weights], team: Team, share: Spread, copies: Copies) -> tuple[dict[str, Weights], Spread]:
-    """Experts, and a way to share out work on their parameters, that read each parameter while the one before is merged.
+class AtHand(NamedTuple):
+    """What a merger's inputs have from :func:`read_ahead`.
+
+    Attributes:
+        experts: task -> weights.
+        start: the backbone's weights.
+        share: shares out work.
+    """
+
+    experts: Mapping[str, Weights]
+    start: Weights
+    share: Spread
+
+
+BASE = ""
+"""The backbone's name among those of tasks."""
+
+
+def read_ahead(base: Weights, experts: Mapping[str, Weights], team: Team, share: Spread, copies: Copies) -> AtHand:
+    """Weights, and a way to share out work on them, that read what work needs while what comes before is worked on.
 
     Args:
+        base: the backbone's.
         experts: task -> weights.
-        team: the processes; each reads what it merges itself.
+        team: the processes; each reads what it works on itself.
         share: shares the work out among them.
         copies: puts the weights on the device.
     """
-    reader = Reader(experts, copies)
+    reader = Reader({**experts, BASE: base}, copies)
 
     def sharing(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
-        with reader.ahead([item for item in team.own(items) if item not in experts]) as enter:
+        with reader.ahead(team.own(items)) as enter:
 
             def entered(item: str) -> Any:
                 enter(item)
@@ -249,7 +298,7 @@ def read_ahead(experts: Mapping[str, Weights], team: Team, share: Spread, copies
 
             return share(entered, items, description)
 
-    return {task: Streamed(task, reader) for task in experts}, sharing
+    return AtHand({task: Streamed(task, reader) for task in experts}, Streamed(BASE, reader), sharing)
 
 
 def _is_finite(value: Tensor) -> bool:

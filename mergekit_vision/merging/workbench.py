@@ -109,12 +109,12 @@ class Workbench:
                 _run_backward(evaluator, task, experts[task], merged_weights(self.base, model), observers, device)
 
         share: Spread = partial(runtime.team.spread, device=device)
-        copies, given = copies_to(device), experts
-        if copies is not None and experts:
-            given, share = read_ahead(experts, runtime.team, share, copies)
+        start: Weights | None = None
+        if (copies := copies_to(device)) is not None and experts:
+            experts, start, share = read_ahead(self.base, experts, runtime.team, share, copies)
         return MergeInputs(
             self.base,
-            given,
+            experts,
             evaluator.encoder.linears,
             device,
             run_proxies,
@@ -126,6 +126,7 @@ class Workbench:
             _Streams(evaluator, device),
             keep=keep,
             run_backward=run_backward,
+            start=start,
         )
 
     @torch.no_grad()

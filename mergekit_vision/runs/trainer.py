@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import RichProgressBar
@@ -93,6 +94,8 @@ class Trainer(lightning.Trainer):
                 enable_model_summary=False,
                 use_distributed_sampler=False,  # the data module's own sampler repeats no image
             )
+        if precision == "32-true":
+            torch.backends.cudnn.allow_tf32 = False  # the patch embedding would otherwise have 10 bits on CUDA
         check_started(self.world_size)
         end_together(self.strategy)
 

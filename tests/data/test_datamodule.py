@@ -119,7 +119,7 @@ class Count(LightningModule):
         (self.place / str(self.global_rank)).write_bytes(pickle.dumps(self.seen))
 
 
-@pytest.mark.skipif(torch.cuda.is_initialized(), reason="forks")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_on_two_processes_sees_every_image_once(root: Path, tmp_path: Path) -> None:
     write_parquet(root / "data" / "grays" / "test.parquet", "grays", TASKS["grays"][0], 1, seed=0)  # fewer than processes
@@ -178,7 +178,7 @@ class Collect(Echo):
         (Path(self.trainer.default_root_dir) / str(self.global_rank)).touch()
 
 
-@pytest.mark.skipif(torch.cuda.is_initialized(), reason="forks")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_process_without_images_predicts_nothing_and_does_not_hang(tiny_suite: Path, tmp_path: Path, workers: int) -> None:

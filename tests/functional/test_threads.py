@@ -8,7 +8,8 @@ from mergekit_vision.functional.threads import in_threads
 
 
 @pytest.fixture(params=[1, 4])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

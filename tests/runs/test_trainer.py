@@ -4,8 +4,10 @@ import hashlib
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import mergekit_vision.checkpoints
 from mergekit_vision import InputError, MergedCLIP, Trainer, VisionTasks
@@ -80,3 +82,12 @@ def test_what_was_read_of_each_expert_is_recorded(tiny_suite: Path, tmp_path: Pa
         file = tasks[task].expert.path
         assert source["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
         assert (source["kind"], source["family"]) == ("weights", "open_clip")
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("32-true", False), ("bf16-mixed", True)])
+def test_float32_is_float32_in_convolutions_too(
+    precision: Any, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Trainer(default_root_dir=str(tmp_path), accelerator="cpu", precision=precision)
+    assert torch.backends.cudnn.allow_tf32 == allowed
