@@ -31,11 +31,11 @@ cards for servers, a 32nd or 64th on others."""
 _measuring = Lock()
 
 
-class Factor(NamedTuple):
-    """A polar factor.
+class Polar(NamedTuple):
+    """Polar factor of a matrix.
 
     Attributes:
-        factor: ``U Vᵀ`` of the thin SVD ``U Σ Vᵀ``, float64.
+        factor: ``U Vᵀ`` of the thin SVD ``U Σ Vᵀ``, without the null directions; shape and dtype of the matrix.
         nuclear_norm: sum of the singular values.
     """
 
@@ -43,7 +43,7 @@ class Factor(NamedTuple):
     nuclear_norm: float
 
 
-def polar_by_halley(M: Tensor) -> Factor | None:
+def polar_by_halley(M: Tensor) -> Polar | None:
     """Polar factor of a matrix of full rank; ``None`` for a condition number beyond :data:`CONDITION`.
 
     Args:
@@ -57,7 +57,7 @@ def polar_by_halley(M: Tensor) -> Factor | None:
     """
     if M.shape[0] < M.shape[1]:
         found = polar_by_halley(M.T)
-        return None if found is None else Factor(found.factor.T, found.nuclear_norm)
+        return None if found is None else Polar(found.factor.T, found.nuclear_norm)
     least, largest = _extreme_singular_values(M)
     if not 0 < largest < CONDITION * least:
         return None
@@ -67,7 +67,7 @@ def polar_by_halley(M: Tensor) -> Factor | None:
         X, least = _step(X, least)
         if done:
             break
-    return Factor(X, float(torch.dot(X.flatten(), M.flatten())))
+    return Polar(X, float(torch.dot(X.flatten(), M.flatten())))
 
 
 def _step(X: Tensor, least: float) -> tuple[Tensor, float]:
