@@ -6,9 +6,9 @@ Nothing here knows a model, a file or a merger, and nothing but torch is importe
 from mergekit_vision.functional.dc import dc_merge
 from mergekit_vision.functional.esd import CompactSubspace, EssentialSubspace, RowGram, ShiftStatistic, essential_subspace
 from mergekit_vision.functional.esm import EssentialPart, esm_merge, esm_merge_of, inter_layer_factors
+from mergekit_vision.functional.halley import Polar
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
 from mergekit_vision.functional.linalg import (
-    Polar,
     PolarProduct,
     TopSVD,
     pad_rank,

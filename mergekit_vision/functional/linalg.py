@@ -86,7 +86,8 @@ class _Whitener(NamedTuple):
 def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
     """Polar factor and nuclear norm of a matrix, by an eigendecomposition of its smaller Gram matrix.
 
-    The error is about ``1e-16 * cond(M)**2``; on a GPU with fast float64, where Halley's iteration takes its place, less. Null directions get gain zero, so that the result is unique.
+    The error is about ``1e-16 * cond(M)**2``; on a GPU with fast float64, where Halley's iteration takes its place, less. Null
+    directions get gain zero, so that the result is unique.
 
     Args:
         M: ``[m, n]``, float32 or float64.
