@@ -88,9 +88,9 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
     experts: Mapping[str, Weights] = {path: whole(path) for path in case.experts}
     images = dict(zip(case.experts, case.images, strict=True))
     share: Spread = partial(ALONE.spread, device=device)
-    start: Weights | None = None
     if (copies := copies_to(device)) is not None:
-        experts, start, share = read_ahead(base, experts, ALONE, share, copies)
+        base = {key: value.to(device) for key, value in base.items()}
+        experts, share = read_ahead(experts, ALONE, share, copies)
 
     def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
         encoder.assign(experts[task])
@@ -98,7 +98,7 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
         with forward.running(), capture_inputs(encoder, {name: timed(observer, forward) for name, observer in observers.items()}):
             encoder(batch)
 
-    inputs = MergeInputs(base, experts, encoder.linears, device, run_proxies, share=share, start=start)
+    inputs = MergeInputs(base, experts, encoder.linears, device, run_proxies, share=share)
     return merged_weights(base, get(case.method)().merge(inputs))
 
 

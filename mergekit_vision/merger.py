@@ -160,7 +160,6 @@ class MergeInputs:
         streams: runs the proxy images block by block; ``None`` where there are none. :attr:`blocks` asks for it.
         change: what :meth:`view` does to task vectors.
         run_backward: behind :meth:`differentiate`; ``None`` where there are no proxy images.
-        start: the weights of ``base`` where the device has them at hand; behind :meth:`delta`.
         keep: how many experts are to be able to leave the model later, where :attr:`Merged.kept` is wanted; else ``None``.
     """
 
@@ -178,7 +177,6 @@ class MergeInputs:
     change: Change | None = None
     keep: int | None = None
     run_backward: RunBackward | None = None
-    start: Weights | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -197,7 +195,7 @@ class MergeInputs:
         if (factors := self._factors(task, key)) is not None:
             delta = factors[0] @ factors[1]
         else:
-            delta = self._expert(task, key) - self._start(key)
+            delta = self._expert(task, key) - self.base[key].to(self.device, torch.float32)
         return delta if self.change is None else self.change(task, key, delta)
 
     def deltas(self, key: str) -> Tensor:
@@ -219,12 +217,13 @@ class MergeInputs:
         """Whether a task vector is not all zero; cheaper than the task vector itself."""
         if self.change is not None or self._factors(task, key) is not None:
             return bool(self.delta(task, key).any())
-        return not torch.equal(self.experts[task][key].to(self.device, torch.float32), self._start(key))
+        expert, base = (weights[key].to(self.device, torch.float32) for weights in (self.experts[task], self.base))
+        return not torch.equal(expert, base)
 
     def pair(self, task: str, key: str) -> tuple[Tensor, Tensor]:
         """Two tensors whose difference is a task vector: mapped from files where they can be, of any dtype and device."""
         if self.change is None and self._factors(task, key) is None:
-            return self.experts[task][key], self._base_at_hand[key]
+            return self.experts[task][key], self.base[key]
         delta = self.delta(task, key)
         return delta, torch.zeros_like(delta)
 
@@ -247,13 +246,6 @@ class MergeInputs:
         if self.streams is None:
             raise InputError(_NO_PROXIES)
         return self.streams
-
-    @property
-    def _base_at_hand(self) -> Weights:
-        return self.base if self.start is None else self.start
-
-    def _start(self, key: str) -> Tensor:
-        return self._base_at_hand[key].to(self.device, torch.float32)
 
     def _expert(self, task: str, key: str) -> Tensor:
         return self._finite(self.experts[task][key], task, key)

@@ -8,10 +8,13 @@ device's name, so it is measured.
 import time
 from collections.abc import Callable
 from functools import cache
+from queue import SimpleQueue
 from threading import Lock
 
 import torch
 from torch import Tensor
+
+from mergekit_vision.functional.threads import MOST
 
 SMALLEST, LARGEST = 64, 512
 """Sides between which it is measured what is faster; the choice for other matrices is that for the nearer one of these sides."""
@@ -56,13 +59,26 @@ def on_device(G: Tensor) -> Decomposition:
     """
     if G.device.type != "cuda":
         return _decomposed(G)
-    own, matrix = torch.cuda.Stream(G.device), G.double()  # type: ignore[no-untyped-call]
+    streams, matrix = _streams(G.device), G.double()
     found = matrix.new_empty(len(G)), torch.empty_like(matrix)
-    own.wait_stream(torch.cuda.current_stream(G.device))
-    with torch.cuda.stream(own):
-        torch.linalg.eigh(matrix, out=found)
-    own.synchronize()
+    own = streams.get()
+    try:
+        own.wait_stream(torch.cuda.current_stream(G.device))
+        with torch.cuda.stream(own):
+            torch.linalg.eigh(matrix, out=found)
+        own.synchronize()
+    finally:
+        streams.put(own)
     return found[0].to(G.dtype), found[1].to(G.dtype)
+
+
+@cache
+def _streams(device: torch.device) -> "SimpleQueue[torch.cuda.Stream]":
+    """Streams to decompose matrices on, as many as threads do so at once; more would each hold on to memory."""
+    found: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+    for _ in range(MOST):
+        found.put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return found
 
 
 def on_host(G: Tensor) -> Decomposition:

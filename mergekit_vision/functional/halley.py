@@ -15,18 +15,20 @@ from torch import Tensor
 
 from mergekit_vision.functional.gram import gram
 
-CONDITION = 1e7
-"""Beyond which an eigendecomposition has to tell small singular values from zero. Up to there the Cholesky factors of the first
-step lose seven to nine digits of sixteen."""
+TOLERANCE = 1e-7
+"""Least share of the largest singular value that the smallest may be. Down to there the Cholesky factors of the first step lose
+seven to nine digits of sixteen; below, an eigendecomposition has to tell small singular values from zero."""
 ITERATIONS = 8
 """Of the power method, which from nearly any start finds an extreme singular value up to a factor well below :data:`MARGIN`."""
 MARGIN = 2.0
 STEPS = 6
-CONVERGED = 1e-9
+CONVERGED = 1e-5
 """Distance of the smallest singular value from 1 after which one more step, of cubic convergence, leaves rounding alone."""
 RATE = 0.25
-"""Speed of float64 products, in that of float32 ones, from which this is faster than an eigendecomposition: half and more on
-cards for servers, a 32nd or 64th on others."""
+"""Speed of float64 products, in that of float32 ones, from which this is faster than an eigendecomposition: it is a half and more
+on cards for servers, and a 32nd or 64th on others."""
+REPEATS = 5
+"""Of which the fastest counts: other threads' work may come between."""
 
 _measuring = Lock()
 
@@ -43,11 +45,12 @@ class Polar(NamedTuple):
     nuclear_norm: float
 
 
-def polar_by_halley(M: Tensor) -> Polar | None:
-    """Polar factor of a matrix of full rank; ``None`` for a condition number beyond :data:`CONDITION`.
+def polar_by_halley(M: Tensor, tol: float = TOLERANCE) -> Polar | None:
+    """Polar factor of a matrix of full rank; ``None`` where singular values may be null.
 
     Args:
         M: ``[m, n]``, float64.
+        tol: singular values up to this share of the largest, or of :data:`TOLERANCE` where that is more, may be null.
 
     >>> found = polar_by_halley(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]).double())
     >>> found.factor.round(decimals=6), round(found.nuclear_norm, 6)
@@ -56,36 +59,37 @@ def polar_by_halley(M: Tensor) -> Polar | None:
             [0., 0.]], dtype=torch.float64), 3.0)
     """
     if M.shape[0] < M.shape[1]:
-        found = polar_by_halley(M.T)
+        found = polar_by_halley(M.T, tol)
         return None if found is None else Polar(found.factor.T, found.nuclear_norm)
-    least, largest = _extreme_singular_values(M)
-    if not 0 < largest < CONDITION * least:
+    G = gram(M)
+    least, largest = _extreme_singular_values(G)
+    if not max(tol, TOLERANCE) * largest < least:
         return None
-    X, least = M / (MARGIN * largest), least / (MARGIN**2 * largest)
-    for _ in range(STEPS):
+    size = MARGIN * largest
+    X, least = _step(M / size, G / size**2, least / (MARGIN * size))
+    for _ in range(STEPS - 1):
         done = 1 - least < CONVERGED
-        X, least = _step(X, least)
+        X, least = _step(X, gram(X), least)
         if done:
             break
     return Polar(X, float(torch.dot(X.flatten(), M.flatten())))
 
 
-def _step(X: Tensor, least: float) -> tuple[Tensor, float]:
-    """One step for singular values in ``[least, 1]``, and the least of the result."""
+def _step(X: Tensor, G: Tensor, least: float) -> tuple[Tensor, float]:
+    """One step for singular values in ``[least, 1]``, and the least of the result; ``G`` is ``XᵀX``, and overwritten."""
     square = least**2
     root = (4 * (1 - square) / square**2) ** (1 / 3)
     a = (1 + root) ** 0.5 + 0.5 * (8 - 4 * root + 8 * (2 - square) / (square * (1 + root) ** 0.5)) ** 0.5
     b = (a - 1) ** 2 / 4
     c = a + b - 1
-    inner = gram(X).mul_(c)
+    inner = G.mul_(c)
     inner.diagonal().add_(1)
     rest = torch.cholesky_solve(X.T, torch.linalg.cholesky_ex(inner)[0]).T
     return torch.add(X * (b / c), rest, alpha=a - b / c), min(1.0, least * (a + b * square) / (1 + c * square))
 
 
-def _extreme_singular_values(M: Tensor) -> tuple[float, float]:
-    """The least and the largest, both nearly found by iteration; the least is 0 of a Gram matrix without a Cholesky factor."""
-    G = gram(M)
+def _extreme_singular_values(G: Tensor) -> tuple[float, float]:
+    """The least and the largest, by iteration on the Gram matrix; the least is 0 where that has no Cholesky factor."""
     L, failed = torch.linalg.cholesky_ex(G)
     x = y = torch.randn(len(L), 1, generator=torch.Generator().manual_seed(0)).to(L)
     for _ in range(ITERATIONS):
@@ -104,16 +108,19 @@ def pays(M: Tensor) -> bool:
 
 @cache
 def has_fast_double(device: torch.device, side: int = 1024) -> bool:
-    """Whether a device multiplies in float64 nearly as fast as in float32; measured once in a process."""
+    """Whether a device multiplies in float64 at :data:`RATE` of its speed in float32 at least; measured once in a process."""
     single, double = (_seconds(torch.eye(side, dtype=dtype, device=device)) for dtype in (torch.float32, torch.float64))
     return single > RATE * double
 
 
 def _seconds(A: Tensor) -> float:
-    """Time of a few products, after one that loads libraries."""
+    """Time of a product, after one that loads libraries."""
     (A @ A)[0, 0].item()
-    start = time.perf_counter()
-    for _ in range(3):
-        product = A @ A
-    product[0, 0].item()  # the host goes ahead until it asks for a number
-    return time.perf_counter() - start
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(3):
+            product = A @ A
+        product[0, 0].item()  # the host goes ahead until it asks for a number
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -84,7 +84,7 @@ class _Whitener(NamedTuple):
 
 
 def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
-    """Polar factor and nuclear norm of a matrix, by an eigendecomposition of its smaller Gram matrix.
+    """Polar factor and nuclear norm of a matrix, mostly by an eigendecomposition of its smaller Gram matrix.
 
     The error is about ``1e-16 * cond(M)**2``; on a GPU with fast float64, where Halley's iteration takes its place, less. Null
     directions get gain zero, so that the result is unique.
@@ -107,7 +107,7 @@ def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
 
 def _polar(M: Tensor, tol: float) -> Polar:
     """The same of a float64 matrix."""
-    if pays(M) and (found := polar_by_halley(M)) is not None:
+    if pays(M) and (found := polar_by_halley(M, tol)) is not None:
         return found
     whitener = _Whitener.of(M, tol)
     return Polar(whitener.polar(M), whitener.nuclear_norm)
@@ -116,9 +116,9 @@ def _polar(M: Tensor, tol: float) -> Polar:
 def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, tol: float = GRAM_TOLERANCE) -> PolarProduct:
     """Product of the polar factors of two matrices, with an optional diagonal between them.
 
-    The left factor is not formed: what takes its place is applied to the right one, which has fewer columns in every use here.
-    That is an inverse root of the smaller Gram matrix in float64, or, of a large float32 matrix, what
-    :mod:`~mergekit_vision.functional.polar_columns` does.
+    The left factor is formed by :mod:`~mergekit_vision.functional.halley` alone. Otherwise what takes its place is applied to the
+    right one, which has fewer columns in every use here: an inverse root of the smaller Gram matrix in float64, or, of a large
+    float32 matrix, what :mod:`~mergekit_vision.functional.polar_columns` does.
 
     Args:
         left: ``[m, p]``, float32 or float64.

@@ -1,8 +1,8 @@
 """Weights on their way to a GPU: one parameter of all experts is read while the one before is merged.
 
 A background thread reads from the files into pinned memory, from which the device copies on a stream of its own while it computes
-on another one. What was read stays on the device for the passes that follow, as long as half of its free memory lasts; beyond
-that, two parameters of all experts are held at a time, and what a device that is behind still computes with.
+on another one. What was read stays on the device for the passes that follow, as long as half of its memory is free; beyond that,
+two parameters of all experts are held at a time, and what a device that is behind still computes with.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ class Copies(Protocol):
         """Have all that the caller computes from now on wait until the copies are there."""
 
     def room(self) -> int:
-        """Bytes of copies that may stay on the device."""
+        """Bytes of copies that may stay on the device; negative where it is more than half full."""
 
 
 class CudaCopies:
@@ -77,9 +77,9 @@ class CudaCopies:
 
     def room(self) -> int:
         """See :class:`Copies`."""
-        free, _ = torch.cuda.mem_get_info(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return (free + unused) // 2
+        return free + unused - total // 2
 
 
 def copies_to(device: torch.device) -> Copies | None:
@@ -109,20 +109,31 @@ class _Arrival(NamedTuple):
     finite: bool
 
 
+Reading = Callable[[str, str], _Arrival]
+"""Reads a part of an item."""
+
+
 class _Window:
-    """What is read of the item that is worked on and of the one after it: of a parameter the models, of a task its parameters.
+    """What is read of the item that is worked on and of the one after it: of a parameter the tasks, of a task the parameters.
 
     What nobody asks for is not read: the first question for a part of an item begins the reading of that part of the next item.
 
     Args:
         items: in the order in which they are worked on.
-        read: reads a part of an item; called in a thread of its own.
+        read: called in a thread of its own.
+        known: what is on the device already.
         begin: called in that thread first.
     """
 
-    def __init__(self, items: Sequence[str], read: Callable[[str, str], _Arrival], begin: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        items: Sequence[str],
+        read: Reading,
+        known: Callable[[str, str], _Arrival | None],
+        begin: Callable[[], None],
+    ) -> None:
         self._next: dict[str, str | None] = dict(zip(items, [*items[1:], None], strict=True)) if items else {}
-        self._read = read
+        self._read, self._known = read, known
         self._current: str | None = None
         self._held: dict[str, dict[str, Future[_Arrival]]] = {}
         self._lock = Lock()
@@ -144,10 +155,11 @@ class _Window:
         if item not in self._next or item != self._current:
             return None
         with self._lock:
-            reading, after = self._reading(item, part), self._next[item]
-            if after is not None:
+            found = self._known(item, part) or self._reading(item, part)
+            after = self._next[item]
+            if after is not None and self._known(after, part) is None:
                 self._reading(after, part)
-        return reading.result()
+        return found if isinstance(found, _Arrival) else found.result()
 
     def _reading(self, item: str, part: str) -> Future[_Arrival]:
         held = self._held.setdefault(item, {})
@@ -161,32 +173,42 @@ class _Window:
         self._pool.shutdown(wait=wait, cancel_futures=True)
 
 
+PORTION = 1 << 30
+"""Bytes of a device's memory after which it is asked again whether there is room."""
+
+
 class Reader:
-    """Reads models one item of work ahead, and keeps on the device what there is room for.
+    """Reads experts one item of work ahead, and keeps on the device what there is room for.
 
     Args:
-        models: name -> weights; of the experts by their tasks.
+        experts: task -> weights.
         copies: puts them on the device.
     """
 
-    def __init__(self, models: Mapping[str, Weights], copies: Copies) -> None:
-        self.models = dict(models)
+    def __init__(self, experts: Mapping[str, Weights], copies: Copies) -> None:
+        self.experts = dict(experts)
         self._copies = copies
         self._window: _Window | None = None
-        self._by_model = False
+        self._by_task = False
         self._kept = dict[tuple[str, str], _Arrival]()
-        self._room, self._lock = copies.room(), Lock()
+        self._room, self._full, self._lock = 0, False, Lock()
 
     @contextmanager
     def ahead(self, items: Sequence[str]) -> Iterator[Callable[[str], None]]:
         """Read ahead while the context is open, and call what it gives with an item before work on it begins.
 
         Args:
-            items: parameters' keys or models' names, in the order of the work.
+            items: parameters' keys or tasks, in the order of the work.
         """
-        self._by_model = all(item in self.models for item in items)
-        read = self._read if self._by_model else lambda key, name: self._read(name, key)
-        window = self._window = _Window(items, read, self._copies.begin)
+        self._by_task = all(item in self.experts for item in items)
+
+        def read(item: str, part: str) -> _Arrival:
+            return self._read(*self._place(item, part))
+
+        def known(item: str, part: str) -> _Arrival | None:
+            return self._kept.get(self._place(item, part))
+
+        window = self._window = _Window(items, read, known, self._copies.begin)
         done = False
         try:
             yield window.enter
@@ -195,56 +217,63 @@ class Reader:
             self._window = None
             window.close(wait=done)  # a failure, or an interruption, is not kept waiting for the disk
 
-    def get(self, name: str, key: str) -> _Arrival | None:
-        """A model's parameter, ready to be used, where it is read ahead or there is room for it; else ``None``."""
-        window, place = self._window, (name, key) if self._by_model else (key, name)
-        found = None if window is None else window.get(*place)
-        if found is None and (self._room or (name, key) in self._kept):
-            found = self._read(name, key)
+    def _place(self, one: str, other: str) -> tuple[str, str]:
+        """Task and key of an item of work and a part of it, and the other way round."""
+        return (one, other) if self._by_task else (other, one)
+
+    def get(self, task: str, key: str) -> _Arrival | None:
+        """A task's parameter, ready to be used, where it is read ahead or there is room for it; else ``None``."""
+        window = self._window
+        found = None if window is None else window.get(*self._place(task, key))
+        if found is None:
+            found = self._kept.get((task, key)) or (None if self._full else self._read(task, key))
         if found is None or not found.tensors:
             return None
         self._copies.wait(found.tensors, found.end)
         return found
 
-    def value(self, name: str, key: str) -> Tensor:
-        """A model's parameter, on the device where it is read ahead or there is room for it."""
-        found = self.get(name, key)
-        return self.models[name][key] if found is None or len(found.tensors) != 1 else found.tensors[0]
+    def value(self, task: str, key: str) -> Tensor:
+        """A task's parameter, on the device where it is read ahead or there is room for it."""
+        found = self.get(task, key)
+        return self.experts[task][key] if found is None or len(found.tensors) != 1 else found.tensors[0]
 
     @torch.no_grad()  # a thread's own setting
-    def _read(self, name: str, key: str) -> _Arrival:
-        if (known := self._kept.get((name, key))) is not None:
-            return known
-        values = factors_of(self.models[name], key) or (self.models[name][key],)
+    def _read(self, task: str, key: str) -> _Arrival:
+        values = factors_of(self.experts[task], key) or (self.experts[task][key],)
         pinned = [self._copies.pin(value) for value in values]
         finite = all(value.device.type == "cpu" and _is_finite(value) for value in pinned)
         try:
             found = _Arrival(*self._copies.start(pinned), finite)
         except torch.cuda.OutOfMemoryError:  # merging alone may still fit
+            self._full = True
             return _Arrival((), None, finite)
-        self._keep(name, key, found)
+        if all(value.device.type == "cpu" for value in pinned):  # the backbone's own values are there already
+            self._keep(task, key, found)
         return found
 
-    def _keep(self, name: str, key: str, found: _Arrival) -> None:
+    def _keep(self, task: str, key: str, found: _Arrival) -> None:
         """Keep what was read if there is room for it; the first parameter for which there is none ends it."""
         size = sum(tensor.nbytes for tensor in found.tensors)
         with self._lock:
-            self._room = self._room - size if size <= self._room else 0
-            if self._room:
-                self._kept[name, key] = found
+            if self._room < size and not self._full:
+                room = self._copies.room()
+                self._room, self._full = max(size, min(room, PORTION)), room < size
+            if not self._full:
+                self._room -= size
+                self._kept[task, key] = found
 
 
 class Streamed(MadeOn):
-    """A model's weights: on the device where they were read ahead or stay, and otherwise as the model gives them.
+    """An expert's weights: on the device where they were read ahead or stay, and otherwise as the expert gives them.
 
     Args:
-        name: of the model.
-        reader: of all models.
+        task: whose expert it is.
+        reader: of all experts.
     """
 
-    def __init__(self, name: str, reader: Reader) -> None:
-        super().__init__(reader.models[name], partial(reader.value, name))
-        self._get, self._weights = partial(reader.get, name), reader.models[name]
+    def __init__(self, task: str, reader: Reader) -> None:
+        super().__init__(reader.experts[task], partial(reader.value, task))
+        self._get, self._weights = partial(reader.get, task), reader.experts[task]
 
     def factors(self, key: str) -> Factors | None:
         """Of an adapter, the factors of a weight's change, not to be written to; ``None`` where it is not known as a product."""
@@ -259,35 +288,16 @@ class Streamed(MadeOn):
         return found is not None and found.finite
 
 
-class AtHand(NamedTuple):
-    """What a merger's inputs have from :func:`read_ahead`.
-
-    Attributes:
-        experts: task -> weights.
-        start: the backbone's weights.
-        share: shares out work.
-    """
-
-    experts: Mapping[str, Weights]
-    start: Weights
-    share: Spread
-
-
-BASE = ""
-"""The backbone's name among those of tasks."""
-
-
-def read_ahead(base: Weights, experts: Mapping[str, Weights], team: Team, share: Spread, copies: Copies) -> AtHand:
-    """Weights, and a way to share out work on them, that read what work needs while what comes before is worked on.
+def read_ahead(experts: Mapping[str, Weights], team: Team, share: Spread, copies: Copies) -> tuple[dict[str, Weights], Spread]:
+    """Experts, and a way to share out work on them, that read what work needs while what comes before is worked on.
 
     Args:
-        base: the backbone's.
         experts: task -> weights.
         team: the processes; each reads what it works on itself.
         share: shares the work out among them.
         copies: puts the weights on the device.
     """
-    reader = Reader({**experts, BASE: base}, copies)
+    reader = Reader(experts, copies)
 
     def sharing(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
         with reader.ahead(team.own(items)) as enter:
@@ -298,7 +308,7 @@ def read_ahead(base: Weights, experts: Mapping[str, Weights], team: Team, share:
 
             return share(entered, items, description)
 
-    return AtHand({task: Streamed(task, reader) for task in experts}, Streamed(BASE, reader), sharing)
+    return {task: Streamed(task, reader) for task in experts}, sharing
 
 
 def _is_finite(value: Tensor) -> bool:

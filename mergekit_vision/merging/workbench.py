@@ -109,9 +109,8 @@ class Workbench:
                 _run_backward(evaluator, task, experts[task], merged_weights(self.base, model), observers, device)
 
         share: Spread = partial(runtime.team.spread, device=device)
-        start: Weights | None = None
         if (copies := copies_to(device)) is not None and experts:
-            experts, start, share = read_ahead(self.base, experts, runtime.team, share, copies)
+            experts, share = read_ahead(experts, runtime.team, share, copies)
         return MergeInputs(
             self.base,
             experts,
@@ -126,7 +125,6 @@ class Workbench:
             _Streams(evaluator, device),
             keep=keep,
             run_backward=run_backward,
-            start=start,
         )
 
     @torch.no_grad()
