@@ -78,6 +78,9 @@ class Router(nn.Module, ABC):
         Such an expert changes the output by less than rounding does. Of posteriors that are sure, weights may even be denormal
         numbers, with which processors multiply many times more slowly.
         """
+        if self.top_k == 1:  # several times faster than topk on the CPU
+            only = scores.max(-1, keepdim=True)
+            return Choice(only.indices, torch.ones_like(only.values))
         best = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
         weight = (best.values / self.temperature).softmax(-1)
         return Choice(best.indices, weight.masked_fill(weight < torch.finfo(weight.dtype).eps, 0))

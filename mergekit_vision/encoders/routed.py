@@ -138,14 +138,14 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, L, d_in]`` to ``[N, L, d_out]``; an image's output depends on that image only."""
-        y = F.linear(x, self.weight, self.bias)
         choice = self.routing.choose(self, x)
         if choice is None:
-            return y
+            return F.linear(x, self.weight, self.bias)
         eager = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the host may look at the choice
         by_image = choice.experts.shape[1] == 1 and choice.experts.shape[2] < len(self.down)
         if eager and not by_image:
-            return self._grouped(y, x, choice)
+            return self._grouped(x, choice)
+        y = F.linear(x, self.weight, self.bias)
         if by_image:
             y = self._one_by_one(y, x, choice) if eager else self._gathered(y, x, choice)
         else:
@@ -174,23 +174,25 @@ class RoutedLinear(nn.Module):
             codes = codes * choice.weight.to(y.dtype).unsqueeze(-1)
         return y.baddbmm_(codes.flatten(2), up.flatten(1, 2))
 
-    def _grouped(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
+    def _grouped(self, x: Tensor, choice: Choice) -> Tensor:
         """Each expert runs once, with its bias, on the tokens that chose it: how many is not for a graph or accelerator."""
         experts, top_k = choice.experts.expand(-1, x.shape[1], -1).flatten(), choice.experts.shape[2]
+        # a token's only expert brings the layer's bias along with its own: a pass over the output less
+        before, bias = (None, _sum(self.bias, self.shift)) if top_k == 1 else (self.bias, self.shift)
+        y = F.linear(x, self.weight, before)
+        biases = None if bias is None else bias.to(y.dtype).expand(len(self.down), -1)
         weight = choice.weight.to(y.dtype).expand(-1, x.shape[1], -1).reshape(-1, 1)
         if top_k > 1:  # what has no weight goes to a group behind the last expert's, which is left out
             experts = experts.masked_fill(weight.flatten() == 0, len(self.down))
         counts: list[int] = torch.bincount(experts, minlength=len(self.down) + 1).tolist()
         groups = torch.split(experts.argsort(stable=True), counts)[:-1]  # of (token, position), by expert
         rows, out = x.to(y.dtype).flatten(0, 1), y.view(-1, y.shape[-1])
-        shift = None if self.shift is None else self.shift.to(y.dtype)
         for expert, (group, down, up) in enumerate(zip(groups, self.down, self.up, strict=True)):
             if not len(group):
                 continue
-            chosen, up = group // top_k, up.to(y.dtype)
+            chosen, up = group if top_k == 1 else group // top_k, up.to(y.dtype)
             codes = rows.index_select(0, chosen) @ down.to(y.dtype).T
-            # with the bias in the same product: a pass over the output less than for the biases by themselves
-            added = codes @ up if shift is None else torch.addmm(shift[expert], codes, up)
+            added = codes @ up if biases is None else torch.addmm(biases[expert], codes, up)
             out.index_add_(0, chosen, added if top_k == 1 else added.mul_(weight[group]))
         return y
 
@@ -200,6 +202,11 @@ class RoutedLinear(nn.Module):
         codes = codes * choice.dense(len(self.down)).to(y.dtype).unsqueeze(-1)
         out: Tensor = y + codes.flatten(-2) @ self.up.to(y.dtype).flatten(0, 1)
         return out
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Of what there is."""
+    return b if a is None else a if b is None else a + b
 
 
 def _narrower(own: torch.dtype, layer: torch.dtype) -> torch.dtype:

@@ -38,7 +38,7 @@ def dense_layer(linear: nn.Linear, experts: LowRankExperts, x: Tensor) -> Tensor
             row = scores[n, token if scores.shape[1] > 1 else 0]
             chosen = sorted(range(TASKS), key=lambda t: -float(row[t]))[: experts.router.top_k]
             shares = torch.softmax(row[chosen] / experts.router.temperature, 0)
-            W, b = linear.weight.double(), linear.bias.double()
+            W, b = linear.weight.double(), torch.zeros(()) if linear.bias is None else linear.bias.double()
             for share, t in zip(shares, chosen, strict=True):
                 W = W + share * experts.up[t].double() @ experts.down[t].double()
                 b = b if experts.bias is None else b + share * experts.bias[t].double()
@@ -51,14 +51,14 @@ def images() -> Tensor:
     return normal(7, 3, 16, 16, seed=9)
 
 
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("biased", ["layer", "experts", "both", "neither"])
 @pytest.mark.parametrize("path", ["eager", "graph"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_layer_equals_the_dense_formula(kind: str, path: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_equals_the_dense_formula(kind: str, path: str, biased: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: path == "graph")
-    linear, x = nn.Linear(WIDTH, 48), normal(6, 5, WIDTH, seed=1)
+    linear, x = nn.Linear(WIDTH, 48, bias=biased in ("layer", "both")), normal(6, 5, WIDTH, seed=1)
     up, down, bias = normal(TASKS, 48, RANK, seed=2), normal(TASKS, RANK, WIDTH, seed=3), normal(TASKS, 48, seed=4)
-    experts = LowRankExperts(up, down, make_router(kind, WIDTH, 5), bias if biased else None)
+    experts = LowRankExperts(up, down, make_router(kind, WIDTH, 5), bias if biased in ("experts", "both") else None)
     layer = RoutedLinear(linear, experts, Routing(), "layer")
     reference = dense_layer(linear, deepcopy(experts), x.double())
     with torch.inference_mode():
@@ -312,6 +312,17 @@ def test_compiles_to_one_graph(kind: str, evidence: bool, images: Tensor) -> Non
     assert routing.counts.keys() == counts.keys()
     for name, count in counts.items():
         assert_near(routing.counts[name], count, summed(17))
+
+
+def test_an_encoder_that_decides_ahead_compiles_to_one_graph(images: Tensor) -> None:
+    encoder = VisionEncoder(make_encoder()["visual"])
+    experts = {name: entry.rounded("bfloat16") for name, entry in make_experts(encoder, "linear of covariance, mixed").items()}
+    encoder.route({name: replace(e, evidence="ahead" if name == LINEARS[-2] else "hold") for name, e in experts.items()})
+    with torch.inference_mode():
+        plain = encoder(images)
+        compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+        for _ in range(2):  # a batch starts afresh
+            assert_near(compiled(images), plain, 2 * ROUND_OFF)  # the first run's rounding is in the second's decision
 
 
 def test_attach_refuses_what_does_not_fit() -> None:
