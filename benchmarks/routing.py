@@ -11,6 +11,8 @@ the ratio of processor times, at one thread, tells more: it counts this process 
 import copy
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import open_clip
@@ -101,6 +103,21 @@ def routed(plain: VisionEncoder, tasks: int, variant: Variant) -> VisionEncoder:
     return encoder.eval()
 
 
+def compiled(encoder: VisionEncoder, backend: str | Callable[..., Any] = "inductor") -> Callable[[Tensor], Tensor]:
+    """The encoder compiled to one graph for each shape of its input; where that cannot be, the first call fails.
+
+    Encoders of one class share their code, and of one code torch keeps few compiled versions, runs what comes after them
+    uncompiled, and looks through all of them at each call. Here each has a code of its own.
+    """
+
+    def run(images: Tensor) -> Tensor:
+        embeddings: Tensor = encoder(images)
+        return embeddings
+
+    own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+
+
 def added_megabytes(encoder: VisionEncoder) -> float:
     """Size of everything that routing adds to the plain encoder."""
     return sum(buffer.numel() * buffer.element_size() for buffer in encoder.buffers()) / 2**20
@@ -116,16 +133,14 @@ def cost(run: Callable[[], Any], device: torch.device) -> Cost:
 
 
 @torch.inference_mode()
-def measure(
-    plain: VisionEncoder, tasks: int, images: Tensor, budget: float, compiled: bool, about: records.Case
-) -> Iterator[Row]:
+def measure(plain: VisionEncoder, tasks: int, images: Tensor, budget: float, fast: bool, about: records.Case) -> Iterator[Row]:
     """Rows of one case: every variant in turns until the time is up, three rounds at least."""
     encoders = {"plain encoder": plain, **{name: routed(plain, tasks, variant) for name, variant in VARIANTS.items()}}
     added = {name: added_megabytes(encoder) for name, encoder in encoders.items()}
     runs: dict[str, Callable[[], Any]] = {}
     for name, encoder in encoders.items():
         encoder.to(images.device)
-        runs[name] = (lambda fast: lambda: fast(images))(torch.compile(encoder) if compiled else encoder)
+        runs[name] = partial(compiled(encoder) if fast else encoder, images)
         runs[name]()
     plain_mb = sum(parameter.numel() * parameter.element_size() for parameter in plain.parameters()) / 2**20
     runs[f"all {tasks} experts"] = lambda: [runs["plain encoder"]() for _ in range(tasks)]

@@ -2,16 +2,21 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from safetensors import safe_open
-from tolerances import eps
+from tolerances import assert_near, eps, forward
+from torch import Tensor
+from torch.fx import GraphModule
 
 from benchmarks import evaluation, merging, reading, routing, scaling
 from benchmarks.records import read
+from mergekit_vision.encoders.vision import VisionEncoder
 
 TASKS = 8
 CONFIG = {
@@ -158,6 +163,28 @@ def test_dynamic_encoders_take_turns_with_the_plain_one(model: str, places: list
     assert (plain.case["variant"], plain.values["slowdown"], plain.values["added_MiB"]) == ("plain encoder", 1, 0)
     assert [row.case["variant"] for row in routed] == [*routing.VARIANTS, "all 3 experts"]
     assert all(row.values["cpu_slowdown"] > 0 and row.values["added_MiB"] > 0 for row in routed)
+
+
+def test_every_dynamic_encoder_runs_compiled(model: str) -> None:
+    """However many take turns: there are more of them than versions of one code that torch keeps."""
+    torch.manual_seed(0)
+    visual = open_clip.create_model(model, load_weights=False).visual
+    del visual.transformer.resblocks[1:]
+    plain = VisionEncoder(visual).eval().requires_grad_(False)
+    encoders = [plain, *(routing.routed(plain, 3, variant) for variant in routing.VARIANTS.values())]
+    images, made, ran = torch.randn(2, 3, 32, 32), [], []
+
+    def backend(graph: GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        made.append(graph)
+        return lambda *inputs: ran.append(graph) or graph(*inputs)
+
+    with torch.inference_mode():
+        runs = [routing.compiled(encoder, backend) for encoder in encoders]
+        for _ in range(2):
+            for run, encoder in zip(runs, encoders, strict=True):
+                assert_near(run(images), encoder(images), forward(2 * 4, 4 * 64))
+    assert len(made) == len(encoders) > 8
+    assert ran == made * 2
 
 
 @pytest.mark.slow
