@@ -47,6 +47,10 @@ Revisable = Literal["no", "model", "state"]
 what the model's weights hold; or with :attr:`Merged.kept` besides."""
 
 _Result = TypeVar("_Result")
+Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+AT_ONCE = 8
+"""Items at most whose parts of a sum are held at once, by many processes that share the work; one process holds one."""
 
 _NO_PROXIES = "this merging method needs proxy images, but none are configured; give the data module proxies"
 
@@ -110,7 +114,10 @@ class NormInfo(NamedTuple):
 
 
 class Streams(Protocol):
-    """Runs proxy images through an encoder block by block, with any weights: each block costs one pass, whoever asks."""
+    """Runs proxy images through an encoder block by block, with any weights: each block costs one pass, whoever asks.
+
+    The tokens are the caller's own, and can be written to. On a CPU, large ones lie in temporary files instead of memory.
+    """
 
     def embed(self, task: str, weights: Weights) -> Tensor:
         """A task's proxy images as the tokens that enter block 0, ``[images, tokens, d]``, float32."""
@@ -161,6 +168,7 @@ class MergeInputs:
         change: what :meth:`view` does to task vectors.
         run_backward: behind :meth:`differentiate`; ``None`` where there are no proxy images.
         keep: how many experts are to be able to leave the model later, where :attr:`Merged.kept` is wanted; else ``None``.
+        processes: how many share the work, behind :meth:`spread_sum`.
     """
 
     base: Weights
@@ -177,6 +185,7 @@ class MergeInputs:
     change: Change | None = None
     keep: int | None = None
     run_backward: RunBackward | None = None
+    processes: int = 1
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -325,6 +334,21 @@ class MergeInputs:
                 release_freed_memory()
 
         return self.share(compute, {item: self._cost(item) for item in items}, description)
+
+    def spread_sum(
+        self, function: Callable[[str], Mapping[str, Parts]], items: Iterable[str], description: str
+    ) -> dict[str, Parts]:
+        """Sums over the items of what ``function`` gives, tensors by name; as :meth:`spread`, but without holding them all.
+
+        They are added up in the order of the items, and of each name, the first item's tensors become the sums.
+        """
+        todo, size = list(items), min(self.processes, AT_ONCE)
+        groups, totals = {todo[at]: todo[at : at + size] for at in range(0, len(todo), size)}, dict[str, Parts]()
+        for first in self.track(list(groups), description):
+            found = self.spread(function, groups[first], "")
+            for item in groups[first]:
+                add_up(totals, found.pop(item))
+        return totals
 
     def _cost(self, item: str) -> int:
         """What merging an item costs, roughly: matrices are decomposed, which also tells ``[4d, d]`` from ``[d, 4d]``."""
@@ -485,6 +509,16 @@ def revised_mean(mean: Tensor, key: str, former: Former, joining: MergeInputs, l
     return total / (len(former.tasks) + len(joining.tasks) - len(leaving.tasks))
 
 
+def add_up(totals: dict[str, Parts], parts: Mapping[str, Parts]) -> None:
+    """Add tensors by key to the totals, which take over those of a key's first part."""
+    for key, part in parts.items():
+        if key not in totals:
+            totals[key] = part
+        else:
+            for tensor, more in zip(totals[key], part, strict=True):
+                tensor.add_(more)
+
+
 def check_options(merger: Merger, **options: Any) -> None:
     """Check parameters that must be one of a few words.
 
@@ -538,7 +572,10 @@ def static_base(inputs: MergeInputs, base: Merger | None) -> Merged:
 def settled(inputs: MergeInputs, merged: Merged) -> Merged:
     """A merged model at the coefficient at which it is used, which nothing changes anymore."""
     scale = inputs.coefficient(merged)
-    update = {key: merged.coefficient(key, scale) * value for key, value in merged.update.items()}
+    update, factors = dict(merged.update), {key: merged.coefficient(key, scale) for key in merged.update}
+    del merged  # where nobody else holds them, its tensors go one by one
+    for key, factor in factors.items():
+        update[key] = factor * update[key]
     return Merged(update, scale, fixed=frozenset(update))
 
 

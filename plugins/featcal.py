@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, split
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.featcal import LinearFit, NormFit, NormInputs, PairedInputs
-from mergekit_vision.functional.regression import total
-from mergekit_vision.functional.streams import Stream
+from mergekit_vision.functional.streams import Stream, Updated
 from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, NormInfo, Weights, settled, static_base
 
 Layers = Mapping[str, LinearInfo | NormInfo]
 Fits = Mapping[str, LinearFit | NormFit]
 
-IMAGES = 32
-"""Images whose layer inputs are held at once."""
+TOKENS = 1024
+"""Tokens whose layer inputs are held at once, roughly: as many as keep products at full speed."""
 
 
 @dataclass(frozen=True)
@@ -66,55 +64,56 @@ class FeatCal(Merger):
         def stream(task: str, weights: Weights) -> Stream:
             return Stream(partial(run.embed, task, weights), lambda index, tokens: run.block(index, weights, tokens, {}))
 
-        def use(found: Weights) -> None:
-            update.update(found)
-            weights.update({key: inputs.base[key].to(value.device) + value for key, value in found.items()})
-
-        base, update, weights = settled(inputs, static_base(inputs, self.base)), dict[str, Tensor](), dict(inputs.base)
-        use(base.update)
+        base = settled(inputs, static_base(inputs, self.base))
+        update = dict(base.update)
+        weights, scale = Updated(inputs.base, update), base.scale
+        del base  # what is calibrated takes the place of what the base had
         streams = {task: (stream(task, weights), stream(task, inputs.experts[task])) for task in inputs.tasks}
         for block in range(inputs.linears[-1].block + 1):
             layers: dict[str, LinearInfo | NormInfo] = {at.weight: at for at in inputs.linears if at.block == block}
             layers |= {norm.weight: norm for norm in inputs.norms if norm.block == block and self.norms}
             fit = partial(self._fit, inputs, weights, streams, layers)
-            fits = total(inputs.tasks, partial(inputs.spread, fit, description=f"block {block + 1}, inputs"))
-            calibrate = partial(self._calibrate, inputs, base, layers, fits)
+            fits = inputs.spread_sum(fit, inputs.tasks, f"block {block + 1}, inputs")
+            calibrate = partial(self._calibrate, inputs, update, layers, fits)
             for found in inputs.spread(calibrate, layers, f"block {block + 1}, calibration").values():
-                use(found)
-        return Merged(update, base.scale, fixed=frozenset(update))
+                update |= found
+            fits.clear()  # before the next block's
+        return Merged(update, scale, fixed=frozenset(update))
 
     def _fit(
         self, inputs: MergeInputs, weights: Weights, streams: Mapping[str, tuple[Stream, Stream]], layers: Layers, task: str
     ) -> Fits:
         """A task's part in the fits of the layers of a block."""
-        moments = {layer: self._moments(inputs, layer) for layer in layers.values()}
+        moments = {layer: self._moments(inputs, task, layer) for layer in layers.values()}
         seen = {layer.name: moment.merged for layer, moment in moments.items()}
         paired = {layer.name: moment.expert for layer, moment in moments.items() if isinstance(moment, PairedInputs)}
-        block, (merged, expert), left = next(iter(moments)).block, streams[task], []
-        tokens = (torch.split(stream.entering(block), IMAGES) for stream in (merged, expert))
-        for own, other in zip(*tokens, strict=True):
+        block, (merged, expert) = next(iter(moments)).block, streams[task]
+        ours, theirs = merged.entering(block), expert.entering(block)
+        images = max(1, round(TOKENS / ours.shape[1]))
+        for own, other in zip(split(ours, images), split(theirs, images), strict=True):
             inputs.blocks.block(block, weights, own, seen)
-            left.append(inputs.blocks.block(block, inputs.experts[task], other, paired))
-        expert.left(block, torch.cat(left))
-        delta = partial(inputs.delta, task)
-        biases = {key: None if layer.bias is None else delta(layer.bias) for key, layer in layers.items()}
-        return {key: moments.pop(layer).fit(delta(key), biases[key]) for key, layer in layers.items()}
+            other.copy_(inputs.blocks.block(block, inputs.experts[task], other, paired))
+        expert.left(block, theirs)
+        del seen, paired  # which hold moments that are no longer needed
+        biases = {key: None if layer.bias is None else inputs.delta(task, layer.bias) for key, layer in layers.items()}
+        return {key: moments.pop(layer).fit(biases[key]) for key, layer in layers.items()}
 
-    def _moments(self, inputs: MergeInputs, layer: LinearInfo | NormInfo) -> PairedInputs | NormInputs:
+    def _moments(self, inputs: MergeInputs, task: str, layer: LinearInfo | NormInfo) -> PairedInputs | NormInputs:
         """Sums over a layer's inputs. Behind the last block only an image's first token is used; attention sees them all."""
         patches = self.patches if layer.block == inputs.linears[-1].block else 1.0
+        delta = inputs.delta(task, layer.weight)
         if isinstance(layer, NormInfo):
-            return NormInputs(patches)
+            return NormInputs(delta, patches)
         groups = (patches, 1.0, 1.0) if layer.kind == "in_proj" and patches < 1 else (patches,)
-        return PairedInputs(inputs.base[layer.weight], self.alpha, groups)
+        return PairedInputs(inputs.base[layer.weight], delta, self.alpha, groups)
 
-    def _calibrate(self, inputs: MergeInputs, base: Merged, layers: Layers, fits: Fits, key: str) -> dict[str, Tensor]:
+    def _calibrate(self, inputs: MergeInputs, update: Weights, layers: Layers, fits: Fits, key: str) -> dict[str, Tensor]:
         """Updates of a layer's weight and bias; what no expert changed stays as it is."""
         rho = self.rho if self.rho is not None else 2.2 if self.base is None else 1.0
         parameters = (layers[key].weight, layers[key].bias)
         keys = [k for k in parameters if k is not None and any(inputs.changed(task, k) for task in inputs.tasks)]
         if key not in keys:
             return {}
-        anchor = [rho * base.update[k] if k in base.update else inputs.delta(inputs.tasks[0], k).zero_() for k in keys]
+        anchor = [rho * update[k] if k in update else inputs.delta(inputs.tasks[0], k).zero_() for k in keys]
         found = fits[key].calibrate(anchor[0], anchor[1] if len(anchor) == 2 else None, self.ridge)
         return {k: value.float() for k, value in zip(keys, found, strict=False) if value is not None}

@@ -12,8 +12,8 @@ from torch import Tensor
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.esd import RowGram
 from mergekit_vision.functional.gram import symmetric, triangle
-from mergekit_vision.functional.regression import NULL, Normal, add_up, of_delta, of_inputs, solved, total
-from mergekit_vision.functional.streams import Stream
+from mergekit_vision.functional.regression import NULL, Normal, of_delta, of_inputs, solved
+from mergekit_vision.functional.streams import Stream, Updated
 from mergekit_vision.merger import (
     DataNeeds,
     Former,
@@ -23,6 +23,7 @@ from mergekit_vision.merger import (
     Merger,
     Revisable,
     Weights,
+    add_up,
     check_options,
     revised_mean,
 )
@@ -124,16 +125,14 @@ class RegMean(Merger):
 
     def _fit_blocks(self, inputs: MergeInputs, update: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the updates of the Linear layers; each block sees the tokens that the blocks before it let through."""
-        merged = {key: value.float().to(inputs.device) for key, value in inputs.base.items()}
-        merged.update({key: merged[key] + value for key, value in update.items()})
-        streams = (
-            {task: _stream(inputs, task, merged) for task in inputs.tasks} if self.gram == "merged" else _own_streams(inputs)
-        )
+        streams = _own_streams(inputs)
+        if self.gram == "merged":
+            merged = Updated(inputs.base, update)
+            streams = {task: _stream(inputs, task, merged) for task in inputs.tasks}
         kept: dict[str, Tensor] = {}
         for name, keys, totals in self._blocks(inputs, streams):
             solve = partial(_solved, totals, self.ridge)
             found = inputs.spread_changed(solve, keys, f"{name}, merging")
-            merged.update({key: merged[key] + value for key, value in found.items()})
             update |= found
             if inputs.keep is not None:  # of unchanged layers too: an expert that joins may have changed them
                 kept |= {f"{key}/{part}": tensor for key in keys for part, tensor in _packed(totals[key]).items()}
@@ -144,8 +143,9 @@ class RegMean(Merger):
         for block, group in groupby(inputs.linears, key=lambda linear: linear.block):
             linears, name = list(group), f"block {block + 1}"
             normals = partial(self._normals, inputs, linears, streams)
-            totals = total(inputs.tasks, partial(inputs.spread, normals, description=f"{name}, inputs"))
+            totals = inputs.spread_sum(normals, inputs.tasks, f"{name}, inputs")
             yield name, [linear.weight for linear in linears], totals
+            totals.clear()  # before the next block's
 
     def _normals(self, inputs: MergeInputs, linears: list[LinearInfo], streams: Mapping[str, Stream], task: str) -> Normals:
         """A task's part in the normal equations of a block's Linear layers."""

@@ -151,7 +151,7 @@ def together(inputs: MergeInputs, merger: Merger, rotate: bool) -> list[Merged]:
             return {item: found[item] for item in items}
 
         with torch.no_grad():
-            return merger.merge(replace(inputs, share=share))
+            return merger.merge(replace(inputs, share=share, processes=2))
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, range(2)))

@@ -1,9 +1,10 @@
 """The contract's data: what mergers may ask for, and what a merged model is."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -114,6 +115,39 @@ def test_work_is_shared_out_by_size() -> None:
     inputs = MergeInputs(base, {"task": base}, share=share)
     assert inputs.spread(len, [*base, "task"], "counting") == {"visual.proj": 11, "visual.bias": 11, "task": 4}
     assert seen == {"visual.proj": 36, "visual.bias": 5, "task": 1}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 100])
+def test_sums_over_tasks_hold_no_more_parts_than_processes_compute(processes: int) -> None:
+    tasks, alive, most = [f"task{t}" for t in range(10)], WeakSet[Tensor](), 0
+    shared, shown = list[list[str]](), list[tuple[list[str], str]]()
+
+    def part(task: str) -> dict[str, tuple[Tensor, Tensor]]:
+        nonlocal most
+        index = int(task.removeprefix("task"))
+        found = {name: (torch.full((2,), float(index + at)), torch.tensor(float(index**2))) for at, name in enumerate("ab")}
+        alive.update(tensor for parts in found.values() for tensor in parts)
+        most = max(most, len(alive))
+        return found
+
+    def share(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
+        shared.append(list(items))
+        return {item: function(item) for item in items}
+
+    def track(items: Iterable[str], description: str) -> Iterable[str]:
+        shown.append((list(items), description))
+        return items
+
+    inputs = MergeInputs({}, {task: {} for task in tasks}, share=share, track=track, processes=processes)
+    found = inputs.spread_sum(part, tasks, "adding up")
+    assert {name: (sums[0].tolist(), sums[1].item()) for name, sums in found.items()} == {
+        "a": ([45.0, 45.0], 285.0),
+        "b": ([55.0, 55.0], 285.0),
+    }
+    together = min(processes, 8)
+    assert shared == [tasks[at : at + together] for at in range(0, 10, together)]
+    assert shown == [(tasks[::together], "adding up")]
+    assert most <= 4 * (together + 1), "of two names, two tensors each: the sums and what is added"
 
 
 def test_layers_that_cost_more_are_not_all_of_one_process() -> None:

@@ -19,6 +19,9 @@ _LINEARS: tuple[tuple[str, LinearKind], ...] = (
 )
 """Owner and kind of the Linear layers of a block, in forward order."""
 
+BEFORE = -1
+"""Stands for the index of a block, of what lies before the first one."""
+
 
 class VisionEncoder(nn.Module):
     """The vision tower of a CLIP model with every projection of its blocks a plain ``nn.Linear``.
@@ -74,11 +77,11 @@ class VisionEncoder(nn.Module):
 
         Args:
             weights: all of them, or at least those that are put in.
-            block: only those of this block.
+            block: only those of this block, or :data:`BEFORE` all of them.
         """
-        start = "" if block is None else f"visual.transformer.resblocks.{block}."
+        blocks = len(self.visual.transformer.resblocks)  # type: ignore[union-attr, arg-type]
         for name, parameter in self.named_parameters():
-            if name.startswith(start):
+            if block is None or _depth(name, blocks) == block:
                 parameter.data = weights[_open_clip_key(name)].to(parameter.device, torch.float32)
 
     def route(self, routed: Mapping[str, LowRankExperts], mode: Route = "router") -> None:
@@ -128,7 +131,7 @@ def _depth(key: str, blocks: int) -> int:
     """See :attr:`VisionEncoder.depths`."""
     if key.startswith("visual.transformer.resblocks."):
         return int(key.split(".")[3])
-    return blocks if key.startswith(("visual.ln_post.", "visual.attn_pool", "visual.proj")) else -1
+    return blocks if key.startswith(("visual.ln_post.", "visual.attn_pool", "visual.proj")) else BEFORE
 
 
 def _open_clip_key(name: str) -> str:

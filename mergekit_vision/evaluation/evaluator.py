@@ -120,7 +120,12 @@ class Evaluator:
 
     @contextmanager
     def with_weights(self, weights: Weights, block: int | None = None) -> Iterator["Evaluator"]:
-        """The same encoder with other weights, of one ``block`` or all, and without routed experts, while the context is open."""
+        """The same encoder with other weights, without routed experts, while the context is open.
+
+        Args:
+            weights: see :meth:`VisionEncoder.assign`.
+            block: which of them; all where ``None``.
+        """
         before, routing = self.encoder.weights(), self.encoder.routing
         mode = None if routing is None else routing.mode
         try:

@@ -46,8 +46,7 @@ class LinearFit(NamedTuple):
         """
         groups = len(self.gram)
         targets = self.target + ridge * weight.double().view(groups, -1, weight.shape[1]).mT
-        eye = ridge * torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
-        U = torch.stack([semidefinite_solve(G + eye, target).T for G, target in zip(self.gram, targets, strict=True)])
+        U = torch.stack([_ridge_solve(G, target, ridge).T for G, target in zip(self.gram, targets, strict=True)])
         if bias is None:
             return U.flatten(0, 1), None
         offset = self.offset - (U @ self.mean[:, :, None])[:, :, 0] + ridge * bias.double().view(groups, -1)
@@ -90,13 +89,17 @@ class PairedInputs:
 
     Args:
         base: the backbone's weight, ``[d_out, d_in]``.
+        delta: the expert's task vector of it.
         alpha: share of the expert's own inputs in those at which its output is the target, in [0, 1].
         patches: weight of all tokens but the first, for each of some groups of the layer's outputs, all of one size.
     """
 
-    def __init__(self, base: Tensor, alpha: float, patches: Sequence[float] = (1.0,)) -> None:
-        self._base, self._alpha = base, alpha
-        self._groups = [_Means(weight) for weight in patches]
+    def __init__(self, base: Tensor, delta: Tensor, alpha: float, patches: Sequence[float] = (1.0,)) -> None:
+        d_out, d_in = delta.shape
+        self._base, self._delta, self._alpha, self._patches = base, delta, alpha, patches
+        narrow = d_out < d_in  # moments with what the layer makes of the inputs are smaller then than with them
+        self._narrow = self._weights() if narrow else None
+        self._sums = [_Sums.zero(d_in, d_out // len(patches) if narrow else d_in, delta.device) for _ in patches]
         self._waiting: list[Tensor] = []
 
     def merged(self, x: Tensor) -> None:
@@ -107,65 +110,108 @@ class PairedInputs:
         """Observe the expert's inputs, in the same batches."""
         merged = self._waiting.pop(0)
         rows = merged.double().flatten(0, 1)
-        shift = x.double().flatten(0, 1) - rows
-        for group in self._groups:
-            w = group.weights(merged)
-            group.add(w.sum(), gram(rows * w.sqrt()), (rows * w).T @ shift, (rows * w).sum(0), (shift * w).sum(0))
+        shift = x.double().flatten(0, 1).sub_(rows)
+        for at, (sums, patches) in enumerate(zip(self._sums, self._patches, strict=True)):
+            w = None if patches == 1 else _token_weights(merged, patches)
+            sums.add(rows, shift, shift if self._narrow is None else shift @ self._narrow[at].T, w)
 
-    def fit(self, delta: Tensor, bias: Tensor | None) -> LinearFit:
-        """This task's part, of the task vectors of weight and bias, ``[d_out, d_in]`` and ``[d_out]``."""
-        groups = len(self._groups)
-        G, cross, mean, shift = (torch.stack(means) for means in zip(*(group.means() for group in self._groups), strict=True))
-        D = delta.double().view(groups, -1, delta.shape[1])
-        W = self._alpha * (self._base.to(D).view_as(D) + D)
+    def fit(self, bias: Tensor | None) -> LinearFit:
+        """This task's part, of the task vector of the bias, ``[d_out]``. It takes over the moments: it can be asked for once."""
+        W = self._weights() if self._narrow is None else self._narrow
+        D = self._delta.double().view_as(W)
+        G, cross, mean, shift = (_stack(parts) for parts in zip(*(sums.means() for sums in self._sums), strict=True))
         offset = (D @ mean[:, :, None] + W @ shift[:, :, None])[:, :, 0]
         if bias is not None:
-            offset = offset + bias.double().view(groups, -1)
+            offset = offset + bias.double().view(len(W), -1)
+        target = (cross @ W.mT if self._narrow is None else cross).baddbmm_(G, D.mT)
         norm = torch.linalg.matrix_norm(G)
         weight = torch.where(norm > 0, norm, 1.0).reciprocal()
         column, matrix = weight[:, None], weight[:, None, None]
-        return LinearFit(matrix * G, matrix * (G @ D.mT + cross @ W.mT), column * mean, column * offset, weight)
+        return LinearFit(G.mul_(matrix), target.mul_(matrix), column * mean, column * offset, weight)
+
+    def _weights(self) -> Tensor:
+        """The expert's weight times ``alpha``, by groups of outputs, ``[groups, d_out / groups, d_in]``."""
+        W = (self._base.to(self._delta.device).double() + self._delta.double()).mul_(self._alpha)
+        return W.view(len(self._patches), -1, W.shape[1])
 
 
 class NormInputs:
     """Moments of a layer normalization's normalized inputs in the merged model, batch by batch, in float64.
 
     Args:
+        delta: the expert's task vector of the gain, ``[d]``.
         patches: weight of all tokens but the first.
     """
 
-    def __init__(self, patches: float = 1.0) -> None:
-        self._means = _Means(patches)
+    def __init__(self, delta: Tensor, patches: float = 1.0) -> None:
+        self._delta, self._patches = delta, patches
+        self._sums: list[Tensor] = []
 
     def merged(self, x: Tensor) -> None:
         """Observe inputs, before normalization, ``[images, tokens, d]``."""
-        w, z = self._means.weights(x), F.layer_norm(x.double(), x.shape[-1:], eps=NORM_EPS).flatten(0, 1)
-        self._means.add(w.sum(), (z.square() * w).sum(0), (z * w).sum(0))
+        w, z = _token_weights(x, self._patches), F.layer_norm(x.double(), x.shape[-1:], eps=NORM_EPS).flatten(0, 1)
+        sums = [w.sum(), (z.square() * w).sum(0), (z * w).sum(0)]
+        self._sums = [total.add_(more) for total, more in zip(self._sums, sums, strict=True)] if self._sums else sums
 
-    def fit(self, gain: Tensor, offset: Tensor | None) -> NormFit:
-        """This task's part, of the task vectors of gain and offset, ``[d]``."""
-        energy, mean = self._means.means()
-        g, o = gain.double(), torch.zeros_like(mean) if offset is None else offset.double()
+    def fit(self, offset: Tensor | None) -> NormFit:
+        """This task's part, of the task vector of the offset, ``[d]``."""
+        energy, mean = (total / self._sums[0] for total in self._sums[1:])
+        g, o = self._delta.double(), torch.zeros_like(mean) if offset is None else offset.double()
         return NormFit(energy, mean, energy * g + mean * o, mean * g + o, torch.ones_like(energy[0]))
 
 
-class _Means:
-    """Weighted means over the tokens of all batches."""
+class _Sums(NamedTuple):
+    """Weighted sums over the tokens of all batches; float64.
 
-    def __init__(self, patches: float) -> None:
-        self._patches = patches
-        self._sums: list[Tensor] = []
+    Attributes:
+        weight: of the tokens, ``[]``.
+        gram: Gram matrix of the merged model's inputs, ``[d_in, d_in]``.
+        cross: of them and, by columns, of shifts to the expert's, or what the expert's weight makes of these.
+        mean: of the merged model's inputs, ``[d_in]``.
+        shift: of the shifts, ``[d_in]``.
+    """
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Weight of each token of ``[images, tokens, d]``, ``[images * tokens, 1]``."""
-        weights = x.new_full((len(x), x.shape[1], 1), self._patches, dtype=torch.float64)
-        weights[:, 0] = 1.0
-        return weights.flatten(0, 1)
+    weight: Tensor
+    gram: Tensor
+    cross: Tensor
+    mean: Tensor
+    shift: Tensor
 
-    def add(self, *sums: Tensor) -> None:
-        """Add a batch: the sum of its weights, and weighted sums."""
-        self._sums = [total.add_(more) for total, more in zip(self._sums, sums, strict=True)] if self._sums else list(sums)
+    @classmethod
+    def zero(cls, d_in: int, columns: int, device: torch.device) -> "_Sums":
+        """Sums over nothing."""
+        shapes = ((), (d_in, d_in), (d_in, columns), (d_in,), (d_in,))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, rows: Tensor, shift: Tensor, right: Tensor, w: Tensor | None) -> None:
+        """Add the tokens of a batch, ``[tokens, d_in]`` and ``[tokens, columns]``, with weights ``[tokens, 1]`` or all 1."""
+        root = None if w is None else w.sqrt()
+        weighted = rows if root is None else rows * root
+        gram(weighted, self.gram)
+        weighted = weighted if root is None else weighted.mul_(root)
+        self.cross.addmm_(weighted.T, right)
+        self.weight.add_(len(rows) if w is None else w.sum())
+        self.mean.add_(weighted.sum(0))
+        self.shift.add_(shift.sum(0) if w is None else w[:, 0] @ shift)
 
     def means(self) -> list[Tensor]:
-        """The means."""
-        return [total / self._sums[0] for total in self._sums[1:]]
+        """Means instead of the sums, in their place."""
+        return [total.div_(self.weight) for total in self[1:]]
+
+
+def _ridge_solve(G: Tensor, target: Tensor, ridge: float) -> Tensor:
+    held = G.clone()
+    held.diagonal().add_(ridge)
+    return semidefinite_solve(held, target)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors side by side, a single one in its own memory."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
+def _token_weights(x: Tensor, patches: float) -> Tensor:
+    """Weight of each token of ``[images, tokens, d]``, float64, ``[images * tokens, 1]``: 1 for the first, else ``patches``."""
+    weights = x.new_full((len(x), x.shape[1], 1), patches, dtype=torch.float64)
+    weights[:, 0] = 1.0
+    return weights.flatten(0, 1)

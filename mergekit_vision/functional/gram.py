@@ -7,21 +7,29 @@ GRAM_BLOCK = 128
 """Columns of a Gram matrix that are computed at once: enough to keep a product at full speed."""
 
 
-def gram(A: Tensor) -> Tensor:
+def gram(A: Tensor, onto: Tensor | None = None) -> Tensor:
     """``Aᵀ A`` of ``A [n, d]`` in its own dtype, computing little more than one triangle.
+
+    Args:
+        A: the matrix.
+        onto: another Gram matrix ``[d, d]``, to which this one is added in place.
 
     >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
     tensor([[1., 2.],
             [2., 5.]])
     """
     if A.is_cuda:  # one large product is faster there
-        return A.T @ A
+        return A.T @ A if onto is None else onto.addmm_(A.T, A)
     d = A.shape[1]
-    G = A.new_empty(d, d)
+    G = A.new_empty(d, d) if onto is None else onto
     for start in range(0, d, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, d)
-        torch.mm(A[:, start:stop].T, A[:, start:], out=G[start:stop, start:])
-        G[stop:, start:stop] = G[start:stop, stop:].T
+        part, left, right = G[start:stop, start:], A[:, start:stop].T, A[:, start:]
+        if onto is None:
+            torch.mm(left, right, out=part)
+        else:
+            part.addmm_(left, right)
+        G[stop:, start:stop] = part[:, stop - start :].T
     return G
 
 

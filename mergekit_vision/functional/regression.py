@@ -5,8 +5,7 @@ Everything is about the task vectors ``Δ_t``, so that what no expert changed st
 Sources: RegMean (ICLR 2023), RegMean++ (2025), LOT Merging (NeurIPS 2025), WUDI-Merging (ICML 2025).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +16,6 @@ from mergekit_vision.functional.gram import gram
 
 NULL = 1e-12
 """Eigenvalues up to this share of the largest are round-off in the Gram matrix of float32 inputs: the square of 1e-6."""
-
-AT_ONCE = 8
-"""Tasks whose Gram matrices are held at once; several processes can share their work."""
-
-Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 
 class Normal(NamedTuple):
@@ -34,30 +28,6 @@ class Normal(NamedTuple):
 
     matrix: Tensor
     target: Tensor
-
-
-def total(tasks: Sequence[str], parts: Callable[[Sequence[str]], Mapping[str, Mapping[str, Parts]]]) -> dict[str, Parts]:
-    """Sums over tasks of tensors by key, for as many tasks at once as memory should hold Gram matrices of.
-
-    Args:
-        tasks: all of them.
-        parts: task -> key -> tensors, of some tasks; the totals take over their memory.
-    """
-    totals: dict[str, Parts] = {}
-    for start in range(0, len(tasks), AT_ONCE):
-        for part in parts(tasks[start : start + AT_ONCE]).values():
-            add_up(totals, part)
-    return totals
-
-
-def add_up(totals: dict[str, Parts], parts: Mapping[str, Parts]) -> None:
-    """Add tensors by key to the totals, which take over those of a key's first part."""
-    for key, part in parts.items():
-        if key not in totals:
-            totals[key] = part
-        else:
-            for tensor, more in zip(totals[key], part, strict=True):
-                tensor.add_(more)
 
 
 def shrunk(G: Tensor, keep: float) -> Tensor:
@@ -115,7 +85,7 @@ def solved(normal: Normal, ridge: float = 0.0) -> Tensor:
 def semidefinite_solve(G: Tensor, target: Tensor) -> Tensor:
     """``G⁺ @ target`` of a positive semi-definite ``G``, float64: by Cholesky unless an eigenvalue is as good as zero."""
     scale = G.diagonal().clamp(min=torch.finfo(G.dtype).tiny).rsqrt()  # a unit diagonal, whatever the inputs' units
-    root, failed = torch.linalg.cholesky_ex(scale[:, None] * G * scale)
+    root, failed = torch.linalg.cholesky_ex((scale[:, None] * G).mul_(scale))
     if not failed and float(root.diagonal().min()) ** 2 > NULL:
         solution: Tensor = torch.cholesky_solve(scale[:, None] * target, root).mul_(scale[:, None])
         return solution

@@ -1,6 +1,6 @@
 """Tokens on their way through a model, block by block, each block run once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -34,3 +34,32 @@ class Stream:
     def left(self, block: int, tokens: Tensor) -> None:
         """Take over the tokens that left a block, when something else has run it."""
         self._tokens, self._block = tokens, block + 1
+
+
+class Updated(Mapping[str, Tensor]):
+    """Weights with an update, each added up when it is asked for: as the update grows, so do the weights.
+
+    Args:
+        base: key -> tensor.
+        update: key -> what is added to it, on the device where the sum is wanted.
+
+    >>> import torch
+    >>> update = {}
+    >>> weights = Updated({"a": torch.ones(1), "b": torch.ones(1)}, update)
+    >>> update["b"] = torch.ones(1)
+    >>> weights["a"], weights["b"]
+    (tensor([1.]), tensor([2.]))
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> None:
+        self._base, self._update = base, update
+
+    def __getitem__(self, key: str) -> Tensor:
+        value, change = self._base[key], self._update.get(key)
+        return value if change is None else value.to(change.device) + change
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)

@@ -117,9 +117,12 @@ def _solved(side: int, columns: int) -> Work:
 
 def _calibration(x: Matrix) -> Work:
     """FeatCal's fit of one layer."""
-    moments = Work({"bytes": 60 * x.inputs * x.columns + 80 * x.columns**2, "calls": 300})
-    seen = gram(x.inputs, x.columns) + product(x.columns, x.inputs, x.columns)
-    each = seen + times(product(x.columns, x.columns, x.rows), 2) + moments
+    moments = Work({"bytes": 40 * x.inputs * x.columns + 60 * x.columns**2, "calls": 300})
+    if x.rows < x.columns:
+        cross = product(x.inputs, x.columns, x.rows) + product(x.columns, x.inputs, x.rows)
+    else:
+        cross = product(x.columns, x.inputs, x.columns) + product(x.columns, x.columns, x.rows)
+    each = gram(x.inputs, x.columns) + cross + product(x.columns, x.columns, x.rows) + moments
     return times(each, _SCATTERED * x.tasks) + _solved(x.columns, x.rows)
 
 
@@ -227,7 +230,7 @@ METHODS: Mapping[str, Method] = {
     "OPCM": Method(_opcm, outside=False, passes=1.5),
     "SWUDI": Method(_swudi, outside=False, passes=1.5),
     "RegMean": Method(_regression, outside=False, passes=3.0, forwards=1.0, scaled=False),
-    "FeatCal": Method(_calibration, outside=False, passes=4.0, forwards=2.0, base="TaskArithmetic", scaled=False),
+    "FeatCal": Method(_calibration, outside=False, passes=3.0, forwards=2.0, base="TaskArithmetic", scaled=False),
     # of the parts into which large models are cut, one; conjugate gradients take most of the time
     "FisherFit": Method(_fisher, outside=False, passes=2.0, forwards=4.0, base="ESM", scaled=False),
     "ESM": Method(_essential, kinds=(0, 2, 3), others=_tsvm, passes=2.0, forwards=1.0),

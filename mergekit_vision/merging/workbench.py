@@ -13,7 +13,7 @@ from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import BackboneWeights, describe_backbone, load_clip, load_tokenizer
 from mergekit_vision.encoders.heads import LazyHeads, ZeroShotHeads, build_heads, text_weights
 from mergekit_vision.encoders.hooks import capture_inputs, capture_outputs
-from mergekit_vision.encoders.vision import VisionEncoder
+from mergekit_vision.encoders.vision import BEFORE, VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
 from mergekit_vision.merger import (
@@ -29,6 +29,7 @@ from mergekit_vision.merger import (
 )
 from mergekit_vision.merging.streaming import copies_to, read_ahead
 from mergekit_vision.support.console import track
+from mergekit_vision.support.scratch import joined
 
 
 @dataclass
@@ -125,6 +126,7 @@ class Workbench:
             _Streams(evaluator, device),
             keep=keep,
             run_backward=run_backward,
+            processes=runtime.team.size,
         )
 
     @torch.no_grad()
@@ -169,6 +171,9 @@ class Workbench:
 GRAPH = 8
 """Images whose activations are kept for the way back: some thirty numbers a token and block, in units of the width."""
 
+TOKENS = 4096
+"""Tokens that run through a block at once on a CPU, where more are no faster: some twenty numbers each, in units of the width."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Streams:
@@ -184,18 +189,21 @@ class _Streams:
 
     def embed(self, task: str, weights: Weights) -> Tensor:
         """The tokens that enter block 0."""
-        with self.evaluator.with_weights(weights) as running:
+        with self.evaluator.with_weights(weights, BEFORE) as running:
             device = running.runtime.device
             loader = running.data.proxy_loader(task)
-            return torch.cat([running.encoder.embed(images.to(device)).to(self.device) for images in loader])
+            return joined([running.encoder.embed(images.to(device)).to(self.device) for images in loader])
 
     def block(self, index: int, weights: Weights, tokens: Tensor, observers: Mapping[str, Observer]) -> Tensor:
         """The tokens that leave a block."""
         moved = {name: _moving(observer, self.device) for name, observer in observers.items()}
         with self.evaluator.with_weights(weights, index) as running, capture_inputs(running.encoder, moved):
             device, run = running.runtime.device, running.encoder.run_block
-            parts = torch.split(tokens, running.data.batch_size)
-            return torch.cat([run(index, part.to(device)).to(self.device) for part in parts])
+            images = running.data.batch_size
+            if device.type == "cpu":
+                images = min(images, max(1, TOKENS // tokens.shape[1]))
+            parts = torch.split(tokens, images)
+            return joined([run(index, part.to(device)).to(self.device) for part in parts])
 
 
 def _run_backward(

@@ -11,7 +11,8 @@ from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
 from mergekit_vision.merging.work import CURVATURES, Matrix, Sizes
-from mergekit_vision.merging.workbench import GRAPH
+from mergekit_vision.merging.workbench import GRAPH, TOKENS
+from mergekit_vision.support.scratch import LARGE
 
 TRIED = 9
 """Coefficients that a search tries, one more or less."""
@@ -85,9 +86,8 @@ def peak_bytes(merger: Merger, backbone: Backbone, sizes: Sizes, images: Images,
     width = max(min(pair) for pair in sizes.linears)
     batch = min(batch_size, max(images.test or batch_size, 1))
     evaluating = batch * (_NUMBER * _ACTIVATIONS * width * sizes.tokens + 2 * _NUMBER * pixels)
-    stack, decomposed = sizes.tasks * sizes.largest * _NUMBER, 6 * sizes.largest * 8
-    merging = max(2 * stack, stack + decomposed) + _statistics(merger, sizes)
-    return _IDLE + (parameters(backbone) + 2 * sizes.parameters) * _NUMBER + kept + max(merging, evaluating)
+    held = _IDLE + (parameters(backbone) + 2 * sizes.parameters) * _NUMBER + kept
+    return held + max(_merging(merger, sizes), evaluating)
 
 
 def parameters(backbone: Backbone) -> int:
@@ -99,14 +99,25 @@ def parameters(backbone: Backbone) -> int:
     return vision + embedded + 12 * width * width * layers
 
 
+def _merging(merger: Merger, sizes: Sizes) -> int:
+    """Bytes that merging takes at its peak, besides the result."""
+    stack, decomposed = sizes.tasks * sizes.largest * _NUMBER, 6 * sizes.largest * 8
+    matrices, name, base = max(2 * stack, stack + decomposed), type(merger).__name__, getattr(merger, "base", None)
+    if name not in _BLOCK_BY_BLOCK:
+        return matrices + _statistics(merger, sizes)
+    below = _merging(base, sizes) if isinstance(base, Merger) else matrices
+    return max(below, _BLOCK_BY_BLOCK[name](sizes))  # one after the other
+
+
 def _statistics(merger: Merger, sizes: Sizes) -> int:
     """Bytes of what a method keeps of its layers' inputs."""
     name, base = type(merger).__name__, getattr(merger, "base", None)
     below = _statistics(base, sizes) if isinstance(base, Merger) else 0
-    if name not in _KEPT:
+    kept = _KEPT.get(name) or _BLOCK_BY_BLOCK.get(name)
+    if kept is None:
         return below
     whole = getattr(merger, "rank", None) == "energy"
-    return below + (_sum(_whole_subspaces, sizes) if whole else _KEPT[name](sizes))
+    return below + (_sum(_whole_subspaces, sizes) if whole else kept(sizes))
 
 
 def _sum(of_matrix: Callable[[Matrix], int], sizes: Sizes) -> int:
@@ -130,9 +141,20 @@ def _whole_subspaces(x: Matrix) -> int:
     return (x.tasks * _NUMBER + 8) * x.side**2
 
 
-def _normals(x: Matrix) -> int:
-    """Of up to eight tasks and their sum the normal equations of one Linear, and of each task the tokens."""
-    return (min(x.tasks, 8) + 1) * 8 * (x.columns**2 + x.rows * x.columns) + x.tasks * x.inputs * x.side * _NUMBER // 4
+def _normals(streams: int, sizes: Sizes) -> int:
+    """Of the task at work and of all together the normal equations of one block, and what is made of a task's tokens.
+
+    That is a block's task vectors, once in float64, and activations of some tokens. The streams of all tasks lie in files where
+    they are large.
+    """
+
+    def equations(x: Matrix) -> int:
+        return 2 * 8 * (x.columns**2 + x.rows * x.columns) + 3 * _NUMBER * x.rows * x.columns
+
+    width, tokens = min(map(min, sizes.linears)), sizes.proxies * sizes.tokens
+    stream = tokens * width * _NUMBER
+    in_memory = streams * sizes.tasks * stream if stream < LARGE else 0
+    return _largest_block(equations, sizes) + in_memory + 20 * min(tokens, TOKENS) * width * _NUMBER
 
 
 def _fits(sizes: Sizes) -> int:
@@ -165,7 +187,9 @@ _KEPT: Mapping[str, Callable[[Sizes], int]] = {  # method -> bytes
     "ESMPP": partial(_sum, _subspaces),
     "ESMPPBayes": partial(_sum, _subspaces),
     "ESMPPFit": _fits,
-    "RegMean": partial(_largest_block, _normals),
-    "FeatCal": partial(_largest_block, _normals),
     "FisherFit": _curvatures,
+}
+_BLOCK_BY_BLOCK: Mapping[str, Callable[[Sizes], int]] = {  # the same of methods that do it after they are done with their base
+    "RegMean": partial(_normals, 1),
+    "FeatCal": partial(_normals, 2),
 }

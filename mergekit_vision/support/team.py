@@ -48,7 +48,7 @@ class Team:
         Args:
             function: what is to be done; it must not talk to other processes itself.
             items: item -> its cost, in any unit.
-            description: for the progress bar.
+            description: for the progress bar; without one where it is empty.
             device: where the tensors in the results are put.
 
         Raises:
@@ -56,8 +56,8 @@ class Team:
         """
         own = self.own(items)
         if self.size == 1:
-            return {item: function(item) for item in track(own, description)}
-        done, failure = _attempt(function, track(own, description))
+            return {item: function(item) for item in _tracked(own, description)}
+        done, failure = _attempt(function, _tracked(own, description))
         self.raise_together(failure)
         received = {}
         for item, owner in assign_by_cost(items, self.size).items():
@@ -107,6 +107,10 @@ def assign_by_cost(items: Mapping[str, int], size: int) -> dict[str, int]:
         owners[item] = min(range(size), key=load.__getitem__)
         load[owners[item]] += max(1, items[item])
     return {item: owners[item] for item in items}
+
+
+def _tracked(items: list[str], description: str) -> Iterable[str]:
+    return track(items, description) if description else items
 
 
 def _attempt(function: Callable[[str], Result], items: Iterable[str]) -> tuple[dict[str, Result], Exception | None]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from formulas import exact_polar, matrix
-from tolerances import assert_near, eps, from_gram, sum_from_gram
+from tolerances import assert_near, eps, from_gram, sum_from_gram, summed
 
+from mergekit_vision.functional.gram import GRAM_BLOCK, gram
 from mergekit_vision.functional.linalg import polar, polar_product, top_svd, top_svd_of_product
 
 
@@ -34,6 +35,17 @@ def test_polar_keeps_float32_and_computes_in_float64() -> None:
     found, expected = polar(M).factor, exact_polar(M.double())
     assert found.dtype == torch.float32
     assert (found - expected).norm() / expected.norm() < eps(torch.float32), "rounded once"
+
+
+@pytest.mark.parametrize("side", [5, 2 * GRAM_BLOCK + 3])
+def test_gram_matrices_add_up_in_place(side: int) -> None:
+    A = torch.randn(40, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.zeros(side, side, dtype=torch.float64)
+    for part in A.split(16):
+        assert gram(part, total) is total
+    assert torch.equal(total, total.T)
+    assert_near(total, A.T @ A, summed(40, torch.float64))
+    assert_near(gram(A), A.T @ A, summed(40, torch.float64))
 
 
 def test_polar_of_zero_is_zero() -> None:

@@ -1,6 +1,6 @@
 """Running mergers on a real encoder: what they get, and what is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Runtime
 from mergekit_vision.merger import Merged, MergeInputs, Merger
+from mergekit_vision.merging import workbench
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -93,6 +94,38 @@ def test_observers_can_watch_a_merged_model_with_its_routed_experts(bench: Workb
     images = torch.cat(list(bench.evaluator.data.proxy_loader("grays")))
     assert_near(plain, inputs_of(bench.evaluator.encoder, images, name), forward(2 * 8 + 2, 128))
     assert not torch.allclose(routed, plain)
+
+
+class Asked(dict[str, Tensor]):
+    """Weights that know which of them were asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(weights)
+        self.keys_asked = set[str]()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+
+@torch.no_grad()
+def test_streams_read_the_weights_that_they_run(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    expert, inputs = bench.evaluator.data.suite.experts["grays"], bench.inputs({})
+    images = torch.cat(list(bench.evaluator.data.proxy_loader("grays")))
+    other = VisionEncoder(load_clip(bench.evaluator.data.suite.backbone).visual)
+    other.assign(expert)
+    weights = Asked(expert)
+    tokens = inputs.blocks.embed("grays", weights)
+    assert torch.equal(tokens, other.embed(images))
+    assert weights.keys_asked == {key for key, depth in inputs.depths.items() if depth == -1}
+    whole = inputs.blocks.block(0, weights := Asked(expert), tokens, {})
+    assert weights.keys_asked == {key for key, depth in inputs.depths.items() if depth == 0}
+    monkeypatch.setattr(workbench, "TOKENS", 3 * tokens.shape[1] + 1)
+    name, seen = bench.evaluator.encoder.linears[1].name, list[Tensor]()
+    parts = inputs.blocks.block(0, expert, tokens, {name: lambda x: seen.append(x.clone())})
+    assert {len(x) for x in seen[:-1]} == {3}
+    assert_near(torch.cat(seen), inputs_of(other, images, name), forward(2 * 8 + 2, 128))
+    assert_near(parts, whole, forward(8, 128))
 
 
 def test_a_merger_sees_the_suite_in_its_order(bench: Workbench, tiny_suite: Path) -> None:

@@ -14,6 +14,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.functional.featcal import NormInputs, PairedInputs
 from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger, NormInfo
 from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.plugins import featcal
 from mergekit_vision.plugins.featcal import FeatCal
 from mergekit_vision.plugins.regmean import RegMean
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -129,6 +130,14 @@ def test_featcal(subject: Subject, options: dict[str, float]) -> None:
     subject.check(merged.update, partial(formula, linears=subject.linears, norms=subject.norms, **options))
 
 
+@pytest.mark.parametrize("tokens", [1, 35])
+def test_images_may_run_in_parts(subject: Subject, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """One by one, or seven at a time with some left over: nothing but the order of sums in float64 depends on it."""
+    monkeypatch.setattr(featcal, "TOKENS", tokens)
+    merged = FeatCal().merge(subject.inputs)
+    subject.check(merged.update, partial(formula, linears=subject.linears, norms=subject.norms))
+
+
 def test_normalizations_may_stay(subject: Subject) -> None:
     merged = FeatCal(norms=False).merge(subject.inputs)
     subject.check(merged.update, partial(formula, linears=subject.linears, norms=()))
@@ -222,17 +231,17 @@ def test_a_base_may_leave_parameters_out() -> None:
 
 
 def test_inputs_that_are_zero_leave_the_anchor() -> None:
-    pair, norm = PairedInputs(torch.zeros(2, 3), 0.5), NormInputs()
+    pair, norm = PairedInputs(torch.zeros(2, 3), torch.ones(2, 3), 0.5), NormInputs(torch.ones(3))
     x = torch.zeros(4, 5, 3)
     pair.merged(x)
     pair.expert(x)
     norm.merged(x)
     W, b = torch.randn(2, 3), torch.randn(2)
-    found = pair.fit(torch.ones(2, 3), torch.ones(2)).calibrate(W, b, 0.1)
+    found = pair.fit(torch.ones(2)).calibrate(W, b, 0.1)
     torch.testing.assert_close(found[0].float(), W)
     assert found[1] is not None
     torch.testing.assert_close(found[1].float(), (torch.ones(2) + 0.1 * b) / 1.1, msg="the output is the experts' bias")
-    gain, offset = norm.fit(torch.ones(3), torch.zeros(3)).calibrate(W[0], torch.zeros(3), 0.0)
+    gain, offset = norm.fit(torch.zeros(3)).calibrate(W[0], torch.zeros(3), 0.0)
     assert offset is not None
     torch.testing.assert_close(gain.float(), W[0])
 
