@@ -58,16 +58,16 @@ class Clock(lightning.Callback):
         self.cost = Cost.now().since(self._start)
 
 
-def suite(place: Path, model: str, tasks: int, images: int) -> Path:
-    """A suite of made-up experts and JPEG files, made where it is not there yet; its YAML file."""
-    files = prepare(place, model, None, tasks, proxies=1)
+def suite(place: Path, model: str, tasks: int, images: int, layers: int | None = None) -> Path:
+    """A suite of made-up experts, of the first blocks or all, and JPEG files, made where it is not there yet; its YAML file."""
+    files = prepare(place, model, layers, tasks, proxies=1)
     root = files.base.parent
     backbone = root / "backbone"
     if not (backbone / "open_clip_config.json").exists():
         backbone.mkdir(exist_ok=True)
-        _save_backbone(backbone, model, files.base)
+        _save_backbone(backbone, model, files.base, layers)
     content = {
-        "name": f"{label(model)}-made-up",
+        "name": f"{label(model)}{'' if layers is None else f'-{layers}-blocks'}-made-up",
         "backbone": "local-dir:backbone",
         "tasks": {
             f"task-{task}": {
@@ -86,10 +86,11 @@ def suite(place: Path, model: str, tasks: int, images: int) -> Path:
     return path
 
 
-def _save_backbone(place: Path, model: str, vision: Path) -> None:
+def _save_backbone(place: Path, model: str, vision: Path, layers: int | None) -> None:
     """The vision tower with a small text tower, in open_clip's ``local-dir:`` layout."""
     known = describe_backbone(model)
-    config = {**known.model, "text_cfg": TEXT}
+    tower = dict(known.model["vision_cfg"]) | ({} if layers is None else {"layers": layers})
+    config = {**known.model, "vision_cfg": tower, "text_cfg": TEXT}
     (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": dict(known.preprocess)}))
     with quietly():
         clip = open_clip.create_model(f"local-dir:{place}", load_weights=False)

@@ -121,7 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = records.parser("planning", __doc__)
     parser.add_argument("--suites", nargs="*", default=[], help="suite files, or names of built-in suites")
     parser.add_argument("--model", help="open_clip name, such as ViT-B-32: also made-up experts of its shapes")
+    parser.add_argument("--layers", type=int, help="only its first blocks")
     parser.add_argument("--tasks", type=int, default=8, help="made-up experts")
+    parser.add_argument(
+        "--images", type=int, default=16, help="made-up images of each split of a task; proxy images are among them"
+    )
     parser.add_argument("--methods", nargs="+", default=list(mergers()))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured; merge always is")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
@@ -130,7 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker is not None:
         print(RESULT + json.dumps(measured(**json.loads(options.worker))))
         return
-    suites = [*options.suites, *([str(made_up(options.workdir, options.model, options.tasks, 16))] if options.model else [])]
+    suites = list(options.suites)
+    if options.model:
+        suites.append(str(made_up(options.workdir, options.model, options.tasks, options.images, options.layers)))
     recorder = Recorder("planning", options.results)
     for suite in suites:
         for rows in compare(suite, options.methods, options.parts, options.clock):

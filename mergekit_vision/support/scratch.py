@@ -1,7 +1,6 @@
 """Large tensors that are put aside for a while, in files instead of memory."""
 
 import math
-import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -35,8 +34,8 @@ def _in_a_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     if size < LARGE or not hasattr(os, "posix_fallocate"):
         return None
     try:
-        with tempfile.TemporaryFile(prefix="mergekit-vision-") as file:
+        with tempfile.NamedTemporaryFile(prefix="mergekit-vision-") as file:  # it loses its name when it is mapped
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so now; later the process would be ended
-            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(*shape)
-    except OSError:
+            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+    except (OSError, RuntimeError):  # the latter where it cannot be mapped
         return None
