@@ -50,7 +50,7 @@ _Result = TypeVar("_Result")
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 AT_ONCE = 8
-"""Items at most whose parts of a sum are held at once, by many processes that share the work; one process holds one."""
+"""Items at most whose parts of a sum are held at once, by many processes or on a GPU; one process on a CPU holds one."""
 
 _NO_PROXIES = "this merging method needs proxy images, but none are configured; give the data module proxies"
 
@@ -342,7 +342,8 @@ class MergeInputs:
 
         They are added up in the order of the items, and of each name, the first item's tensors become the sums.
         """
-        todo, size = list(items), min(self.processes, AT_ONCE)
+        # a GPU is kept waiting if the experts are not read ahead, which they are within a group
+        todo, size = list(items), AT_ONCE if self.device.type == "cuda" else min(self.processes, AT_ONCE)
         groups, totals = {todo[at]: todo[at : at + size] for at in range(0, len(todo), size)}, dict[str, Parts]()
         for first in self.track(list(groups), description):
             found = self.spread(function, groups[first], "")
