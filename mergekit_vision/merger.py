@@ -50,7 +50,7 @@ _Result = TypeVar("_Result")
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 AT_ONCE = 8
-"""Items at most whose parts of a sum are held at once, by many processes or on a GPU; one process on a CPU holds one."""
+"""Items, roughly, whose parts of a sum are held at once on GPUs; on a CPU each process holds one."""
 
 _NO_PROXIES = "this merging method needs proxy images, but none are configured; give the data module proxies"
 
@@ -116,7 +116,7 @@ class NormInfo(NamedTuple):
 class Streams(Protocol):
     """Runs proxy images through an encoder block by block, with any weights: each block costs one pass, whoever asks.
 
-    The tokens are the caller's own, and can be written to. On a CPU, large ones lie in temporary files instead of memory.
+    The tokens are the caller's own, and can be written to. On Linux and a CPU, large ones lie in temporary files, not in memory.
     """
 
     def embed(self, task: str, weights: Weights) -> Tensor:
@@ -343,7 +343,7 @@ class MergeInputs:
         They are added up in the order of the items, and of each name, the first item's tensors become the sums.
         """
         # a GPU is kept waiting if the experts are not read ahead, which they are within a group
-        todo, size = list(items), AT_ONCE if self.device.type == "cuda" else min(self.processes, AT_ONCE)
+        todo, size = list(items), self.processes * (max(1, AT_ONCE // self.processes) if self.device.type == "cuda" else 1)
         groups, totals = {todo[at]: todo[at : at + size] for at in range(0, len(todo), size)}, dict[str, Parts]()
         for first in self.track(list(groups), description):
             found = self.spread(function, groups[first], "")

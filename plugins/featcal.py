@@ -16,8 +16,8 @@ from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, M
 Layers = Mapping[str, LinearInfo | NormInfo]
 Fits = Mapping[str, LinearFit | NormFit]
 
-TOKENS = 1024
-"""Tokens whose layer inputs are held at once, roughly: as many as keep products at full speed."""
+STEP = 1024
+"""Tokens whose layer inputs are held at once on a CPU, roughly: as many as keep products at full speed."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class FeatCal(Merger):
         paired = {layer.name: moment.expert for layer, moment in moments.items() if isinstance(moment, PairedInputs)}
         block, (merged, expert) = next(iter(moments)).block, streams[task]
         ours, theirs = merged.entering(block), expert.entering(block)
-        images = max(1, round(TOKENS / ours.shape[1]))
+        images = max(1, round(STEP / ours.shape[1])) if ours.device.type == "cpu" else len(ours)
         for own, other in zip(split(ours, images), split(theirs, images), strict=True):
             inputs.blocks.block(block, weights, own, seen)
             other.copy_(inputs.blocks.block(block, inputs.experts[task], other, paired))

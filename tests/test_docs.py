@@ -185,7 +185,7 @@ def test_the_source_is_the_paper_that_the_method_cites(name: str) -> None:
 
 def merged_and_asked(merger: Merger) -> tuple[Merged, set[str]]:
     """What a method makes of a made-up encoder, and what it asked its inputs for."""
-    asked, zoo = set(), Zoo(tasks=2)
+    asked, sums, zoo = set(), list[list[str]](), Zoo(tasks=2)
 
     def proxies(*args: Any) -> None:
         asked.add("proxies")
@@ -193,13 +193,15 @@ def merged_and_asked(merger: Merger) -> tuple[Merged, set[str]]:
 
     def share(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
         asked.add("share")
-        if not description:  # a part of a sum, whose parts are tracked together
-            asked.discard("track")
+        if not description:
+            sums.append(list(items))
         return {item: function(item) for item in items}
 
     def track(items: Iterable[str], description: str) -> Iterable[str]:
-        asked.add("track")
-        return items
+        before = len(sums)
+        yield from items
+        if len(sums) == before:  # and it is not the parts of a sum that are tracked, which are shared
+            asked.add("track")
 
     merged = merger.merge(dataclasses.replace(zoo.inputs(), run_proxies=proxies, share=share, track=track))
     return merged, asked | ({"proxies"} if zoo.asked else set())

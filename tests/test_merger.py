@@ -144,7 +144,7 @@ def test_sums_over_tasks_hold_no_more_parts_than_processes_compute(processes: in
         "a": ([45.0, 45.0], 285.0),
         "b": ([55.0, 55.0], 285.0),
     }
-    together = min(processes, 8)
+    together = processes
     assert shared == [tasks[at : at + together] for at in range(0, 10, together)]
     assert shown == [(tasks[::together], "adding up")]
     assert most <= 4 * (together + 1), "of two names, two tensors each: the sums and what is added"

@@ -75,7 +75,7 @@ class RowGram:
         """Add a batch, ``[..., d]``."""
         rows = x.detach().flatten(0, -2).double()
         self.rows += len(rows)
-        self.matrix = gram(rows) if self.matrix is None else self.matrix.add_(gram(rows))
+        self.matrix = gram(rows, self.matrix)
 
 
 class ShiftStatistic:

@@ -37,7 +37,9 @@ def shrunk(G: Tensor, keep: float) -> Tensor:
     tensor([[4., 1.],
             [1., 9.]])
     """
-    return G * keep + torch.diag(G.diagonal() * (1 - keep))
+    shrunk = G * keep
+    shrunk.diagonal().copy_(G.diagonal())
+    return shrunk
 
 
 def of_inputs(inputs: RowGram, delta: Tensor, keep: float = 1.0) -> Normal:
@@ -78,7 +80,8 @@ def solved(normal: Normal, ridge: float = 0.0) -> Tensor:
     """
     G, target = normal
     if ridge:
-        G = G + torch.diag(G.diagonal().mean() * ridge * torch.ones_like(G.diagonal()))
+        G = G.clone()
+        G.diagonal().add_(G.diagonal().mean() * ridge)
     return semidefinite_solve(G, target).T
 
 

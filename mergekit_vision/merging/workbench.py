@@ -187,6 +187,7 @@ class _Streams:
     evaluator: Evaluator
     device: torch.device
 
+    @torch.no_grad()
     def embed(self, task: str, weights: Weights) -> Tensor:
         """The tokens that enter block 0."""
         with self.evaluator.with_weights(weights, BEFORE) as running:
@@ -194,6 +195,7 @@ class _Streams:
             loader = running.data.proxy_loader(task)
             return joined([running.encoder.embed(images.to(device)).to(self.device) for images in loader])
 
+    @torch.no_grad()
     def block(self, index: int, weights: Weights, tokens: Tensor, observers: Mapping[str, Observer]) -> Tensor:
         """The tokens that leave a block."""
         moved = {name: _moving(observer, self.device) for name, observer in observers.items()}

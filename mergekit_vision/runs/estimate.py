@@ -153,7 +153,7 @@ def _normals(streams: int, sizes: Sizes) -> int:
 
     width, tokens = min(map(min, sizes.linears)), sizes.proxies * sizes.tokens
     stream = tokens * width * _NUMBER
-    in_memory = streams * sizes.tasks * stream if stream < LARGE else 0
+    in_memory = streams * sizes.tasks * stream if stream < LARGE else stream  # one, before it goes to its file
     return _largest_block(equations, sizes) + in_memory + 20 * min(tokens, TOKENS) * width * _NUMBER
 
 

@@ -133,7 +133,7 @@ def test_featcal(subject: Subject, options: dict[str, float]) -> None:
 @pytest.mark.parametrize("tokens", [1, 35])
 def test_images_may_run_in_parts(subject: Subject, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """One by one, or seven at a time with some left over: nothing but the order of sums in float64 depends on it."""
-    monkeypatch.setattr(featcal, "TOKENS", tokens)
+    monkeypatch.setattr(featcal, "STEP", tokens)
     merged = FeatCal().merge(subject.inputs)
     subject.check(merged.update, partial(formula, linears=subject.linears, norms=subject.norms))
 

@@ -64,6 +64,9 @@ def test_otherwise_they_are_in_memory(obstacle: str, tmp_path: Path, monkeypatch
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     elif obstacle == "another system":
         monkeypatch.delattr(os, "posix_fallocate")
+    elif obstacle == "no map":
+        monkeypatch.setattr(torch, "from_file", cannot)
     given = parts(64) if obstacle == "small" else parts()
-    monkeypatch.setattr(torch, "from_file", cannot)
-    assert joined(given).equal(torch.cat(given))
+    whole = joined(given)
+    assert whole.equal(torch.cat(given))
+    assert whole.untyped_storage().filename is None
