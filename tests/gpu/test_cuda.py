@@ -41,7 +41,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def spoken(images: Tensor, place: Path) -> Tensor:
+def embeddings(images: Tensor, place: Path) -> Tensor:
     """Embeddings by a merged model's directory, on the CPU."""
     with torch.inference_mode():
         return load(place)(images)
@@ -54,7 +54,7 @@ def test_every_method_merges_what_it_merges_on_a_cpu(cls: type[Merger], tiny_sui
         place = tmp_path / accelerator
         trainer = Trainer(default_root_dir=str(place), accelerator=accelerator, devices=1)
         trainer.merge(MergedCLIP(cls()), VisionTasks(str(tiny_suite), proxies=Proxies(n=6)))
-        found.append(spoken(normal(16, 3, 16, 16), place))
+        found.append(embeddings(normal(16, 3, 16, 16), place))
     bound = AMPLIFIED * (forward(LAYERS, WIDTH) + eps())
     assert float((found[1] - found[0]).norm()) <= bound * float(found[0].norm())
 

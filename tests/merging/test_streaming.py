@@ -189,6 +189,16 @@ def test_what_is_on_the_device_already_is_not_copied_but_waited_for(log: list[st
     assert end == log[-1]
 
 
+def test_half_of_a_device_stays_free(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch holds in reserve is as good as free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 15)
+    copies = copies_to(torch.device("cuda", 0))
+    assert copies is not None
+    assert copies.room() == 50 + (20 - 15) - 80 // 2
+
+
 def test_copies_are_made_ahead_for_cuda_alone() -> None:
     assert copies_to(CPU) is None
 
