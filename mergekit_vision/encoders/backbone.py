@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mergekit_vision.checkpoints.hub import HubFile, fetch_snapshot
+from mergekit_vision.checkpoints.safetensors_file import SafetensorsFile
 from mergekit_vision.encoders.config import CONFIG, check_context, check_size, read_config
-from mergekit_vision.encoders.huggingface import as_open_clip, is_huggingface
+from mergekit_vision.encoders.huggingface import WEIGHTS, as_open_clip, is_huggingface
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.hub import without_retries
 from mergekit_vision.support.json_files import to_json
@@ -110,6 +111,9 @@ def _described(name: str, pretrained: str | None, config_in_directory: str | Non
 def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     """A pre-trained open_clip model in float32 on the CPU, in evaluation mode.
 
+    What a safetensors file of a directory holds in float32 is not copied into memory: such parameters are views of the mapped
+    file. They can be written to as any others, which does not change the file.
+
     Raises:
         InputError: as :func:`describe_backbone`, or when its weights cannot be obtained or hold what no weight is, the text
             tower's too.
@@ -128,7 +132,27 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     if faults := unusable(dict(model.named_parameters())):
         more = f" (and {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
         raise InputError(f"backbone {name}: {faults[0]}{more}; copy or download its weights again")
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if file := stored_weights(name):
+        _map(model, file)
+    return model
+
+
+def stored_weights(name: str) -> SafetensorsFile | None:
+    """The file from which a directory's weights are mapped; ``None`` of another backbone, or where it cannot be read."""
+    directory = _directory(open_clip_name(name))
+    path = None if directory is None else directory / WEIGHTS
+    try:
+        return None if path is None or not path.is_file() else SafetensorsFile(path)
+    except InputError:  # whatever open_clip has read instead
+        return None
+
+
+def _map(model: nn.Module, file: SafetensorsFile) -> None:
+    """Have parameters be views of a file that holds them as they are, instead of copies."""
+    for name, parameter in model.named_parameters():
+        if name in file.entries and torch.equal(stored := file.read(name), parameter) and stored.dtype == parameter.dtype:
+            parameter.data = stored
 
 
 def made_up_clip(name: str, blocks: int) -> nn.Module:

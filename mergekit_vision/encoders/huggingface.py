@@ -21,7 +21,7 @@ from mergekit_vision.support.schema import Schema, faults
 from mergekit_vision.support.switching import replacing_set
 
 _FORMAT = 1  # of what is kept in the cache
-_MODEL = "open_clip_model.safetensors"
+WEIGHTS = "open_clip_model.safetensors"
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 _OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -158,8 +158,8 @@ def _weights(file: Path) -> CheckpointWeights:
 def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:
     """Write the whole directory, or nothing of it."""
     try:
-        with replacing_set(place, lambda: [CONFIG, _MODEL], deciding=CONFIG) as draft:
-            save_safetensors(draft / _MODEL, weights)
+        with replacing_set(place, lambda: [CONFIG, WEIGHTS], deciding=CONFIG) as draft:
+            save_safetensors(draft / WEIGHTS, weights)
             write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mergekit_vision.encoders.backbone import Backbone
+from mergekit_vision.encoders.backbone import Backbone, stored_weights
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
@@ -77,8 +77,8 @@ def estimate(
 def peak_bytes(merger: Merger, backbone: Backbone, sizes: Sizes, images: Images, batch_size: int, cache: int) -> int:
     """Memory at the peak of a run that merges, searches and evaluates, without files that are mapped.
 
-    It is that of Python and the libraries, of the whole backbone, of the update and the merged weights, of decoded pixels, and of
-    what merging or an evaluation takes, whichever is more.
+    It is that of Python and the libraries, of what is not mapped of the backbone, of update and merged weights, of decoded
+    pixels, and of what merging or an evaluation takes, whichever is more.
     """
     side = backbone.tower["image_size"]
     pixels = 3 * (side * side if isinstance(side, int) else math.prod(side))
@@ -86,7 +86,7 @@ def peak_bytes(merger: Merger, backbone: Backbone, sizes: Sizes, images: Images,
     width = max(min(pair) for pair in sizes.linears)
     batch = min(batch_size, max(images.test or batch_size, 1))
     evaluating = batch * (_NUMBER * _ACTIVATIONS * width * sizes.tokens + 2 * _NUMBER * pixels)
-    held = _IDLE + (parameters(backbone) + 2 * sizes.parameters) * _NUMBER + kept
+    held = _IDLE + (max(0, parameters(backbone) - _mapped(backbone)) + 2 * sizes.parameters) * _NUMBER + kept
     return held + max(_merging(merger, sizes), evaluating)
 
 
@@ -97,6 +97,13 @@ def parameters(backbone: Backbone) -> int:
     embedded = (words + length + int(backbone.model["embed_dim"])) * width
     vision = sum(math.prod(shape) for shape in backbone.shapes.values())
     return vision + embedded + 12 * width * width * layers
+
+
+def _mapped(backbone: Backbone) -> int:
+    """Numbers in both towers that are not copied from a file into memory."""
+    file = stored_weights(backbone.name)
+    entries = () if file is None else file.entries.values()
+    return sum(math.prod(shape) for shape, dtype in entries if dtype == "float32")
 
 
 def _merging(merger: Merger, sizes: Sizes) -> int:

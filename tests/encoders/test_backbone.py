@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
+from mergekit_vision.checkpoints.safetensors_file import SafetensorsFile
+from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer, stored_weights
 from mergekit_vision.errors import InputError
 from mergekit_vision.suites.suite import Suite
 
@@ -106,3 +108,27 @@ def test_weights_of_another_size_are_one_line(root: Path) -> None:
     with pytest.raises(InputError, match="size mismatch for") as caught:
         load_clip(f"local-dir:{root / 'base'}")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_in_float32_are_mapped_from_their_file(dtype: torch.dtype, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Suite.load(root / "suite.yaml").backbone
+    file = root / "base" / "open_clip_model.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file, {"format": "pt"})
+    before, read, stored = file.read_bytes(), SafetensorsFile.read, dict[str, Tensor]()
+    monkeypatch.setattr(SafetensorsFile, "read", lambda self, name: stored.setdefault(name, read(self, name)))
+    clip = load_clip(backbone)
+    for name, parameter in clip.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, stored[name].float())
+        assert (parameter.data_ptr() == stored[name].data_ptr()) == (dtype == torch.float32)
+        parameter.zero_()
+    assert file.read_bytes() == before, "what is written to them is not written to it"
+
+
+def test_only_a_directorys_own_file_is_mapped(root: Path) -> None:
+    base = root / "base"
+    assert stored_weights("ViT-B-32") is None
+    assert stored_weights(f"local-dir:{base}") is not None
+    (base / "open_clip_model.safetensors").write_bytes(b"what open_clip may not have read")
+    assert stored_weights(f"local-dir:{base}") is None
