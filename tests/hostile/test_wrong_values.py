@@ -50,6 +50,7 @@ FEW: list[Any] = [None, -1, [None]]
 @pytest.fixture(scope="module")
 def pristine(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dynamic merged model with its results, a model of transformers, and the record of an export, in one directory each."""
+    pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("pristine")
     small_models(tiny_suite)(root / "merged", DYNAMIC)
     measured = {"kind": "evaluation", "split": "test", "route": "router", "tasks": {"grays": {"accuracy": 0.5, "n": 41}}}
