@@ -139,8 +139,8 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
 
 
 def stored_weights(name: str) -> SafetensorsFile | None:
-    """The file from which a directory's weights are mapped; ``None`` of another backbone, or where it cannot be read."""
-    directory = _directory(open_clip_name(name))
+    """The file from which a directory's weights are mapped, by open_clip's name; ``None`` where there is none to be read."""
+    directory = _directory(name)
     path = None if directory is None else directory / WEIGHTS
     try:
         return None if path is None or not path.is_file() else SafetensorsFile(path)
@@ -151,7 +151,10 @@ def stored_weights(name: str) -> SafetensorsFile | None:
 def _map(model: nn.Module, file: SafetensorsFile) -> None:
     """Have parameters be views of a file that holds them as they are, instead of copies."""
     for name, parameter in model.named_parameters():
-        if name in file.entries and torch.equal(stored := file.read(name), parameter) and stored.dtype == parameter.dtype:
+        if name not in file.entries:
+            continue
+        stored = file.read(name)
+        if stored.dtype == parameter.dtype and torch.equal(stored, parameter):
             parameter.data = stored
 
 

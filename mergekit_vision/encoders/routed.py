@@ -181,9 +181,8 @@ class RoutedLinear(nn.Module):
         before, bias = (None, _sum(self.bias, self.shift)) if top_k == 1 else (self.bias, self.shift)
         y = F.linear(x, self.weight, before)
         biases = None if bias is None else bias.to(y.dtype).expand(len(self.down), -1)
-        weight = choice.weight.to(y.dtype).expand(-1, x.shape[1], -1)
         if top_k > 1:  # what has no weight goes to a group behind the last expert's, which is left out
-            weight = weight.reshape(-1, 1)
+            weight = choice.weight.to(y.dtype).expand(-1, x.shape[1], -1).reshape(-1, 1)
             experts = experts.masked_fill(weight.flatten() == 0, len(self.down))
         counts: list[int] = torch.bincount(experts, minlength=len(self.down) + 1).tolist()
         groups = torch.split(experts.argsort(stable=True), counts)[:-1]  # of (token, position), by expert

@@ -61,23 +61,23 @@ def estimate(
         seconds = passes(1, number)
         return None if seconds is None else seconds + images.decoding[split]
 
-    found = {}
+    found, held = {}, _unmapped(backbone) * _NUMBER
     for name, merger in mergers.items():
         work, method = merge_work(merger, sizes), method_of(merger) or Method()
         found[name] = {
             "merge": None if work is None else speed.of(work),
             "search": passes(TRIED, images.val) if method.scaled else 0.0,
             "evaluation": passes(method.slower(sizes), images.test),
-            "peak_bytes": peak_bytes(merger, backbone, sizes, images, batch_size, cache) if work is not None else None,
+            "peak_bytes": peak_bytes(merger, backbone, held, sizes, images, batch_size, cache) if work is not None else None,
         }
     once = {"heads": images.prompts * speed.prompt, "experts_val": decoded("val", images.val)}
     return {"once": {**once, "experts_test": decoded("test", images.test)}, "methods": found}
 
 
-def peak_bytes(merger: Merger, backbone: Backbone, sizes: Sizes, images: Images, batch_size: int, cache: int) -> int:
+def peak_bytes(merger: Merger, backbone: Backbone, held: int, sizes: Sizes, images: Images, batch_size: int, cache: int) -> int:
     """Memory at the peak of a run that merges, searches and evaluates, without files that are mapped.
 
-    It is that of Python and the libraries, of what is not mapped of the backbone, of update and merged weights, of decoded
+    It is that of Python and the libraries, of what is ``held`` of the backbone, of the update and the merged weights, of decoded
     pixels, and of what merging or an evaluation takes, whichever is more.
     """
     side = backbone.tower["image_size"]
@@ -86,8 +86,7 @@ def peak_bytes(merger: Merger, backbone: Backbone, sizes: Sizes, images: Images,
     width = max(min(pair) for pair in sizes.linears)
     batch = min(batch_size, max(images.test or batch_size, 1))
     evaluating = batch * (_NUMBER * _ACTIVATIONS * width * sizes.tokens + 2 * _NUMBER * pixels)
-    held = _IDLE + (max(0, parameters(backbone) - _mapped(backbone)) + 2 * sizes.parameters) * _NUMBER + kept
-    return held + max(_merging(merger, sizes), evaluating)
+    return _IDLE + held + 2 * sizes.parameters * _NUMBER + kept + max(_merging(merger, sizes), evaluating)
 
 
 def parameters(backbone: Backbone) -> int:
@@ -99,11 +98,12 @@ def parameters(backbone: Backbone) -> int:
     return vision + embedded + 12 * width * width * layers
 
 
-def _mapped(backbone: Backbone) -> int:
-    """Numbers in both towers that are not copied from a file into memory."""
+def _unmapped(backbone: Backbone) -> int:
+    """Numbers in both towers that are not mapped from a file, but copied into memory."""
     file = stored_weights(backbone.name)
     entries = () if file is None else file.entries.values()
-    return sum(math.prod(shape) for shape, dtype in entries if dtype == "float32")
+    mapped = sum(math.prod(shape) for shape, dtype in entries if dtype == "float32")
+    return max(0, parameters(backbone) - mapped)
 
 
 def _merging(merger: Merger, sizes: Sizes) -> int:

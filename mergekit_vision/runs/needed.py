@@ -9,6 +9,7 @@ from typing import Any
 from mergekit_vision.checkpoints import ExpertSource, open_expert
 from mergekit_vision.checkpoints.hub import HubFile, remote_bytes
 from mergekit_vision.encoders.backbone import backbone_repository, load_clip, load_tokenizer
+from mergekit_vision.encoders.huggingface import WEIGHTS
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.config import SourceConfig, kind_of
 from mergekit_vision.sources.hub import download_bytes, forget_prepared, prepared_folder
@@ -16,8 +17,6 @@ from mergekit_vision.sources.opening import open_source
 from mergekit_vision.suites.presence import expert_presence, source_presence
 from mergekit_vision.suites.suite import Suite, Task
 from mergekit_vision.support.hub_cache import remove_damaged, repository_folder, whole_bytes
-
-_WEIGHTS = "open_clip_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _backbone(suite: Suite) -> Iterator[Needed]:
     if repository is None:
         yield Needed(f"backbone {name}", folder, fetch)
         return
-    weights = HubFile(repository, inside=None if name.startswith("hf-hub:") else _WEIGHTS)
+    weights = HubFile(repository, inside=None if name.startswith("hf-hub:") else WEIGHTS)
     yield Needed(
         f"backbone {name}",
         folder,
