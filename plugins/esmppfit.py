@@ -15,6 +15,7 @@ from mergekit_vision.functional.gram import gram
 from mergekit_vision.functional.linalg import pad_rank
 from mergekit_vision.functional.lowrank import low_rank_fit
 from mergekit_vision.functional.routing import Pooling
+from mergekit_vision.functional.streams import Updated, in_steps
 from mergekit_vision.merger import (
     DataNeeds,
     LinearInfo,
@@ -34,9 +35,6 @@ POOLING: tuple[Pooling, ...] = ("mean", "deviation", "first", "covariance")
 
 ExpertFactors = dict[str, tuple[Tensor, Tensor]]
 """Linear name -> ``up [d_out, r]`` and ``down [r, d_in]`` of one expert."""
-
-IMAGES = 32
-"""Images whose layer inputs and outputs are held in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,8 @@ class ESMPPFit(Merger):
 
     def _expert(self, inputs: MergeInputs, base: Merged, linears: list[LinearInfo], task: str) -> ExpertFactors:
         """A task's low-rank weights; each layer sees those of the layers before it."""
-        run, found = inputs.blocks.block, ExpertFactors()
-        own, weights = _weights(inputs, base, task)
+        run, found, fitted = inputs.blocks.block, ExpertFactors(), dict[str, Tensor]()
+        own, weights = inputs.experts[task], Updated(Updated(inputs.base, base.update), fitted)
         theirs, ours = inputs.blocks.embed(task, own), inputs.blocks.embed(task, weights)
         last = linears[-1].block if linears else -1
         for block in range(last + 1):
@@ -114,11 +112,14 @@ class ESMPPFit(Merger):
             for linear in layers:
                 x = seen.pop(linear.name).all if linear.name in seen else behind
                 moments = self._moments(inputs, linear, (own, weights), (theirs, behind, x), ours)
-                key = linear.weight
-                found[linear.name] = up, down = low_rank_fit(*moments, own[key] - weights[key], self.rank, self.ridge)
-                weights[key] = weights[key] + up @ down
+                residual = inputs.delta(task, linear.weight)
+                if linear.weight in base.update:
+                    residual -= base.update[linear.weight]
+                found[linear.name] = up, down = low_rank_fit(*moments, residual, self.rank, self.ridge)
+                fitted[linear.weight] = up @ down
             if block < last:
                 theirs, ours = behind, run(block, weights, ours, {})
+            fitted.clear()  # a block's weights are large, and no other one's concern
         return found
 
     def _moments(
@@ -137,14 +138,14 @@ class ESMPPFit(Merger):
         d_out, d_in = inputs.base[linear.weight].shape
         own, weights = models
         G, cross = (ours.new_zeros(d_in, d, dtype=torch.float64) for d in (d_in, d_out))
-        for before, *their in zip(*(torch.split(part, IMAGES) for part in (ours, *theirs)), strict=True):
+        for before, *their in in_steps(ours, *theirs):
             seen = _KeptInputs()
             behind = inputs.blocks.block(linear.block, weights, before, {linear.name: seen})
             x = seen.all.double()
             missing = _reached(linear, own, *their) - _reached(linear, weights, before, behind, x)
             rows, missing = (_weighted(part, patches) for part in (x, missing))
-            G += gram(rows)
-            cross += rows.T @ missing
+            gram(rows, G)
+            cross.addmm_(rows.T, missing)
         return G, cross
 
 
@@ -162,15 +163,6 @@ class _KeptInputs:
     def all(self) -> Tensor:
         """Those of all images, ``[images, tokens, d_in]``."""
         return torch.cat(self._batches)
-
-
-def _weights(inputs: MergeInputs, base: Merged, task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of a task's expert and of the merged base, float32."""
-    own, weights = dict[str, Tensor](), dict[str, Tensor]()
-    for key, value in inputs.base.items():
-        own[key] = (delta := inputs.delta(task, key)).add_(value.to(delta))
-        weights[key] = value.to(delta) + base.update[key].to(delta) if key in base.update else value.to(delta)
-    return own, weights
 
 
 def _reached(linear: LinearInfo, weights: Weights, before: Tensor, behind: Tensor, x: Tensor) -> Tensor:

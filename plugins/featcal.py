@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from torch import Tensor, split
+from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.featcal import LinearFit, NormFit, NormInputs, PairedInputs
-from mergekit_vision.functional.streams import Stream, Updated
+from mergekit_vision.functional.streams import Stream, Updated, in_steps
 from mergekit_vision.merger import DataNeeds, LinearInfo, Merged, MergeInputs, Merger, NormInfo, Weights, settled, static_base
 
 Layers = Mapping[str, LinearInfo | NormInfo]
 Fits = Mapping[str, LinearFit | NormFit]
-
-STEP = 1024
-"""Tokens whose layer inputs are held at once on a CPU, roughly: as many as keep products at full speed."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,7 @@ class FeatCal(Merger):
         paired = {layer.name: moment.expert for layer, moment in moments.items() if isinstance(moment, PairedInputs)}
         block, (merged, expert) = next(iter(moments)).block, streams[task]
         ours, theirs = merged.entering(block), expert.entering(block)
-        images = max(1, round(STEP / ours.shape[1])) if ours.device.type == "cpu" else len(ours)
-        for own, other in zip(split(ours, images), split(theirs, images), strict=True):
+        for own, other in in_steps(ours, theirs):
             inputs.blocks.block(block, weights, own, seen)
             other.copy_(inputs.blocks.block(block, inputs.experts[task], other, paired))
         expert.left(block, theirs)

@@ -1,6 +1,5 @@
 """Ridge regression of limited rank: the low-rank matrix that does on given inputs most nearly what is wanted."""
 
-import torch
 from torch import Tensor
 
 from mergekit_vision.functional.esd import essential_subspace
@@ -25,13 +24,15 @@ def low_rank_fit(inputs: Tensor, cross: Tensor, anchor: Tensor, rank: int, ridge
     Returns:
         ``up [d_out, r]``, with orthonormal columns, and ``down [r, d_in]``, float32; their product is ``R``.
 
+    >>> import torch
     >>> target = torch.diag(torch.tensor([3.0, 2.0, 1.0])).double()
     >>> up, down = low_rank_fit(torch.eye(3).double(), target, torch.zeros(3, 3), rank=2, ridge=1.0)
     >>> (up @ down).diagonal()
     tensor([1.5000, 1.0000, 0.0000])
     """
     pull = ridge * inputs.diagonal().mean()
-    H = inputs + pull * torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
+    H = inputs.clone()
+    H.diagonal().add_(pull)
     R = semidefinite_solve(H, cross + pull * anchor.double().T).T
     # the pull is as good as a row for each dimension, so that rows never limit the rank
     up = essential_subspace(R, H, len(H) + 1, rank).directions

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, split
+
+STEP, STEP_ELSEWHERE = 1024, 8192
+"""Tokens whose layer inputs are held at once on a CPU and on an accelerator: as many as keep products at full speed."""
 
 
 class Stream:
@@ -63,3 +66,15 @@ class Updated(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._base)
+
+
+def in_steps(*streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tokens ``[images, tokens, d]`` of the same images in several models, for some images after the other.
+
+    >>> import torch
+    >>> [[len(part) for part in parts] for parts in in_steps(torch.zeros(3, 512, 1), torch.zeros(3, 512, 8))]
+    [[2, 2], [1, 1]]
+    """
+    first = streams[0]
+    images = max(1, round((STEP if first.device.type == "cpu" else STEP_ELSEWHERE) / first.shape[1]))
+    return zip(*(split(stream, images) for stream in streams), strict=True)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from mergekit_vision.encoders.backbone import Backbone, stored_weights
+from mergekit_vision.functional.streams import STEP
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
@@ -112,7 +113,11 @@ def _merging(merger: Merger, sizes: Sizes) -> int:
     matrices, name, base = max(2 * stack, stack + decomposed), type(merger).__name__, getattr(merger, "base", None)
     if name not in _BLOCK_BY_BLOCK:
         return matrices + _statistics(merger, sizes)
-    below = _merging(base, sizes) if isinstance(base, Merger) else matrices
+    if isinstance(base, Merger):
+        below = _merging(base, sizes)
+    else:
+        kept = _KEPT.get((method_of(merger) or Method()).base)
+        below = matrices + (0 if kept is None else kept(sizes))
     return max(below, _BLOCK_BY_BLOCK[name](sizes))  # one after the other
 
 
@@ -165,14 +170,19 @@ def _normals(streams: int, sizes: Sizes) -> int:
 
 
 def _fits(sizes: Sizes) -> int:
-    """Of one task two models' weights, and of one block three streams and three Linears' inputs, float32.
+    """Of one task and block three Linears' inputs, three streams where they are not in files, and two models' weights, float32.
 
-    In float64 the inputs and outputs of one Linear for up to 32 images, and its normal equations.
+    In float64 the inputs and outputs of one Linear for some tokens, and its normal equations; besides them activations.
     """
-    held, some = sizes.proxies * sizes.tokens, min(sizes.proxies, 32) * sizes.tokens
-    streams = 6 * held * min(map(min, sizes.linears))
-    layer = max(some * (3 * columns + 4 * rows) + 5 * columns**2 + 4 * rows * columns for rows, columns in sizes.linears)
-    return _NUMBER * (2 * sizes.parameters + streams) + 8 * layer
+    held, width = sizes.proxies * sizes.tokens, min(map(min, sizes.linears))
+    some, streams = min(held, STEP), 3 if held * width * _NUMBER < LARGE else 1  # one, before it goes to its file
+
+    def equations(rows: int, columns: int) -> int:
+        return 8 * (some * (3 * columns + 4 * rows) + 5 * columns**2 + 4 * rows * columns)
+
+    weights = 4 * sum(rows * columns for rows, columns in sizes.linears[:4])
+    rows_kept = (3 + streams) * held + 20 * min(held, TOKENS)
+    return _NUMBER * (weights + rows_kept * width) + max(equations(*shape) for shape in sizes.linears)
 
 
 def _curvatures(sizes: Sizes) -> int:
@@ -193,10 +203,10 @@ _KEPT: Mapping[str, Callable[[Sizes], int]] = {  # method -> bytes
     "ESM": partial(_sum, _subspaces),
     "ESMPP": partial(_sum, _subspaces),
     "ESMPPBayes": partial(_sum, _subspaces),
-    "ESMPPFit": _fits,
     "FisherFit": _curvatures,
 }
 _BLOCK_BY_BLOCK: Mapping[str, Callable[[Sizes], int]] = {  # the same of methods that do it after they are done with their base
     "RegMean": partial(_normals, 1),
     "FeatCal": partial(_normals, 2),
+    "ESMPPFit": _fits,
 }

@@ -11,10 +11,10 @@ from synthetic import Zoo
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.functional import streams
 from mergekit_vision.functional.featcal import NormInputs, PairedInputs
 from mergekit_vision.merger import LinearInfo, Merged, MergeInputs, Merger, NormInfo
 from mergekit_vision.merging.workbench import Workbench
-from mergekit_vision.plugins import featcal
 from mergekit_vision.plugins.featcal import FeatCal
 from mergekit_vision.plugins.regmean import RegMean
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -133,7 +133,7 @@ def test_featcal(subject: Subject, options: dict[str, float]) -> None:
 @pytest.mark.parametrize("tokens", [1, 35])
 def test_images_may_run_in_parts(subject: Subject, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """One by one, or seven at a time with some left over: nothing but the order of sums in float64 depends on it."""
-    monkeypatch.setattr(featcal, "STEP", tokens)
+    monkeypatch.setattr(streams, "STEP", tokens)
     merged = FeatCal().merge(subject.inputs)
     subject.check(merged.update, partial(formula, linears=subject.linears, norms=subject.norms))
 
