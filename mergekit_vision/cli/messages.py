@@ -80,6 +80,8 @@ def explain(message: str, known: Collection[str] = ()) -> str:
     if unknown := re.search(r"does not accept option '([\w.]+)'", message):
         return f"configuration: unknown option {unknown[1]}{closest(f'--{unknown[1]}', known)}"
     if key and re.search(r"Got value: None|is required", message):
+        if "is required" in message:
+            option = f"--{key[1].rpartition('.')[2]}"  # without the command's name, as older versions of jsonargparse give it
         return f"{option} is missing{'; give -s FILE, or -s demo' if option == '--suite' else ''}"
     if nested := re.search(r"^ +- --([\w.]+) (.*)$", message, flags=re.MULTILINE):  # a parameter of a class, explained before
         return f"{option}.{nested[1]} {nested[2]}"
