@@ -114,7 +114,7 @@ class ESMPPFit(Merger):
                 moments = self._moments(inputs, linear, (own, weights), (theirs, behind, x), ours)
                 residual = inputs.delta(task, linear.weight)
                 if linear.weight in base.update:
-                    residual -= base.update[linear.weight]
+                    residual -= base.update[linear.weight].to(residual)
                 found[linear.name] = up, down = low_rank_fit(*moments, residual, self.rank, self.ridge)
                 fitted[linear.weight] = up @ down
             if block < last:
@@ -172,8 +172,11 @@ def _reached(linear: LinearInfo, weights: Weights, before: Tensor, behind: Tenso
     """
     if linear.kind == "c_proj":
         return behind.double()
-    bias = None if linear.bias is None else weights[linear.bias].double()
-    out = F.linear(x.double(), weights[linear.weight].double(), bias)
+
+    def exact(key: str) -> Tensor:
+        return weights[key].to(x.device).double()  # moved first: an expert may lie on a device without float64
+
+    out = F.linear(x.double(), exact(linear.weight), None if linear.bias is None else exact(linear.bias))
     return out.add_(before) if linear.kind == "out_proj" else out
 
 
