@@ -167,7 +167,8 @@ def test_files_in_folders_are_replaced_likewise(tmp_path: Path, step: int) -> No
         settle(directory)
         assert below(directory) in (old, new)
         assert not any(path.is_symlink() for path in directory.rglob("*"))
-        assert not (directory / ".mergekit-vision").exists()
+        work = directory / ".mergekit-vision"  # killed before there was anything in it, it stays, empty
+        assert not work.exists() or not any(work.iterdir())
     assert found == {False, True}
     assert below(directory) == new
     assert sorted(path.name for path in directory.iterdir()) == ["a", "both", "right"]
