@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.support.locks import abandoned, locked
+from mergekit_vision.support.locks import locked, remove_unused
 from mergekit_vision.support.paths import expanded
 
 CACHE_VARIABLE = "MERGEKIT_VISION_CACHE"
@@ -93,8 +93,8 @@ def remove_work(folder: Path) -> None:
 def remove_abandoned(work: Path) -> None:
     """Remove drafts of processes that were killed."""
     for folder in work.iterdir():
-        if _DRAFT.fullmatch(folder.name) and abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        if _DRAFT.fullmatch(folder.name):
+            remove_unused(folder)
 
 
 def cache_dir() -> Path:

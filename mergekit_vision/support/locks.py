@@ -1,6 +1,7 @@
 """Folders that one process at a time uses; the lock ends with its process, however that ends."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,15 +41,15 @@ def locked(folder: Path, seconds: float = 0.0) -> Iterator[None]:
         os.close(descriptor)
 
 
-def abandoned(folder: Path) -> bool:
-    """Whether a folder that is locked while it is used is not; unknown, and so false, where there are no locks."""
+def remove_unused(folder: Path) -> None:
+    """Remove a folder that is locked while it is used, unless it is; where there are no locks that is unknown, and it stays."""
     with suppress(OSError):
         descriptor = _open(folder)
         try:
-            return _lock(descriptor)
+            if _lock(descriptor) and _there(folder, descriptor):
+                shutil.rmtree(folder, ignore_errors=True)  # under the lock: who has just made the folder may be about to take it
         finally:
             os.close(descriptor)
-    return False
 
 
 def _attempt(folder: Path) -> int | None:

@@ -1,14 +1,16 @@
 import errno
+import functools
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from killing import killed_at
+from killing import at_once, killed_at
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.files import cache_dir, replacing
-from mergekit_vision.support.locks import abandoned, locked
+from mergekit_vision.support.locks import locked, remove_unused
 
 
 def test_replacing_creates_parents_and_leaves_only_the_file(tmp_path: Path) -> None:
@@ -78,12 +80,59 @@ def test_a_file_system_without_locks_is_written_to_and_never_cleaned(tmp_path: P
 def test_a_folder_is_used_by_one_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     with locked(folder):
-        assert not abandoned(folder)
+        remove_unused(folder)
         with pytest.raises(InputError, match=f"^{tmp_path}: another process is writing here"), locked(folder):
             pytest.fail("used by two")
-    assert abandoned(folder)
+    remove_unused(folder)
+    assert not folder.exists()
     with locked(folder):
         pass
+
+
+def test_a_folder_is_not_taken_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have made its folder, and not have locked it yet, when another takes it for one that was left."""
+    pytest.importorskip("fcntl")
+    folder, remove, tried = tmp_path / "work", shutil.rmtree, []
+
+    def attempted(place: Path, **options: bool) -> None:
+        with pytest.raises(InputError, match="another process is writing here"), locked(place):
+            pytest.fail("taken, and about to be removed")
+        tried.append(place)
+        remove(place, **options)
+
+    folder.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", attempted)
+    remove_unused(folder)
+    assert (tried, folder.exists()) == ([folder], False)
+
+
+def test_who_has_the_lock_of_a_removed_folder_leaves_the_next_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes that look at a folder one removes it, and a third makes it anew before the other has the lock."""
+    fcntl = pytest.importorskip("fcntl")
+    folder, lock = tmp_path / "work", fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        remove_unused(folder)
+        folder.mkdir()
+        (folder / "lock").touch()
+        lock(descriptor, operation)
+
+    folder.mkdir()
+    monkeypatch.setattr(fcntl, "flock", late)
+    remove_unused(folder)
+    assert (folder / "lock").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+def test_processes_write_into_one_directory(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(50):
+            with replacing(tmp_path / f"{number}.json") as draft:
+                draft.write_text("new")
+
+    at_once(*(functools.partial(write, number) for number in range(4)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number}.json" for number in range(4)]
 
 
 def test_cache_dir_follows_the_variable(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
