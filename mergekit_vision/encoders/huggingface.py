@@ -156,11 +156,12 @@ def _weights(file: Path) -> CheckpointWeights:
 
 
 def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:
-    """Write the whole directory, or nothing of it."""
+    """Write the whole directory, or nothing of it, unless another process has done so while this one waited for it."""
     try:
         with replacing_set(place, lambda: [CONFIG, WEIGHTS], deciding=CONFIG) as draft:
-            save_safetensors(draft / WEIGHTS, weights)
-            write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
+            if not (place / CONFIG).is_file():
+                save_safetensors(draft / WEIGHTS, weights)
+                write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"
         raise InputError(f"{place}: {problem}") from error

@@ -32,7 +32,7 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
             removed first and comes last, so that a directory without it is not complete.
 
     Yields:
-        The folder. When the block raises anything, the directory is left as it was.
+        The folder. When the block raises anything, the directory is left as it was; when the folder stays empty, its files are.
 
     Raises:
         InputError: when another process does not end.
@@ -51,7 +51,8 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
         with _settling(directory):
             (work / "new").mkdir()
             yield work / "new"
-            _switch(directory, former(), deciding)
+            if any((work / "new").iterdir()):
+                _switch(directory, former(), deciding)
     except BaseException:
         if new:
             with suppress(OSError):

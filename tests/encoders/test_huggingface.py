@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from clip_models import huggingface_model, images, their_embeddings
 from killing import at_once, files_in
 
+from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
 from mergekit_vision.encoders.huggingface import as_open_clip
 from mergekit_vision.errors import InputError
@@ -89,6 +91,22 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot be written .*backbone is kept there"):
         describe_backbone(f"local-dir:{tmp_path / 'model'}")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+def test_who_waited_for_a_conversion_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_model().save_pretrained(tmp_path / "model")
+    converted = tmp_path / "converted"
+
+    def slowly(path: Path, weights: Any) -> None:
+        with converted.open("a") as log:
+            log.write("once\n")
+        time.sleep(1)  # until all have seen that nothing is there
+        save_safetensors(path, weights)
+
+    monkeypatch.setattr("mergekit_vision.encoders.huggingface.save_safetensors", slowly)
+    at_once(*[lambda: as_open_clip(tmp_path / "model")] * 3)
+    assert converted.read_text() == "once\n"
 
 
 @pytest.mark.slow

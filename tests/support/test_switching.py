@@ -77,6 +77,11 @@ def test_killed_while_it_cleans_up_after_a_killed_one(tmp_path_factory: pytest.T
         assert settled(place) == NEW
 
 
+def test_who_writes_nothing_leaves_the_old_set(directory: Path) -> None:
+    write(directory, {})
+    assert settled(directory) == OLD | USERS
+
+
 def test_an_error_leaves_the_old_set(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         with replacing_set(directory, lambda: NAMES, deciding="b") as draft:
