@@ -16,12 +16,13 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import raise_faults
 from mergekit_vision.support.files import cache_dir
 from mergekit_vision.support.fingerprints import digest, stamp
-from mergekit_vision.support.json_files import read_json, write_json
-from mergekit_vision.support.schema import Schema, faults
+from mergekit_vision.support.json_files import read_json, to_json, write_json
+from mergekit_vision.support.schema import Schema, brief, faults
 from mergekit_vision.support.switching import replacing_set
 
-_FORMAT = 1  # of what is kept in the cache
+_FORMAT = 2  # of what is kept in the cache
 WEIGHTS = "open_clip_model.safetensors"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first where it has an image processor, as transformers
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 _OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -72,6 +73,29 @@ class _Processor(Schema):
     image_mean: _Three = _OPENAI_MEAN
     image_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = _OPENAI_STD
     resample: Literal[2, 3] = 3
+    do_resize: Literal[True] = Field(default=True, description="true (open_clip resizes every image)")
+    do_rescale: Literal[True] = Field(default=True, description="true (open_clip has pixels in [0, 1])")
+    rescale_factor: float = Field(default=1 / 255, ge=0.00392, le=0.003922, description="1/255 (open_clip has pixels in [0, 1])")
+    do_normalize: bool | None = True
+    do_center_crop: bool | None = True
+    size: Any = None
+    crop_size: Any = None
+
+    def resize_mode(self, side: int) -> str | None:
+        """open_clip's word for how images become squares of ``side`` pixels; ``None`` where it has none. Absent sizes fit."""
+        square = {"height": side, "width": side}
+        fitting = self.crop_size in (None, side, square)
+        if self.size == square and (fitting or not self.do_center_crop):
+            return "squash"
+        if self.size in (None, side, {"shortest_edge": side}) and fitting and self.do_center_crop:
+            return "shortest"
+        return None
+
+
+class _Processors(Schema):
+    model_config = ConfigDict(extra="ignore")
+
+    image_processor: _Processor | None = None
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -86,12 +110,13 @@ def as_open_clip(directory: Path) -> Path:
         InputError: when it is not a whole CLIP model, open_clip cannot express it, or the cache cannot be written.
     """
     config = _checked(_Clip, directory / "config.json")
-    processor = _checked(_Processor, directory / "preprocessor_config.json")
+    preprocess = _preprocess_config(directory, config.vision_config.image_size)
     weights = weights_file(directory)
-    files = [file for file in (directory / "config.json", directory / "preprocessor_config.json", weights) if file.is_file()]
+    described = [directory / name for name in ("config.json", *_PROCESSORS)]
+    files = [file for file in (*described, weights) if file.is_file()]
     place = cache_dir() / "backbones" / digest(_FORMAT, [stamp(file.resolve()) for file in files])
     if not (place / CONFIG).is_file():
-        _write(place, _model_config(config, directory), _preprocess_config(processor), _weights(weights))
+        _write(place, _model_config(config, directory), preprocess, _weights(weights))
     return place
 
 
@@ -134,12 +159,30 @@ def _model_config(config: _Clip, directory: Path) -> dict[str, Any]:
     }
 
 
-def _preprocess_config(processor: _Processor) -> dict[str, Any]:
+def _preprocess_config(directory: Path, side: int) -> dict[str, Any]:
+    """open_clip's ``preprocess_cfg``.
+
+    Raises:
+        InputError: when it has no words for what a file says.
+    """
+    together, alone = (directory / name for name in _PROCESSORS)
+    nested = _checked(_Processors, together).image_processor
+    processor, file = (_checked(_Processor, alone), alone) if nested is None else (nested, together)
+    mode = processor.resize_mode(side)
+    if mode is None:
+        square = {"height": side, "width": side}
+        cropped = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+        squashed = {"size": square, "do_center_crop": False}
+        raise InputError(
+            f"{file}: `size` {brief(processor.size)}, `do_center_crop` {processor.do_center_crop} and `crop_size` "
+            f"{brief(processor.crop_size)} together are nothing that open_clip does for a model of {side} pixels a side; "
+            f"write {to_json(cropped, in_order=True)} there or, to squash images, {to_json(squashed, in_order=True)}"
+        )
     return {
-        "mean": processor.image_mean,
-        "std": processor.image_std,
+        "mean": processor.image_mean if processor.do_normalize else [0.0] * 3,
+        "std": processor.image_std if processor.do_normalize else [1.0] * 3,
         "interpolation": _INTERPOLATION[processor.resample],
-        "resize_mode": "shortest",
+        "resize_mode": mode,
     }
 
 

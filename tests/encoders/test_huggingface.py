@@ -6,15 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from clip_models import huggingface_model, images, their_embeddings
+from clip_models import SIZES, huggingface_model, images, their_embeddings
 from killing import at_once, files_in
+from PIL import Image
 
 from mergekit_vision.checkpoints import save_safetensors
+from mergekit_vision.data.preprocess import eval_transform
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip, load_tokenizer
 from mergekit_vision.encoders.huggingface import as_open_clip
 from mergekit_vision.errors import InputError
+from mergekit_vision.export.hf_processor import write_image_processor, write_tokenizer
 from mergekit_vision.support.files import CACHE_VARIABLE
 
 transformers = pytest.importorskip("transformers", reason="needs the library transformers")
@@ -52,6 +56,98 @@ def test_the_processor_decides_the_preprocessing(saved: tuple[Any, Path]) -> Non
     preprocess = describe_backbone(f"local-dir:{place}").preprocess
     assert list(preprocess["mean"]) == [0.1, 0.2, 0.3]
     assert (list(preprocess["std"]), preprocess["interpolation"]) == ([0.4, 0.5, 0.6], "bilinear")
+
+
+def processed_alike(place: Path) -> bool:
+    """Whether images of several shapes become the same pixels by a backbone's preprocessing as by transformers' own."""
+    preprocess = eval_transform(describe_backbone(f"local-dir:{place}").preprocess)
+    processor = transformers.CLIPImageProcessor.from_pretrained(place)
+    # resizing rounds to the next of 255 levels, either way; of margins to crop, an odd pixel is left on either side
+    noise = np.random.RandomState(0)
+    images = [Image.fromarray(noise.randint(256, size=(*shape, 3), dtype=np.uint8)) for shape in [(30, 20), (16, 40), (16, 16)]]
+    found = torch.stack([preprocess.finish(preprocess.geometry(image)) for image in images])
+    expected = torch.stack([torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0]) for image in images])
+    return bool(((found - expected).abs() * preprocess.std * 255).max() < 1.5)
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_an_exported_processor_is_read_back(tmp_path: Path, resize_mode: str, interpolation: str) -> None:
+    huggingface_model().save_pretrained(tmp_path)
+    ours = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize_mode": resize_mode, "interpolation": interpolation}
+    write_image_processor(tmp_path, ours, side=SIZES["image"])
+    found = describe_backbone(f"local-dir:{tmp_path}").preprocess
+    assert {key: list(found[key]) if key in ("mean", "std") else found[key] for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_normalize": False},
+        {"size": {"height": 16, "width": 16}, "do_center_crop": False},
+        {"size": {"height": 16, "width": 16}},
+        {"size": {"height": 16, "width": 16}, "do_center_crop": False, "crop_size": {"height": 9, "width": 9}},
+    ],
+    ids=str,
+)
+def test_images_are_prepared_as_by_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
+    huggingface_model().save_pretrained(tmp_path)
+    shared = {"size": 16, "crop_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+    transformers.CLIPImageProcessor(**{**shared, **options}).save_pretrained(tmp_path)
+    assert processed_alike(tmp_path)
+
+
+def test_a_processor_is_found_where_transformers_puts_it(tmp_path: Path) -> None:
+    huggingface_model().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, context_length=12)
+    theirs = transformers.CLIPImageProcessor(size=16, crop_size=16, image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=2)
+    transformers.CLIPProcessor(theirs, transformers.AutoTokenizer.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    found = describe_backbone(f"local-dir:{tmp_path}").preprocess
+    assert (list(found["mean"]), list(found["std"]), found["interpolation"]) == ([0.5] * 3, [0.25] * 3, "bilinear")
+
+
+@pytest.mark.parametrize(
+    ("together", "mean"),
+    [
+        ({"processor_class": "CLIPProcessor"}, 0.2),
+        ({"image_processor": None}, 0.2),
+        ({"image_processor": {"image_mean": [0.1] * 3}}, 0.1),
+    ],
+    ids=str,
+)
+def test_of_two_processors_that_of_the_whole_counts(tmp_path: Path, together: dict[str, Any], mean: float) -> None:
+    """As with :func:`transformers.models.auto.image_processing_auto.get_image_processor_config`."""
+    huggingface_model().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.2] * 3}))
+    assert list(describe_backbone(f"local-dir:{tmp_path}").preprocess["mean"]) == [0.2] * 3
+    (tmp_path / "processor_config.json").write_text(json.dumps(together))
+    assert list(describe_backbone(f"local-dir:{tmp_path}").preprocess["mean"]) == [mean] * 3
+
+
+@pytest.mark.parametrize(
+    ("processor", "hint"),
+    [
+        ({"do_resize": False}, "do_resize: must be true "),
+        ({"do_rescale": False}, "do_rescale: must be true "),
+        ({"rescale_factor": 1}, "rescale_factor: must be 1/255 "),
+        ({"do_center_crop": False}, r'`do_center_crop` False .* write {"size": {"shortest_edge": 16}, .* or, to squash'),
+        ({"do_center_crop": False, "size": {"height": 16, "width": 8}}, r"`size` {'height': 16, 'width': 8}"),
+        ({"size": {"shortest_edge": 20}, "crop_size": 16}, r"`size` {'shortest_edge': 20}"),
+        ({"size": 16, "crop_size": 8}, "`crop_size` 8 "),
+        ({"size": {"height": 16, "width": 16}, "crop_size": 8}, "`crop_size` 8 "),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_processor_that_open_clip_cannot_express_is_refused(
+    tmp_path: Path, processor: dict[str, Any], hint: str, nested: bool
+) -> None:
+    huggingface_model().save_pretrained(tmp_path)
+    file = tmp_path / ("processor_config.json" if nested else "preprocessor_config.json")
+    file.write_text(json.dumps({"image_processor": processor} if nested else processor))
+    with pytest.raises(InputError, match=rf"^{file}: (.|\n)*{hint}"):
+        describe_backbone(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize(

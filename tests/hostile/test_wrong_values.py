@@ -56,9 +56,8 @@ def pristine(tiny_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     measured = {"kind": "evaluation", "split": "test", "route": "router", "tasks": {"grays": {"accuracy": 0.5, "n": 41}}}
     (root / "merged" / "results.json").write_text(json.dumps({**record_at(DYNAMIC), **measured}))
     huggingface_model().save_pretrained(root / "theirs")
-    (root / "theirs" / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3})
-    )
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "size": {"shortest_edge": 16}, "crop_size": 16}
+    (root / "theirs" / "preprocessor_config.json").write_text(json.dumps(processor))
     (root / "export").mkdir()
     (root / "export" / "export.json").write_text(json.dumps({"format": "onnx", "files": {"model.onnx": "0" * 40}}))
     return root
