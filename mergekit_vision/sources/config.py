@@ -119,8 +119,8 @@ def resolve(config: SourceConfig, root: Path) -> dict[str, Any]:
     for key in ("parquet", "folder"):
         if key in resolved:
             resolved[key] = str(root / expanded(resolved[key]))
-    if "hub" in resolved and is_directory(root / resolved["hub"]):
-        resolved["hub"] = str(root / resolved["hub"])
+    if "hub" in resolved and is_directory(place := root / expanded(resolved["hub"])):
+        resolved["hub"] = str(place)
     if isinstance(resolved.get("args"), Mapping) and isinstance(resolved["args"].get("root"), str):
         resolved["args"] = {**resolved["args"], "root": str(root / expanded(resolved["args"]["root"]))}
     return resolved

@@ -37,3 +37,13 @@ def test_resolve(tmp_path: Path) -> None:
     torchvision = resolve({"torchvision": "a.B", "args": {"root": "data", "train": False}}, tmp_path)
     assert torchvision["args"] == {"root": f"{tmp_path}/data", "train": False}
     assert resolve({"folder": "/abs"}, tmp_path) == {"folder": "/abs"}
+
+
+def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "mnist").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))  # on Windows
+    for kind in ("parquet", "folder", "hub"):
+        assert resolve({kind: "~/mnist"}, tmp_path / "suite")[kind] == str(home / "mnist")
+    assert resolve({"hub": "~/none", "split": "test"}, tmp_path)["hub"] == "~/none"
