@@ -32,7 +32,7 @@ def find_expert(root: Path, names: Sequence[str], backbone: str) -> list[Path]:
         backbone: the suite's; checkpoints may lie below a directory with its name.
     """
     found = dict.fromkeys(path for path in _candidates(root, names, backbone) if _is_checkpoint(path))
-    return list({path.resolve(): path for path in found}.values())
+    return list({_identity(path): path for path in found}.values())
 
 
 def _candidates(root: Path, names: Sequence[str], backbone: str) -> Iterator[Path]:
@@ -41,6 +41,12 @@ def _candidates(root: Path, names: Sequence[str], backbone: str) -> Iterator[Pat
         for place in _PLACES if ":" not in model else _PLACES[:1]:
             for spelled in (model, model.replace("ViT", "VIT")):
                 yield from (root / place.format(model=spelled) / file.format(task=name) for file in _FILES)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What two names of one file have in common, where upper and lower case are not told apart too."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_checkpoint(path: Path) -> bool:

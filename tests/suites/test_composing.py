@@ -109,6 +109,15 @@ def paths_of(suite: Suite) -> dict[str, Path | None]:
     return {name: task.expert.path for name, task in suite.tasks.items()}
 
 
+def test_two_names_of_one_file_are_one_expert(tmp_path: Path) -> None:
+    """As ``MNIST`` and ``mnist`` are where upper and lower case are not told apart."""
+    experts = touch(tmp_path / "experts", *(f"{task.title}/finetuned.pt" for task in tasks_of(NAME)))
+    (experts / "mnist.pt").hardlink_to(experts / "MNIST" / "finetuned.pt")
+    (experts / "svhn.pt").symlink_to(experts / "SVHN" / "finetuned.pt")
+    found = paths_of(extending(tmp_path, experts_root="experts"))
+    assert all(path is not None and path.is_file() for path in found.values())
+
+
 def test_experts_that_are_missing_or_ambiguous_are_all_named(tmp_path: Path) -> None:
     names = [task.title for task in tasks_of(NAME) if task.name not in ("dtd", "mnist")]
     touch(tmp_path / "experts", *(f"{name}/finetuned.pt" for name in names), "SVHNVal/nonlinear_finetuned.pt")
