@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from mergekit_vision.functional import fisher
+from mergekit_vision.functional import fisher, streams
 from mergekit_vision.functional.gram import GRAM_BLOCK
 from mergekit_vision.functional.polar_columns import SIDE
 
@@ -24,6 +24,8 @@ _LINEAR = re.compile(
 )
 CURVATURES = fisher.HELD
 """Bytes of curvatures that FisherFit holds at once."""
+STEP = streams.STEP
+"""Tokens whose layer inputs methods that go block by block hold at once."""
 APART = 1.15
 """Time of the same operations in a merge, which goes from tensor to tensor, relative to a measurement that repeats one."""
 

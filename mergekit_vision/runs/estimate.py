@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 from mergekit_vision.encoders.backbone import Backbone, stored_weights
-from mergekit_vision.functional.streams import STEP
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.costs import Method, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
-from mergekit_vision.merging.work import CURVATURES, Matrix, Sizes
+from mergekit_vision.merging.work import CURVATURES, STEP, Matrix, Sizes
 from mergekit_vision.merging.workbench import GRAPH, TOKENS
 from mergekit_vision.support.scratch import LARGE
 
