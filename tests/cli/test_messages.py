@@ -40,7 +40,7 @@ def test_what_a_value_must_be(
         (["merge", "-m", "ESM"], "--suite is missing; give -s FILE, or -s demo"),
         (["merge", "-s", "SUITE"], "name a method: -m NAME (`mergekit-vision methods` lists them)"),
         (["test", "-s", "SUITE"], "give one of --merger (merge now) and --merged ("),
-        (["predict", "-s", "SUITE", "-m", "Average"], ("--task, --images are missing", "--images is missing", "--task is missing")),
+        (["predict", "-s", "SUITE", "-m", "Average"], ("--task, --images are", "--images is missing", "--task is missing")),
         (["predict", "-s", "SUITE", "-m", "Average", "--images", "."], "--task is missing"),
         (
             ["merge", "-s", "SUITE", "--merger.rank", "8"],
