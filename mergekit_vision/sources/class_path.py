@@ -44,7 +44,7 @@ class TorchvisionImages(ImageSource):
         if self._length > _MOST:
             raise InputError(f"{class_path}: has {self._length} images, and {_MOST} are the limit")
         names = getattr(self._data, "classes", None)
-        self.names = tuple(map(str, names)) if names is not None else None
+        self.names = tuple(map(_first_name, names)) if names is not None else None
 
     def __len__(self) -> int:
         return self._length
@@ -87,6 +87,11 @@ class TorchvisionImages(ImageSource):
             return operator.index(label)
         except TypeError as error:
             raise InputError(f"{self._where}: {attribute} holds {label!r}, which is no class index") from error
+
+
+def _first_name(name: object) -> str:
+    """A class's name, or the first where it has several, as in ImageNet."""
+    return str(name[0] if isinstance(name, tuple) and name else name)
 
 
 def _built(build: Callable[..., Any], class_path: str, args: Mapping[str, Any]) -> Any:

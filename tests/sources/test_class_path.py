@@ -11,7 +11,7 @@ from PIL import Image
 from published_hub import EMNIST, IMAGES, serve_emnist
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.sources.checks import check_source
+from mergekit_vision.sources.checks import check_source, content_faults
 from mergekit_vision.sources.opening import open_source
 
 
@@ -96,6 +96,20 @@ def test_a_real_torchvision_data_set() -> None:
     source = open_source({"torchvision": "torchvision.datasets.FakeData", "args": {"size": 5, "image_size": [3, 8, 8]}})
     assert len(source) == len(source.labels()) == 5
     assert source[0][0].size == (8, 8)
+
+
+def test_of_several_names_of_a_class_the_first_counts(tmp_path: Path) -> None:
+    place = tmp_path / "imagenette2-160" / "train"
+    for wnid in ("n01440764", "n02979186", "n03000684"):
+        (place / wnid).mkdir(parents=True)
+        image(1).save(place / wnid / "0.JPEG")
+    source = open_source(
+        {"torchvision": "torchvision.datasets.Imagenette", "args": {"root": str(tmp_path), "size": "160px", "split": "train"}}
+    )
+    assert source.names == ("tench", "cassette player", "chain saw")
+    assert content_faults(source, ["tench", "cassette player", "chain saw"]) == []
+    (fault,) = content_faults(source, ["cassette player", "tench", "chain saw"])
+    assert "class 0 is `tench` in the data, but `cassette player`" in fault
 
 
 @pytest.mark.parametrize(
