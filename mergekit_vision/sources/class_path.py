@@ -43,7 +43,9 @@ class TorchvisionImages(ImageSource):
             raise InputError(f"{class_path}: {in_one_line(error)}") from error
         if self._length > _MOST:
             raise InputError(f"{class_path}: has {self._length} images, and {_MOST} are the limit")
-        names = getattr(self._data, "classes", None)
+        # OxfordIIITPet's way of telling cats from dogs
+        self._binary = list(getattr(self._data, "_target_types", [])) == ["binary-category"]
+        names = getattr(self._data, "bin_classes" if self._binary else "classes", None)
         self.names = tuple(map(_first_name, names)) if names is not None else None
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class TorchvisionImages(ImageSource):
 
     @cached_property
     def _labels(self) -> Sequence[int]:
-        for attribute in ("targets", "labels", "_labels"):
+        for attribute in ("_bin_labels",) if self._binary else ("targets", "labels", "_labels"):
             known = getattr(self._data, attribute, None)
             if known is not None and len(known) == len(self):
                 return [self._index(label, attribute) for label in known]

@@ -112,6 +112,23 @@ def test_of_several_names_of_a_class_the_first_counts(tmp_path: Path) -> None:
     assert "class 0 is `tench` in the data, but `cassette player`" in fault
 
 
+def test_pets_are_of_breeds_or_cats_and_dogs(tmp_path: Path) -> None:
+    place = tmp_path / "oxford-iiit-pet"
+    for folder in ("images", "annotations"):
+        (place / folder).mkdir(parents=True)
+    pets = (("Bombay_1", 1, 1), ("beagle_7", 2, 2), ("pug_3", 3, 2))
+    (place / "annotations" / "test.txt").write_text("".join(f"{name} {breed} {kind} 1\n" for name, breed, kind in pets))
+    for name, *_ in pets:
+        image(1).save(place / "images" / f"{name}.jpg")
+    args = {"root": str(tmp_path), "split": "test"}
+    breeds = open_source({"torchvision": "torchvision.datasets.OxfordIIITPet", "args": args})
+    assert (breeds.names, breeds.labels()) == (("Bombay", "Beagle", "Pug"), [0, 1, 2])
+    for kinds in ("binary-category", ["binary-category"]):
+        source = open_source({"torchvision": "torchvision.datasets.OxfordIIITPet", "args": {**args, "target_types": kinds}})
+        assert (source.names, source.labels()) == (("Cat", "Dog"), [0, 1, 1])
+        assert [source[index][1] for index in range(3)] == [0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("config", "hint"),
     [
