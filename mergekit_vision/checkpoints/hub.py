@@ -1,10 +1,13 @@
 """Checkpoints on the Hugging Face hub."""
 
 import re
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
+from mergekit_vision.checkpoints.opening import read_object
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.hub import offline
 
@@ -31,15 +34,18 @@ class HubFile(NamedTuple):
         """Take the parts of the text.
 
         Raises:
-            InputError: when it is of another form.
+            InputError: when it is of another form, or leads out of the repository.
 
         >>> HubFile.parse("hf-hub:org/name@v1:experts/mnist.pt")
         HubFile(repository='org/name', revision='v1', inside='experts/mnist.pt')
         """
         found = _ID.fullmatch(text)
-        if found is None or ".." in Path(found["inside"] or "").parts:
+        if found is None:
             raise InputError(f"{text}: must be hf-hub:org/name, with @revision and :path/in/repo behind it if needed")
-        return cls(found["repository"], found["revision"], found["inside"])
+        inside, drive = PurePosixPath(found["inside"] or ""), PureWindowsPath(found["inside"] or "")
+        if drive.anchor or ".." in drive.parts:  # of any system's paths: it is joined to a directory of this machine
+            raise InputError(f"{text}: the path must be one in the repository, as in hf-hub:org/name:path/in/repo")
+        return cls(found["repository"], found["revision"], None if inside == PurePosixPath() else str(inside))
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f"@{self.revision}"
@@ -57,14 +63,14 @@ def fetch_snapshot(file: HubFile) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    def download(patterns: list[str]) -> Path:
-        return Path(snapshot_download(file.repository, revision=file.revision, allow_patterns=patterns))
+    def download(patterns: Iterable[str]) -> Path:
+        return Path(snapshot_download(file.repository, revision=file.revision, allow_patterns=list(patterns)))
 
     try:
         if file.inside is not None:
-            inside = file.inside.rstrip("/")
-            beside = [str(Path(inside).parent / name) for name in ("config.json", "adapter_config.json")]
-            place = download([inside, f"{inside}/*", *beside]) / inside
+            place = download(_patterns(file.inside)) / file.inside
+            if shards := named_shards(place):
+                download(_beside(file.inside, shards))
         else:
             place = download(_FILES)
             if not any(place.rglob("*.safetensors")):
@@ -90,19 +96,48 @@ def cached_snapshot(file: HubFile) -> Path | None:
         return None
 
 
+def named_shards(index: Path) -> set[str]:
+    """The files beside it that an index says hold the tensors; none where ``index`` is no such file."""
+    if index.suffix != ".json" or not index.is_file():
+        return set()
+    try:
+        named = read_object(index).get("weight_map")
+    except InputError:  # opening it says what is wrong
+        return set()
+    return set(map(str, named.values())) if isinstance(named, dict) else set()
+
+
 def remote_bytes(file: HubFile) -> int:
     """Size of the files that :func:`fetch_snapshot` downloads, by the hub; raises what its library does."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, hf_hub_download
 
     found = HfApi().model_info(file.repository, revision=file.revision, files_metadata=True).siblings or []
     sizes = {each.rfilename: each.size or 0 for each in found}
+
+    def size_of(patterns: Iterable[str]) -> int:
+        wanted = set(patterns)
+        return sum(size for name, size in sizes.items() if any(fnmatchcase(name, pattern) for pattern in wanted))
+
     if file.inside is not None:
-        return sum(size for name, size in sizes.items() if name == file.inside or name.startswith(f"{file.inside}/"))
+        shards = set[str]()
+        if file.inside in sizes and file.inside.endswith(".json"):
+            shards = named_shards(Path(hf_hub_download(file.repository, file.inside, revision=file.revision)))
+        return size_of([*_patterns(file.inside), *_beside(file.inside, shards)])
     for patterns in (_FILES, _OLDER_FILES):
-        chosen = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+        chosen = [name for name in sizes if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if any(not name.endswith(".json") for name in chosen):
-            return sum(chosen.values())
+            return size_of(patterns)
     return 0
+
+
+def _patterns(inside: str) -> list[str]:
+    """Of a file or directory in a repository, and of what beside it tells how it is read."""
+    return [escape(inside), f"{escape(inside)}/*", *_beside(inside, ("config.json", "adapter_config.json"))]
+
+
+def _beside(inside: str, names: Iterable[str]) -> list[str]:
+    """Patterns of files in the directory that another one lies in."""
+    return [escape(str(PurePosixPath(inside).parent / name)) for name in names]
 
 
 def commit_of(place: Path) -> str:

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_vision.checkpoints import SUFFIXES, ExpertSource
-from mergekit_vision.checkpoints.hub import cached_snapshot
-from mergekit_vision.checkpoints.opening import read_object
+from mergekit_vision.checkpoints.hub import cached_snapshot, named_shards
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.class_path import is_downloaded
 from mergekit_vision.sources.config import SourceConfig, kind_of
@@ -90,16 +89,8 @@ def _weights(place: Path) -> list[Path]:
     else:
         files = [file for file in _files(place) if file.suffix in SUFFIXES]
     indices = place.rglob(_INDEX) if place.is_dir() else [file for file in files if file.match(_INDEX)]
-    parts = {part for index in indices for part in _parts(index)}
+    parts = {index.parent / shard for index in indices for shard in named_shards(index)}
     return [] if any(not part.is_file() for part in parts) else list({*files, *parts})
-
-
-def _parts(index: Path) -> Iterable[Path]:
-    try:
-        named = read_object(index).get("weight_map")
-    except InputError:
-        return []
-    return {index.parent / str(part) for part in named.values()} if isinstance(named, dict) else []
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Experts and backbones on the hub, against a hub on the loopback interface."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from loopback_hub import READER, LoopbackHub, point_at
 from safetensors.torch import save
 
 from mergekit_vision.checkpoints import ExpertSource, open_expert
+from mergekit_vision.checkpoints.hub import HubFile, remote_bytes
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip
 from mergekit_vision.errors import InputError
 
@@ -64,6 +66,55 @@ def test_what_tells_of_a_file_is_downloaded_with_it(hub: LoopbackHub) -> None:
         "org/tower", {"x.safetensors": save(TOWER), "config.json": b'{"model_type": "clip_vision_model", "hidden_act": "gelu"}'}
     )
     assert open_expert(source("hf-hub:org/tower:x.safetensors")).origin["activation"] == "gelu"
+
+
+@pytest.mark.parametrize("inside", ["/{}", "a/../../{}", "..", "C:/{}", "\\{}", "a\\..\\..\\{}"])
+def test_a_path_leads_nowhere_but_into_the_repository(hub: LoopbackHub, inside: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.safetensors"
+    secret.write_bytes(save(TOWER))
+    hub.commit("org/experts", {"x.safetensors": save(TOWER)})
+    text = f"hf-hub:org/experts:{inside.format(secret)}"
+    with pytest.raises(InputError, match="the path must be one in the repository, as in hf-hub:org/name:path/in/repo"):
+        open_expert(source(text))
+    assert hub.requests == []
+
+
+def test_a_path_may_be_written_in_several_ways(hub: LoopbackHub) -> None:
+    content = {"adapter[1].safetensors": save(TOWER), "adapter1.safetensors": b"x", "sub/model.safetensors": save(TOWER)}
+    hub.commit("org/experts", content)
+    for inside, plain in (
+        ("./sub/model.safetensors", "sub/model.safetensors"),
+        ("sub//model.safetensors", "sub/model.safetensors"),
+        ("sub/", "sub"),
+        ("adapter[1].safetensors", "adapter[1].safetensors"),
+    ):
+        parsed = HubFile.parse(f"hf-hub:org/experts:{inside}")
+        assert str(parsed) == f"hf-hub:org/experts:{plain}"
+        assert remote_bytes(parsed) == len(save(TOWER))
+        assert torch.equal(open_expert(source(f"hf-hub:org/experts:{inside}"))["visual.proj"], TOWER["visual.proj"])
+    assert not any("adapter1" in request for request in hub.requests)
+    for whole in ("hf-hub:org/experts:.", "hf-hub:org/experts:./"):
+        assert HubFile.parse(whole) == HubFile("org/experts")
+
+
+@pytest.mark.parametrize("folder", ["", "a[b]/"])
+def test_shards_come_with_their_index(hub: LoopbackHub, folder: str) -> None:
+    index, shards = sharded(folder)
+    hub.commit("org/shards", {**index, **shards, f"{folder}model-other.safetensors": b"x" * 1000})
+    file = f"hf-hub:org/shards:{folder}model.safetensors.index.json"
+    expert = open_expert(source(file))
+    assert all(torch.equal(expert[key], value) for key, value in TOWER.items())
+    assert remote_bytes(HubFile.parse(file)) == sum(map(len, [*index.values(), *shards.values()]))
+    assert not any("model-other" in request for request in hub.requests)
+
+
+def sharded(folder: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """A tower in two files of a repository, and the index of them."""
+    keys = sorted(TOWER)
+    parts = {f"model-0000{number + 1}-of-00002.safetensors": keys[number::2] for number in range(2)}
+    weight_map = {key: name for name, held in parts.items() for key in held}
+    shards = {f"{folder}{name}": save({key: TOWER[key] for key in held}) for name, held in parts.items()}
+    return {f"{folder}model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}, shards
 
 
 def test_what_cannot_be_had_is_one_line(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
