@@ -12,6 +12,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.support.hub import offline
 
 _ID = re.compile(r"(?:hf-hub:)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@\s]+))?(?::(?P<inside>[^:\s].*))?")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _FILES = ["*.json", "*.safetensors"]
 _OLDER_FILES = ["*.json", "*.bin", "*.pt", "*.pth", "*.ckpt"]
 
@@ -55,7 +56,7 @@ class HubFile(NamedTuple):
 def fetch_snapshot(file: HubFile) -> Path:
     """A repository's files that may hold weights, or one of them, in the hub's cache on this machine.
 
-    safetensors are preferred: other files are downloaded only where there are none.
+    safetensors are preferred: other files are downloaded only where a repository has none outside of its directories.
 
     Raises:
         InputError: when the repository, revision or file does not exist, may not be read, or cannot be reached.
@@ -73,7 +74,7 @@ def fetch_snapshot(file: HubFile) -> Path:
                 download(_beside(file.inside, shards))
         else:
             place = download(_FILES)
-            if not any(place.rglob("*.safetensors")):
+            if not any(place.glob("*.safetensors")):  # only those are looked for, not those of a directory in it
                 place = download(_OLDER_FILES)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise InputError(f"{file}: is not in the hub's cache on this machine, and the hub cannot be reached") from error
@@ -123,11 +124,8 @@ def remote_bytes(file: HubFile) -> int:
         if file.inside in sizes and file.inside.endswith(".json"):
             shards = named_shards(Path(hf_hub_download(file.repository, file.inside, revision=file.revision)))
         return size_of([*_patterns(file.inside), *_beside(file.inside, shards)])
-    for patterns in (_FILES, _OLDER_FILES):
-        chosen = [name for name in sizes if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        if any(not name.endswith(".json") for name in chosen):
-            return size_of(patterns)
-    return 0
+    newer = any(name.endswith(".safetensors") and "/" not in name for name in sizes)
+    return size_of(_FILES if newer else [*_FILES, *_OLDER_FILES])
 
 
 def _patterns(inside: str) -> list[str]:
@@ -141,9 +139,9 @@ def _beside(inside: str, names: Iterable[str]) -> list[str]:
 
 
 def commit_of(place: Path) -> str:
-    """The commit of a file in the hub's cache, which has it as the name of the snapshot's directory."""
-    parts = place.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
+    """The commit of a file in the hub's cache, which has it as the name of the snapshot's directory; empty for any other file."""
+    pairs = zip(place.parts, place.parts[1:], strict=False)
+    return next((name for above, name in pairs if above == "snapshots" and _COMMIT.fullmatch(name)), "")
 
 
 def _reason(error: Exception) -> str:

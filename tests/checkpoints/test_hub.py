@@ -1,5 +1,6 @@
 """Experts and backbones on the hub, against a hub on the loopback interface."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from loopback_hub import READER, LoopbackHub, point_at
 from safetensors.torch import save
 
 from mergekit_vision.checkpoints import ExpertSource, open_expert
-from mergekit_vision.checkpoints.hub import HubFile, remote_bytes
+from mergekit_vision.checkpoints.hub import HubFile, commit_of, remote_bytes
 from mergekit_vision.encoders.backbone import describe_backbone, load_clip
 from mergekit_vision.errors import InputError
 
@@ -95,6 +96,30 @@ def test_a_path_may_be_written_in_several_ways(hub: LoopbackHub) -> None:
     assert not any("adapter1" in request for request in hub.requests)
     for whole in ("hf-hub:org/experts:.", "hf-hub:org/experts:./"):
         assert HubFile.parse(whole) == HubFile("org/experts")
+
+
+def test_weights_of_a_directory_are_not_those_of_the_repository(hub: LoopbackHub) -> None:
+    torch.save(TOWER, buffer := io.BytesIO())
+    other = save({key: value + 1 for key, value in TOWER.items()})
+    files = {"pytorch_model.bin": buffer.getvalue(), "onnx/model.safetensors": other, "README.md": b"hello"}
+    hub.commit("org/older", files)
+    assert torch.equal(open_expert(source("hf-hub:org/older"))["visual.proj"], TOWER["visual.proj"])
+    assert remote_bytes(HubFile("org/older")) == len(buffer.getvalue()) + len(other)
+    hub.commit("org/older", {"model.safetensors": other})
+    assert remote_bytes(HubFile("org/older")) == 2 * len(other)
+
+
+def test_a_commit_is_told_by_the_cache_alone() -> None:
+    sha = "0123456789abcdef" * 2 + "01234567"
+    snapshots = Path("hub/models--org--x/snapshots")
+    for place, commit in (
+        (Path("/mnt/snapshots/hf") / snapshots / sha / "sub" / "x.pt", sha),
+        (Path("/home") / snapshots / sha, sha),
+        (Path("/mnt/snapshots"), ""),
+        (Path("/mnt/snapshots/nightly/x.pt"), ""),
+        (Path(f"/mnt/{sha}/x.pt"), ""),
+    ):
+        assert commit_of(place) == commit
 
 
 @pytest.mark.parametrize("folder", ["", "a[b]/"])
