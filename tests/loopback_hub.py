@@ -104,7 +104,7 @@ class LoopbackHub:
         self.repositories: dict[tuple[Kind, str], Repository] = {}
         self.requests: list[str] = []
         self._blobs: dict[str, Blob] = {}
-        self._interrupted: dict[str, int] = {}
+        self._interrupted: dict[str, tuple[int, bool]] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -190,15 +190,18 @@ class LoopbackHub:
         """The messages of all commits of a repository, in order."""
         return [commit.message for commit in self.repositories[kind, name].commits.values()]
 
-    def interrupt(self, name: str, path: str, after: int, kind: Kind = "model") -> None:
-        """Break the connection once, ``after`` so many bytes of the next download of the file ``path`` of ``main``."""
+    def interrupt(self, name: str, path: str, after: int, kind: Kind = "model", reset: bool = False) -> None:
+        """Break the connection once, ``after`` so many bytes of the next download of the file ``path`` of ``main``.
+
+        It is closed, or else ``reset``, as by a firewall.
+        """
         commit = self.repositories[kind, name].at("main")
         assert commit
-        self._interrupted[commit.files[path].sha256] = after
+        self._interrupted[commit.files[path].sha256] = after, reset
 
-    def interruption(self, blob: Blob) -> int | None:
-        """After how many bytes a download of this content that begins now breaks off."""
-        return self._interrupted.pop(blob.sha256, None)
+    def interruption(self, blob: Blob) -> tuple[int | None, bool]:
+        """After how many bytes a download of this content that begins now breaks off, and whether the connection is reset."""
+        return self._interrupted.pop(blob.sha256, (None, False))
 
     def environment(self, home: Path, token: str | None = None, offline: bool = False) -> dict[str, str]:
         """Environment of a client process, whose caches lie in ``home``."""

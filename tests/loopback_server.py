@@ -2,7 +2,10 @@
 
 import base64
 import json
+import os
 import re
+import socket
+import struct
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -196,9 +199,12 @@ class Handler(BaseHTTPRequestHandler):
         self._head(206 if part else 200, {**headers, **kind, **part, "Content-Length": str(end - start)})
         if self.command == "HEAD":
             return
-        data, broken = blob.path.read_bytes()[start:end], self.hub.interruption(blob)
+        data, (broken, reset) = blob.path.read_bytes()[start:end], self.hub.interruption(blob)
         self.wfile.write(data[:broken])
         self.close_connection = self.close_connection or broken is not None
+        if reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # without a farewell
+            os.close(self.connection.detach())
 
     def who(self, _: Mapping[str, str]) -> None:
         if not self._token():

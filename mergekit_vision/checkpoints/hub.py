@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mergekit_vision.checkpoints.opening import read_object
 from mergekit_vision.errors import InputError
-from mergekit_vision.support.hub import offline
+from mergekit_vision.support.hub import offline, request_errors
 
 _ID = re.compile(r"(?:hf-hub:)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@\s]+))?(?::(?P<inside>[^:\s].*))?")
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -62,7 +62,9 @@ def fetch_snapshot(file: HubFile) -> Path:
         InputError: when the repository, revision or file does not exist, may not be read, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    failures: tuple[type[Exception], ...] = (*request_errors(), ValueError)
 
     def download(patterns: Iterable[str]) -> Path:
         return Path(snapshot_download(file.repository, revision=file.revision, allow_patterns=list(patterns)))
@@ -78,7 +80,7 @@ def fetch_snapshot(file: HubFile) -> Path:
                 place = download(_OLDER_FILES)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise InputError(f"{file}: is not in the hub's cache on this machine, and the hub cannot be reached") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except failures as error:
         raise InputError(f"{file}: {_reason(error)}") from error
     if not place.exists():
         raise InputError(f"{file}: the repository has no such file or directory")

@@ -46,6 +46,16 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def request_errors() -> tuple[type[Exception], ...]:
+    """What the hub's library raises where a request fails: its own errors, the system's, and those of what it sends requests by.
+
+    That is httpx, httpx2 or requests, by its version, and the parent of all their errors is a parent of the library's own.
+    """
+    from huggingface_hub.utils import HfHubHTTPError
+
+    return (OSError, HfHubHTTPError, *(parent for parent in HfHubHTTPError.__mro__ if parent.__name__ == "HTTPError"))
+
+
 @lru_cache(maxsize=2)
 def _reachable(endpoint: str, _: float) -> bool:
     if urllib.request.getproxies():

@@ -159,6 +159,15 @@ def test_what_cannot_be_had_is_one_line(hub: LoopbackHub, tmp_path: Path, monkey
     assert open_expert(source("hf-hub:org/secret")).shapes
 
 
+def test_a_connection_that_is_reset_is_one_line(hub: LoopbackHub) -> None:
+    hub.commit("org/expert", {"x.safetensors": save(TOWER)})
+    hub.interrupt("org/expert", "x.safetensors", after=1000, reset=True)
+    with pytest.raises(InputError, match=r"hf-hub:org/expert: .*reset by peer") as caught:
+        open_expert(source("hf-hub:org/expert"))
+    assert "\n" not in str(caught.value)
+    assert open_expert(source("hf-hub:org/expert")).shapes
+
+
 def test_offline_the_cache_is_used_and_what_lacks_named(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

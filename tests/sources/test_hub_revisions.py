@@ -61,6 +61,14 @@ def test_a_private_one_is_refused_without_a_token(hub: LoopbackHub, tmp_path: Pa
     assert len(open_source(secret)) == 3
 
 
+def test_a_connection_that_is_reset_is_one_line(hub: LoopbackHub) -> None:
+    hub.interrupt("org/toy", "data/test.parquet", after=100, kind="dataset", reset=True)
+    with pytest.raises(InputError, match=r"org/toy: cannot be loaded by `datasets` \(.*reset by peer") as caught:
+        open_source(TOY)
+    assert "\n" not in str(caught.value)
+    assert len(open_source(TOY)) == 3
+
+
 def test_offline_without_a_copy(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(hub, tmp_path, monkeypatch)
     hub.requests.clear()
