@@ -49,7 +49,8 @@ def named_by_data(name: str, directories: Iterable[Path], where: str) -> Path:
 
     Args:
         name: as it stands in the data; a relative one starts at the first directory.
-        directories: where the file may be. Links in them are followed, since data alone cannot make any.
+        directories: where the file may be, by these names or with the links in them resolved. Links below them are followed,
+            since data alone cannot make any.
         where: file and row, for messages.
 
     Raises:
@@ -59,7 +60,7 @@ def named_by_data(name: str, directories: Iterable[Path], where: str) -> Path:
         raise InputError(f"{where}: names the URL {name!r}, which is not fetched; store the images in the data")
     roots = [os.path.abspath(directory) for directory in directories]  # noqa: PTH100 (resolves no links)
     path = os.path.abspath(os.path.join(roots[0], name))  # noqa: PTH100, PTH118
-    if not any(Path(path).is_relative_to(root) for root in roots):
+    if not any(Path(path).is_relative_to(place) for root in roots for place in (root, os.path.realpath(root))):
         raise InputError(f"{where}: names the file {name!r}, which is not below {roots[0]}; store the images in the data")
     return Path(path)
 

@@ -183,6 +183,12 @@ def test_files_named_by_data_lie_beside_it(tmp_path: Path) -> None:
     for name in ("../other/c.png", "/etc/passwd", f"{here}-secret/x.png", "a/../../x.png"):
         with pytest.raises(InputError, match=r"row 1: names the file .* not below .*here; store the images in the data"):
             named_by_data(name, [here], "row 1")
+    (tmp_path / "link").symlink_to(here)
+    assert named_by_data("b.png", [tmp_path / "link"], "row 1") == tmp_path / "link" / "b.png"
+    assert named_by_data(str(here / "b.png"), [tmp_path / "link"], "row 1") == here / "b.png"
+    for name in ("../b.png", str(here.parent / "b.png")):
+        with pytest.raises(InputError, match=r"row 1: names the file .* not below .*link; store the images in the data"):
+            named_by_data(name, [tmp_path / "link"], "row 1")
     for name in ("http://example.com/x.png", "file:///etc/passwd", "hf://datasets/x/y.png", "zip://x.png::http://a.b/c.zip"):
         with pytest.raises(InputError, match=r"row 1: names the URL .* not fetched"):
             named_by_data(name, [here], "row 1")

@@ -88,6 +88,16 @@ def test_a_file_that_a_row_names_lies_in_the_data_set(hub: Path) -> None:
         source[1]
 
 
+def test_loose_images_of_a_directory_that_is_a_link(hub: Path) -> None:
+    pets = hub.parent / "elsewhere" / "pets"
+    for number, name in enumerate(("cat/1.png", "dog/1.png"), start=1):
+        (pets / "test" / name).parent.mkdir(parents=True)
+        image(number).save(pets / "test" / name)
+    (hub.parent / "data").symlink_to(hub.parent / "elsewhere")
+    source = open_source({"hub": str(hub.parent / "data" / "pets"), "split": "test"})
+    assert (source.names, source[1][1], source[1][0].getpixel((0, 0))) == (("cat", "dog"), 1, (2, 4, 100))
+
+
 def test_results_name_the_revision(hub: Path, root: Path) -> None:
     content = content_of(root)
     pinned = {"hub": str(hub), "split": "test", "revision": "abc"}

@@ -69,6 +69,16 @@ def test_a_connection_that_is_reset_is_one_line(hub: LoopbackHub) -> None:
     assert len(open_source(TOY)) == 3
 
 
+def test_loose_images_where_the_cache_is_a_link(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "disk")
+    point_at(hub, tmp_path / "linked", monkeypatch)
+    files = {f"test/{name}/1.png": encoded(image(number)) for number, name in enumerate(("cat", "dog"), start=1)}
+    hub.commit("org/pets", files, kind="dataset")
+    source = open_source({"hub": "org/pets", "split": "test"})
+    assert (source.names, source[1][1], source[1][0].getpixel((0, 0))) == (("cat", "dog"), 1, (2, 4, 100))
+
+
 def test_offline_without_a_copy(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(hub, tmp_path, monkeypatch)
     hub.requests.clear()
