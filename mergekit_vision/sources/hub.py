@@ -147,7 +147,8 @@ def prepared_folder(dataset: str) -> Path:
     Raises:
         InputError: when it is not installed.
     """
-    return Path(_library().config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
+    datasets, (*owner, name) = _library(), dataset.split("/")
+    return Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, datasets.naming.camelcase_to_snakecase(name)])
 
 
 def forget_prepared(config: Mapping[str, Any]) -> None:

@@ -64,12 +64,13 @@ def test_the_size_of_published_experts_is_known(hub: LoopbackHub) -> None:
     assert hub.requests == []
 
 
-def test_data_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["org/toy", "1aurent/PatchCamelyon", "Org/GTSRBTestSet2"])
+def test_data_on_the_hub(hub: LoopbackHub, tmp_path: Path, name: str) -> None:
     pytest.importorskip("datasets")
     pq.write_table(table([encoded(image(1))] * 2, [1, 0], ["x", "y"]), tmp_path / "test.parquet")
-    hub.commit("org/toy", {"data/test.parquet": tmp_path / "test.parquet"}, kind="dataset")
-    source = {"hub": "org/toy", "split": "test"}
-    assert source_presence(source) == Presence(False, None, "org/toy")
+    hub.commit(name, {"data/test.parquet": tmp_path / "test.parquet"}, kind="dataset")
+    source = {"hub": name, "split": "test"}
+    assert source_presence(source) == Presence(False, None, name)
     assert hub.requests == []
     open_source(source)
     hub.requests.clear()
