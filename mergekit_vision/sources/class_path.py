@@ -25,6 +25,9 @@ _TORCHVISION, _OWN = "torchvision.datasets", "mergekit_vision.demo.tasks"
 _UNPICKLING = {"LSUN", "LSUNClass"}
 """Data sets of torchvision that unpickle a file of the working directory, which may run code."""
 
+_FOLDERS = ("_base_folder", "base_folder", "raw_folder", "_data_dir", "_data_path", "_size_root")
+"""Where one of torchvision's classes keeps its files or some of them: below ``root``, or relative to it."""
+
 _MOST = 10**8  # images; the largest public sets of labeled ones have a few 10^7
 
 
@@ -68,10 +71,21 @@ class TorchvisionImages(ImageSource):
     def fingerprint(self) -> str:
         """Hash of the class path, the arguments, all labels, and the paths, sizes and modification times under ``root``.
 
+        Of a class of torchvision that has a folder of its own there, it is that folder's files: data sets may share a ``root``.
         Without a directory ``root`` among the arguments, the data set is taken for what its class always yields.
         """
         root = self._args.get("root")
-        return digest(self._where, sorted(self._args.items()), self.labels(), stamps(Path(root)) if isinstance(root, str) else [])
+        files = stamps(self._folder(Path(root))) if isinstance(root, str) else []
+        return digest(self._where, sorted(self._args.items()), self.labels(), files)
+
+    def _folder(self, root: Path) -> Path:
+        """The folder in ``root`` with all files of a class of torchvision that names one, else ``root``."""
+        if self._where.startswith(f"{_TORCHVISION}."):
+            for own in (Path(str(getattr(self._data, attribute, ""))) for attribute in _FOLDERS):
+                inside = own.relative_to(root) if own.is_relative_to(root) else own
+                if inside.parts and not inside.is_absolute():
+                    return root / inside.parts[0]
+        return root
 
     @cached_property
     def _labels(self) -> Sequence[int]:

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,9 +77,18 @@ def stamp(path: Path) -> tuple[str, int, int]:
 
 
 def stamps(directory: Path) -> list[tuple[str, int, int]]:
-    """Stamps of all files below a directory, by their paths relative to it; none where there is no such directory."""
-    files = (Path(place, name) for place, _, names in os.walk(directory, followlinks=True) for name in names)
-    return sorted((str(file.relative_to(directory)), *stamp(file)[1:]) for file in files if file.is_file())
+    """Stamps of all files below a directory, by their paths relative to it; none where there is no such directory.
+
+    Links to nothing are left out, and so is what another process removes meanwhile.
+    """
+    found = []
+    for place, _, names in os.walk(directory, followlinks=True):
+        for file in (Path(place, name) for name in names):
+            with suppress(OSError):
+                status = file.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append((str(file.relative_to(directory)), status.st_size, status.st_mtime_ns))
+    return sorted(found)
 
 
 def _checked(value: Any) -> str:

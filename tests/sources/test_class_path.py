@@ -1,5 +1,7 @@
 """Data set classes by their dotted path."""
 
+import os
+import struct
 import sys
 from pathlib import Path
 
@@ -53,6 +55,27 @@ def test_torchvision_fingerprint_follows_the_files_under_root(tmp_path: Path) ->
     assert len(set(found)) == 4
     (nested.with_name("broken")).symlink_to(tmp_path / "nowhere")
     assert open_source(config, allow_code=True).fingerprint() == found[-1]
+
+
+def test_a_root_may_be_shared_by_classes_with_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, size in (("train", 2), ("t10k", 1)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, size, 28, 28) + bytes(784 * size))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, size) + bytes(size))
+    (tmp_path / "data" / "dtd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    configs = [
+        {"torchvision": "torchvision.datasets.MNIST", "args": {"root": root, "train": False}}
+        for root in (str(tmp_path / "data"), "data", "data/")
+    ]
+    before = [open_source(config).fingerprint() for config in configs]
+    (tmp_path / "data" / "dtd" / "x.jpg").write_text("another data set's")
+    assert [open_source(config).fingerprint() for config in configs] == before
+    file = raw / "t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1] + b"1")
+    os.utime(file, ns=(10**18, 10**18))
+    assert not set(before) & {open_source(config).fingerprint() for config in configs}
 
 
 class Pairs(Squares):

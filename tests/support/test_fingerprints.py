@@ -91,3 +91,20 @@ def test_stamps_of_a_directory_follow_its_files(tmp_path: Path) -> None:
     (tmp_path / "broken").symlink_to(tmp_path / "nothing")
     ((name, size, _),) = stamps(tmp_path)
     assert (name, size) == ("deep/x", 3)
+
+
+def test_stamps_of_a_directory_in_which_files_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("early", "late", "here"):
+        (tmp_path / name).write_text(name)
+    look = Path.stat
+
+    def removing(self: Path, **options: bool) -> os.stat_result:
+        if self.name == "early":
+            self.unlink(missing_ok=True)
+        found = look(self, **options)
+        if self.name == "late":
+            self.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", removing)
+    assert {name for name, *_ in stamps(tmp_path)} - {"late"} == {"here"}
