@@ -22,6 +22,8 @@ def matching(pattern: Path) -> list[Path]:
     """
     if pattern.is_file():
         return [pattern]
+    if pattern.is_dir():
+        raise InputError(f"{pattern}: is a directory; name the files in it, as in {pattern / '*.parquet'}")
     above = next(place for place in pattern.parents if place.is_dir())  # what exists is taken by its name: run[1]/*.parquet
     rest = str(pattern.relative_to(above))
     found = sorted(above / name for name in glob.glob(rest, root_dir=above, recursive=True))  # noqa: PTH207

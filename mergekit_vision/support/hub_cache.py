@@ -1,8 +1,11 @@
 """The cache of the Hugging Face hub's library: where a repository lies in it, and whether its files are whole."""
 
 import hashlib
+import os
 import re
+import stat
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +30,7 @@ def remove_damaged(folder: Path) -> list[Path]:
     The library names each file by the hub's hash of it: the SHA-256 of a large one, git's SHA-1 of any other. Where the system
     has no symbolic links it does not, and nothing can be told.
     """
-    files = {file: file.stat() for file in (folder / "blobs").glob("*") if file.is_file()}
+    files = _blobs(folder)
     damaged = [file for file, status in files.items() if not _is_whole(file, status.st_size, status.st_mtime_ns)]
     late = time.time() - _SILENCE
     stale = [file for file, status in files.items() if file.suffix == _PARTIAL and status.st_mtime < late]
@@ -38,7 +41,16 @@ def remove_damaged(folder: Path) -> list[Path]:
 
 def whole_bytes(folder: Path) -> int:
     """Size of the files of a repository that are here and complete."""
-    return sum(file.stat().st_size for file in (folder / "blobs").glob("*") if file.suffix != _PARTIAL)
+    return sum(status.st_size for file, status in _blobs(folder).items() if file.suffix != _PARTIAL)
+
+
+def _blobs(folder: Path) -> dict[Path, os.stat_result]:
+    """The files of a repository by where they lie, without those that another process renames or removes meanwhile."""
+    found = {}
+    for file in (folder / "blobs").glob("*"):
+        with suppress(FileNotFoundError):
+            found[file] = file.stat()
+    return {file: status for file, status in found.items() if stat.S_ISREG(status.st_mode)}
 
 
 @cache  # a repository may have the experts of many tasks, and is looked at for each
@@ -50,7 +62,10 @@ def _is_whole(file: Path, size: int, _: int) -> bool:
         content = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     else:
         return True
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            content.update(chunk)
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                content.update(chunk)
+    except FileNotFoundError:  # another process has found it damaged
+        return False
     return content.hexdigest() == file.name

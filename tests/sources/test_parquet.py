@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def test_parquet_glob_in_any_order(parquet: Path) -> None:
         assert picture.getpixel((0, 0)) == (index, 2 * index, 100)
     with pytest.raises(IndexError):
         source[9]
+
+
+@pytest.mark.parametrize("directory", ["/", ".", "..", "photos"])
+def test_a_directory_is_no_parquet_file(directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"^{re.escape(directory)}: is a directory; name the files in it, .*\*\.parquet$"):
+        open_source({"parquet": directory})
 
 
 def test_parquet_reads_each_row_group_once_in_order_and_keeps_few(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
