@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_vision.support.memory import main_memory
 from mergekit_vision.support.paths import nearest
 from mergekit_vision.support.verdicts import Verdict
 
@@ -122,31 +123,18 @@ def usable_cores() -> int:
 
 
 def memory_verdicts() -> Iterator[Verdict]:
-    """Memory that is free, where the system tells it."""
-    free = free_memory()
-    if free is None:
+    """Memory that is free, within the limits of a container too, where the system tells it."""
+    memory = main_memory()
+    if memory is None:
         yield Verdict("ok", "memory", "how much is free is not known on this system")
-    elif free < _LITTLE_MEMORY:
+    elif memory.free < _LITTLE_MEMORY:
         yield Verdict(
             "warning",
             "memory",
-            f"{free / _GB:.1f} GB free; merging takes 1 to 3 GB, and decoded images as many as `--data.cache_mb` allows",
+            f"{memory.free / _GB:.1f} GB free; merging takes 1 to 3 GB, and decoded images as many as `--data.cache_mb` allows",
         )
     else:
-        yield Verdict("ok", "memory", f"{free / _GB:.1f} GB free")
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that can be used, within the limit of a container; ``None`` where neither is known."""
-    known = []
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        known.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        known.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, KeyError):  # another system, or no limit
-        pass
-    return min(known, default=None)
+        yield Verdict("ok", "memory", f"{memory.free / _GB:.1f} GB free")
 
 
 def disk_verdicts(places: Iterable[Path]) -> Iterator[Verdict]:

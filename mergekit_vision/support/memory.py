@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _SPENT = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|failed to allocate", re.IGNORECASE)
 _SIZE = r"(\d+(?:\.\d+)? ?(?:bytes|[kmgt]ib))"
@@ -48,14 +49,32 @@ def wanted(error: Exception) -> int | None:
     return _bytes(found[1]) if found else None
 
 
-def measured(device: torch.device, error: Exception | None = None) -> Memory | None:
+def measured(device: "torch.device", error: Exception | None = None) -> Memory | None:
     """The memory of a device, now or when an error was raised; ``None`` where that cannot be told.
 
     CUDA's own error has its numbers: when it is caught, much is free again.
     """
     if device.type == "cuda":
         return _of_cuda(device, error)
-    return _of_process() if device.type == "cpu" else None
+    return main_memory() if device.type == "cpu" else None
+
+
+def main_memory() -> Memory | None:
+    """Main memory, where the system is Linux: resident, and free within the limits of the machine, its groups and the process."""
+    try:
+        pages = [int(number) for number in Path("/proc/self/statm").read_text().split()]
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        own = Path("/proc/self/cgroup")
+        groups = own.read_text() if own.is_file() else ""  # of a kernel without them
+    except OSError:
+        return None
+    import resource
+
+    whole, resident, size = pages[0], pages[1], resource.getpagesize()
+    left = [int(found[1]) << 10] if found else []
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        left.append(limit - whole * size)
+    return Memory(resident * size, max(0, min([*left, *_left_by_groups(groups)]))) if left else None
 
 
 def readable_size(size: int) -> str:
@@ -72,29 +91,14 @@ def _bytes(text: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def _of_cuda(device: torch.device, error: Exception | None) -> Memory | None:
+def _of_cuda(device: "torch.device", error: Exception | None) -> Memory | None:
     if error is not None:
         found = _OF_CUDA.search(str(error))
         free, taken, reserved = map(_bytes, found.groups()) if found else (0, 0, 0)
         return Memory(taken, free + reserved) if found else None
+    import torch
+
     return Memory(torch.cuda.memory_allocated(device), 0)  # 0 where CUDA has not started yet
-
-
-def _of_process() -> Memory | None:
-    """Main memory, where the system is Linux: resident, and free within the limits of the machine, its groups and the process."""
-    try:
-        pages = [int(number) for number in Path("/proc/self/statm").read_text().split()]
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        groups = Path("/proc/self/cgroup").read_text()
-    except OSError:
-        return None
-    import resource
-
-    whole, resident, size = pages[0], pages[1], resource.getpagesize()
-    left = [int(found[1]) << 10] if found else []
-    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        left.append(limit - whole * size)
-    return Memory(resident * size, max(0, min([*left, *_left_by_groups(groups)]))) if left else None
 
 
 def _left_by_groups(groups: str) -> Iterator[int]:

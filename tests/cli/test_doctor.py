@@ -15,6 +15,7 @@ from mergekit_vision.cli import doctor, self_check
 from mergekit_vision.cli.main import main
 from mergekit_vision.support import hardware, installation
 from mergekit_vision.support.cache import Cache, json_form
+from mergekit_vision.support.memory import Memory
 from mergekit_vision.support.verdicts import Verdict, verdicts
 
 NO_OPERATORS = "raise RuntimeError('operator torchvision::nms does not exist')"
@@ -102,9 +103,23 @@ def test_threads_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (found,) = hardware.thread_verdicts()
         assert found.level == level, found
     for free, level in ((int(1e9), "warning"), (int(9e9), "ok"), (None, "ok")):
-        monkeypatch.setattr(hardware, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(hardware, "main_memory", lambda free=free: None if free is None else Memory(0, free))
         (found,) = hardware.memory_verdicts()
         assert found.level == level, found
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="told by Linux")
+def test_what_a_container_keeps_of_files_that_were_read_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gigabyte, read = 10**9, Path.read_text
+    files = {
+        "/proc/meminfo": f"MemAvailable: {64 * gigabyte >> 10} kB\n",
+        "/proc/self/cgroup": "0::/\n",
+        "/sys/fs/cgroup/memory.max": f"{16 * gigabyte}\n",
+        "/sys/fs/cgroup/memory.current": f"{16 * gigabyte}\n",
+        "/sys/fs/cgroup/memory.stat": f"anon {3 * gigabyte}\ninactive_file {13 * gigabyte}\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path, *options: files.get(str(path)) or read(path, *options))
+    assert [(each.level, each.text) for each in hardware.memory_verdicts()] == [("ok", "13.0 GB free")]
 
 
 def test_the_cache_is_cleared_of_what_is_ours(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
