@@ -17,6 +17,8 @@ LONGEST = 1000
 """How many times the other a side may be: the shorter one is resized to what the model sees, the longer along with it."""
 
 _RUN_PROGRAMS = {"EPS"}  # Pillow has Ghostscript run what such a file says
+_NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes, and leaves to others to read
+_READ_AS_JPEG = {"MPO"}
 _OF_16_BITS = {"PNG", "PPM"}  # formats of which Pillow gives 16 bits as 32, in some versions
 
 
@@ -133,7 +135,13 @@ def _gray(values: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> Image.
 
 
 @cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of files that :func:`decode` reads, in lower case; Pillow has others too, of what it only writes or recognizes."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in {*_formats(), *_READ_AS_JPEG})
+
+
+@cache
 def _formats() -> tuple[str, ...]:
     """The formats that Pillow reads by itself, in its order."""
     Image.init()
-    return tuple(name for name in Image.ID if name not in _RUN_PROGRAMS)
+    return tuple(name for name in Image.ID if name not in _RUN_PROGRAMS | _NOT_READ)

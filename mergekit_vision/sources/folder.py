@@ -8,7 +8,7 @@ from PIL import Image
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.base import ImageSource
-from mergekit_vision.sources.decoding import decode
+from mergekit_vision.sources.decoding import decode, suffixes
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.fingerprints import digest, stamp
 
@@ -65,9 +65,8 @@ class FlatFolder(ImageSource):
         place = Path(directory)
         if not place.exists():
             raise InputError(f"{place}: no such file or directory")
-        suffixes = Image.registered_extensions()
         entries = [Path(entry) for entry in listed(place)] if place.is_dir() else [place]
-        self.paths = tuple(entry for entry in entries if entry.suffix.lower() in suffixes and entry.is_file())
+        self.paths = tuple(entry for entry in entries if entry.suffix.lower() in suffixes() and entry.is_file())
         if not self.paths:
             below = "; sub-directories are not searched" if any(entry.is_dir() for entry in entries) else ""
             raise InputError(f"{place}: holds no image files (known by suffixes such as .jpg, .png, .webp){below}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pictures import numbered
+from pictures import image, numbered
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.checks import check_source
@@ -22,6 +22,26 @@ def test_image_folder(folder: Path) -> None:
         source[2]
     with pytest.raises(InputError, match="nowhere: not an image folder"):
         open_source({"folder": str(folder / "nowhere")})
+
+
+def test_a_flat_folder_is_of_files_that_can_be_opened(tmp_path: Path) -> None:
+    names = ["x.bmp", "x.gif", "x.jfif", "x.JPEG", "x.mpo", "x.pdf", "x.png", "x.tif", "x.webp"]
+    for name in names:
+        image(1).save(tmp_path / name)
+    others = {
+        "x.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 3\n%%EndComments\n%%EOF\n",
+        "x.grib": b"GRIB\0\0\0\x01",
+        "x.h5": b"\x89HDF\r\n\x1a\n",
+        "x.mpg": b"\0\0\x01\xb3\x01\0\x10\0",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    source = FlatFolder(tmp_path)
+    assert {path.name for path in source.paths} == set(names) - {"x.pdf"}
+    assert [source[index][0].size for index in range(len(source))] == [(4, 3)] * len(source)
+    for name in ("x.pdf", *others):
+        with pytest.raises(InputError, match=f"{name}: holds no image files"):
+            FlatFolder(tmp_path / name)
 
 
 def test_flat_folder(folder: Path) -> None:
