@@ -23,6 +23,7 @@ from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
 from mergekit_vision.evaluation.metric import TaskMetric
 from mergekit_vision.merger import Merged, merged_weights
 from mergekit_vision.merging.agreement import Agreement, ExpertTeachers
+from mergekit_vision.merging.record import needs_images
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.registry import get
 from mergekit_vision.suites.splits import TEST
@@ -104,7 +105,7 @@ def measure(
     bench, merger = opened(suite), get(name)()
     images = test_images(bench, most)
     experts = {task: bench.evaluator.expert(task) for task in bench.evaluator.data.suite.tasks}
-    fits = merger.needs == "proxies"
+    fits = needs_images(merger)
     known: dict[Proxies | None, tuple[Merged, list[float]]] = {}
 
     def lost(fitted: Proxies, judged: Proxies) -> dict[str, float]:

@@ -463,7 +463,7 @@ class Merger(ABC):
     Attributes:
         title: the method's name in prose, such as ``"TIES-Merging"``; the class's name where it is empty.
         paper: whom to cite: authors, title, venue or arXiv number; empty where there is no paper.
-        needs: what it needs besides the experts' weights.
+        needs: what it needs besides the experts' weights, with default parameters; see :attr:`data_needs`.
         kind: what it returns.
     """
 
@@ -475,6 +475,14 @@ class Merger(ABC):
     @abstractmethod
     def merge(self, inputs: MergeInputs) -> Merged:
         """Compute the merged model. Pull from ``inputs`` what the method needs, and nothing else."""
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """What it needs with the parameters that it has: :attr:`needs`, unless a subclass overrides this.
+
+        A method whose parameters are methods speaks for itself alone.
+        """
+        return self.needs
 
     @property
     def revisable(self) -> Revisable:

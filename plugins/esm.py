@@ -73,6 +73,11 @@ class ESM(ByParts):
         check_rank(self, "null for d_out // T, or energy", self.rank, self.floor)
         check_options(self, norm=TaskNorm, out_proj=OutProj, other=Other, directions=Directions)
 
+    @property
+    def data_needs(self) -> DataNeeds:
+        """None for directions "svd"."""
+        return "none" if self.directions == "svd" else "proxies"
+
     def directions_of(self, inputs: MergeInputs, key: str, tasks: int) -> int | None:
         """Essential directions a task, or singular triplets of the matrices that TSV-M merges; by energy, all are looked at."""
         shape = inputs.base[key].shape

@@ -70,6 +70,11 @@ class RegMean(Merger):
         if not 0 <= self.ridge < math.inf:
             raise InputError(f"RegMean: ridge is {self.ridge}, but must be a finite number, 0 or more")
 
+    @property
+    def data_needs(self) -> DataNeeds:
+        """None where no inputs count."""
+        return "none" if self.gram == "delta" else "proxies"
+
     def merge(self, inputs: MergeInputs) -> Merged:
         """Average what is no Linear layer's weight, then fit the Linear layers, block after block where inputs count."""
         update = inputs.spread_changed(lambda key: inputs.deltas(key).mean(0), self._averaged(inputs), "averages")

@@ -11,7 +11,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.fitting import RouterFit, deciding, evidence_of, routed
 from mergekit_vision.functional.linalg import pad_rank, top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import LinearKind, Merged, MergeInputs, Merger, ModelKind, check_options, linears_of_kind
+from mergekit_vision.merger import DataNeeds, LinearKind, Merged, MergeInputs, Merger, ModelKind, check_options, linears_of_kind
 from mergekit_vision.routers import ProjectionRouter, Router, SubspaceRouter
 
 Rule = Literal["projection", "mass", "sim"]
@@ -62,6 +62,11 @@ class SMILE(Merger):
             if getattr(self, name) < 1:
                 raise InputError(f"SMILE: {name} is {getattr(self, name)}, but must be at least 1")
         check_options(self, rest=Literal["base", "mean"], rule=Rule, decision=Decision)
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """Proxy images for the rule "sim" alone."""
+        return "proxies" if self.rule == "sim" else "none"
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Decompose the task vectors of the routed layers."""

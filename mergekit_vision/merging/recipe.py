@@ -14,7 +14,7 @@ from mergekit_vision.encoders.routed import Route
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.coefficient import Scale, ScaleChoice
-from mergekit_vision.merging.record import citations, composed, merger_record, revisable
+from mergekit_vision.merging.record import citations, merger_record, needs_images, revisable
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import ExpertDtype, LowRankExperts
@@ -177,7 +177,7 @@ def halves(data: VisionTasks, mergers: Iterable[Merger]) -> tuple[VisionTasks, V
     Raises:
         InputError: when there is only one image a task.
     """
-    fits = any(part.needs != "none" for merger in mergers for part in composed(merger))
+    fits = any(map(needs_images, mergers))
     seen, judged = data.proxies.halves() if fits else (data.proxies, data.proxies)
     return data.variant(seen, data.task_names), data.variant(judged, data.task_names)
 

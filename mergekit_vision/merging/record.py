@@ -34,6 +34,18 @@ def composed(merger: Merger) -> Iterator[Merger]:
             yield from composed(value)
 
 
+def needs_images(merger: Merger) -> bool:
+    """Whether a method, or one that it is composed of, needs images besides the experts' weights.
+
+    >>> from mergekit_vision.merging.record import needs_images
+    >>> from mergekit_vision.plugins.dare import DARE
+    >>> from mergekit_vision.plugins.esm import ESM
+    >>> needs_images(DARE()), needs_images(DARE(base=ESM())), needs_images(DARE(base=ESM(directions="svd")))
+    (False, True, False)
+    """
+    return any(part.data_needs != "none" for part in composed(merger))
+
+
 def citations(merger: Merger) -> list[str]:
     """The papers to cite for a merger and for those that it builds on, each once."""
     papers = [merger.paper] if merger.paper else []

@@ -8,6 +8,7 @@ import torch
 
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
+from mergekit_vision.merging.record import needs_images
 from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.revision import Revision
@@ -47,7 +48,7 @@ def _of_merging(model: MergedCLIP | Comparison | Tuning, data: VisionTasks) -> I
         mergers = [model.merger] if model.merger is not None and model.encoder is None else []
     if mergers:
         yield Setting("model.experts", len(model.recipe.experts or data.suite.tasks), "experts")
-    if any(merger.needs != "none" for merger in mergers):
+    if any(map(needs_images, mergers)):
         yield Setting("data.proxies.n", data.proxies.n, "proxy images")
 
 

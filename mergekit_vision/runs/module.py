@@ -23,6 +23,7 @@ from mergekit_vision.export.state import State
 from mergekit_vision.merger import Merger, Weights
 from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import MergedModel, Recipe, expert_sources
+from mergekit_vision.merging.record import needs_images
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.reports.figures import draw_routing
@@ -212,7 +213,7 @@ class MergedCLIP(LightningModule):
             if self.recipe.keep_state is not None:
                 logger.info("nothing has to be kept: what an expert that joins or leaves needs is in the model")
             return None
-        sees = self.merger is not None and self.merger.needs != "none"
+        sees = self.merger is not None and needs_images(self.merger)
         return State(self._kept, asdict(self.data.proxies) if sees else {})
 
     # ------------------------------------------------------------------------------------------- evaluation

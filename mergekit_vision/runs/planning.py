@@ -10,6 +10,7 @@ from mergekit_vision.encoders.backbone import Backbone, describe_backbone
 from mergekit_vision.encoders.presence import pretrained_place
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
+from mergekit_vision.merging.record import needs_images
 from mergekit_vision.merging.speed import Clock, measure
 from mergekit_vision.merging.work import Sizes
 from mergekit_vision.runs.decoding import decoding_seconds
@@ -84,7 +85,7 @@ class Planning:
         """Everything that is wrong with the suite, as far as what is here tells; one text each."""
         away = self._suite.backbone.startswith("hf-hub:") and not self._weights.here
         found = [self._unknown] if self._unknown and not away else []
-        needed = (TEST, VAL) if any(merger.needs != "none" for merger in self._mergers.values()) else (TEST,)
+        needed = (TEST, VAL) if any(map(needs_images, self._mergers.values())) else (TEST,)
         wanted = {}
         for name, task in self._suite.tasks.items():
             here = [split for split, presence in self._data[name].items() if presence.here or not _from_hub(task.data[split])]

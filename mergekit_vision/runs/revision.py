@@ -23,7 +23,7 @@ from mergekit_vision.export.state import State, read_state
 from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import MergedModel, Recipe, check_usable, expert_paths, expert_sources, hub_datasets
-from mergekit_vision.merging.record import citations, revisable
+from mergekit_vision.merging.record import citations, needs_images, revisable
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.parts import ByParts
 from mergekit_vision.runs.building import recorded_merger
@@ -173,7 +173,7 @@ class Revision(LightningModule):
     @property
     def _needs(self) -> Needs:
         opened = bool(self.joining) or not isinstance(self._plan.merger, ByParts)  # parts leave without their expert
-        seen = self._plan.rule == "exact" and self._plan.merger.needs != "none"
+        seen = self._plan.rule == "exact" and needs_images(self._plan.merger)
         return Needs(experts=opened, proxies=seen and opened)
 
     def _check_names(self, suite: Suite, record: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ class Revision(LightningModule):
         kept = {name: tensor.to(device, copy=True) for name, tensor in plan.state.tensors.items()} if plan.state else {}
         before = Former(tuple(plan.record["experts"]), change, scale if plan.rule == "exact" else 1.0, kept)
         joining = {task: bench.evaluator.expert(task) for task in self.joining}
-        other = plan.merger.needs != "none" and self._sees_other_proxies
+        other = needs_images(plan.merger) and self._sees_other_proxies
         merged: Merged = bench.revise(plan.merger, before, joining, _Leaving(bench, plan.record, self.leaving, other))
         if self.scale is not None and not merged.scalable:
             name = plan.record["merger"]["name"]

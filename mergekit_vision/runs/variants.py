@@ -10,7 +10,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.coefficient import Scale
 from mergekit_vision.merging.recipe import Recipe
-from mergekit_vision.merging.record import composed
+from mergekit_vision.merging.record import needs_images
 from mergekit_vision.routers import ExpertDtype
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.faults import closest
@@ -76,7 +76,7 @@ class Variant:
     def sees_proxies(self, run: Recipe) -> bool:
         """Whether the result depends on proxy images."""
         scale = run.scale if self.scale is None else self.scale
-        return scale == "agreement" or any(merger.needs != "none" for merger in composed(self.merger))
+        return scale == "agreement" or needs_images(self.merger)
 
     def _tasks_of(self, suite: Suite) -> tuple[str, ...]:
         known = list(suite.tasks)

@@ -10,11 +10,16 @@ from loopback_hub import LoopbackHub, point_at
 from suite_notes import texts_of
 from tiny import SIZES, TASKS, content_of, write_file
 
+from mergekit_vision import Merger
 from mergekit_vision.cli.main import main
 from mergekit_vision.merging.speed import Speed
 from mergekit_vision.merging.work import Unit
+from mergekit_vision.plugins.esm import ESM
+from mergekit_vision.plugins.smile import SMILE
+from mergekit_vision.plugins.trim import Trim
 from mergekit_vision.runs import planning
 from mergekit_vision.suites.catalog import PublishedSuite, published
+from mergekit_vision.suites.suite import Suite
 
 Plan = Callable[..., dict[str, Any]]
 
@@ -105,6 +110,16 @@ def test_every_fault_is_told_at_once_and_what_can_be_is_planned(
     assert all(key in error for key in keys)
     assert found["tasks"]["grays"]["data"]["test"]["images"] is None
     assert found["estimate"]["methods"]["ESM"]["evaluation"] is None
+
+
+@pytest.mark.parametrize(
+    ("merger", "faults"), [(SMILE(), []), (SMILE(rule="sim"), ["val"]), (Trim(base=ESM()), ["val"])], ids=repr
+)
+def test_val_may_be_missing_where_no_method_looks_at_images(root: Path, merger: Merger, faults: list[str]) -> None:
+    content = content_of(root)
+    del content["tasks"]["stripes"]["data"]["val"]
+    found = planning.Planning(Suite.load(write_file(root, content)), {"method": merger}, planning.Options()).faults()
+    assert [fault.split(":")[0] for fault in found] == [f"tasks.stripes.data.{split}" for split in faults]
 
 
 @pytest.mark.usefixtures("measured")

@@ -2,6 +2,7 @@
 
 import inspect
 import typing
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,19 @@ def test_it_looks_at_proxy_images_only_where_it_says_so(cls: type[Merger]) -> No
         assert zoo.asked == zoo.experts.keys()
         with pytest.raises(InputError, match="proxy images"):
             cls().merge(without)
+
+
+@every_merger
+def test_each_of_its_words_says_whether_proxy_images_are_looked_at(cls: type[Merger]) -> None:
+    assert cls().data_needs == cls.needs
+    hints = {
+        name: hint for name, hint in typing.get_type_hints(cls.__init__).items() if typing.get_origin(hint) is typing.Literal
+    }
+    for name, word in [(name, word) for name, hint in hints.items() for word in typing.get_args(hint)]:
+        with suppress(InputError):  # as the other parameters go with another word
+            merger, zoo = cls(**{name: word}), Zoo(tasks=2)
+            merger.merge(zoo.inputs())
+            assert merger.data_needs == ("proxies" if zoo.asked else "none"), f"{name}={word}"
 
 
 @every_merger

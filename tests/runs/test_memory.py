@@ -9,9 +9,12 @@ import torch
 from killing import at_once
 from pictures import image
 
-from mergekit_vision import InputError, MergedCLIP, Trainer, VisionTasks
+from mergekit_vision import InputError, MergedCLIP, Merger, Trainer, VisionTasks
 from mergekit_vision.plugins.average import Average
-from mergekit_vision.runs.memory import Setting, explained_memory
+from mergekit_vision.plugins.esm import ESM
+from mergekit_vision.plugins.smile import SMILE
+from mergekit_vision.plugins.trim import Trim
+from mergekit_vision.runs.memory import Setting, explained_memory, settings_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -92,6 +95,12 @@ def test_a_small_allocation_that_failed_tells_nothing_of_what_would_fit() -> Non
 def test_other_errors_are_not_explained() -> None:
     with pytest.raises(RuntimeError, match="shapes do not fit"), explained_memory("merging", CPU):
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize(("merger", "images"), [(SMILE(), False), (SMILE(rule="sim"), True), (Trim(base=ESM()), True)], ids=repr)
+def test_proxy_images_count_where_the_method_looks_at_them(tiny_suite: Path, merger: Merger, images: bool) -> None:
+    named = [setting.argument for setting in settings_of(MergedCLIP(merger), VisionTasks(str(tiny_suite)))]
+    assert ("data.proxies.n" in named) == images
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "compare"])

@@ -86,8 +86,18 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert len(merges) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "halved"),
+    [
+        ("ESM", ["--grid", "{rank: [2]}"], True),
+        ("ESM", ["--grid", "{rank: [2]}", "--merger.directions", "svd"], False),
+        ("SMILE", ["--grid", "{rule: [mass, sim]}", "--merger.rank", "2", "--merger.gate_rank", "1"], True),
+        ("SMILE", ["--grid", "{rule: [mass]}", "--merger.rank", "2", "--merger.gate_rank", "1"], False),
+        ("Trim", ["--grid", "{density: [0.1]}", "--merger.base", "ESM"], True),
+    ],
+)
 def test_a_method_is_judged_by_images_that_it_has_not_seen(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: list[str], halved: bool
 ) -> None:
     seen, judged = [], []
     merge, teachers = Workbench.merge, ExpertTeachers.__init__
@@ -102,9 +112,9 @@ def test_a_method_is_judged_by_images_that_it_has_not_seen(
 
     monkeypatch.setattr(Workbench, "merge", merging)
     monkeypatch.setattr(ExpertTeachers, "__init__", judging)
-    assert command("tune", "-m", "ESM", "--grid", "{rank: [2]}", "--proxies", "9", *COARSE) == 0
-    assert set(map(repr, seen)) == {repr(Proxies(n=4))}
-    assert set(map(repr, judged)) == {repr(Proxies(n=5, skip=4))}
+    assert command("tune", "-m", method, *options, "--proxies", "9", *COARSE) == 0
+    assert set(map(repr, seen)) == {repr(Proxies(n=4) if halved else Proxies(n=9))}
+    assert set(map(repr, judged)) == {repr(Proxies(n=5, skip=4) if halved else Proxies(n=9))}
     assert yaml.safe_load((tmp_path / "out" / "winner.yaml").read_text())["data"]["proxies"]["n"] == 9
 
 

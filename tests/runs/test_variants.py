@@ -14,7 +14,9 @@ from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.plugins.average import Average
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
+from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.ties import TIES
+from mergekit_vision.plugins.trim import Trim
 from mergekit_vision.runs.comparison import Comparison
 from mergekit_vision.runs.variant_files import read_variants
 from mergekit_vision.runs.variants import Variant, differing
@@ -154,6 +156,17 @@ def test_draws_of_proxy_images_are_averaged(compare: Compare, merges: list[str],
     for task, values in found["ESM"]["tasks"].items():
         assert values["accuracy"] == pytest.approx(sum(row["tasks"][task]["accuracy"] for row in each) / 2)
     assert found["Average"]["draws"] == []
+
+
+def test_a_parameter_decides_whether_there_are_draws(compare: Compare, merges: list[str]) -> None:
+    rows = [Variant("sim", SMILE(rule="sim")), Variant("mass", SMILE(rule="mass")), Variant("trimmed", Trim(base=ESM()))]
+    found = compare(rows, seeds=2)
+    assert merges == ["SMILE", "SMILE", "SMILE", "Trim", "Trim"]
+    assert {name: len(row["draws"]) for name, row in found.items() if name in ("sim", "mass", "trimmed")} == {
+        "sim": 2,
+        "mass": 0,
+        "trimmed": 2,
+    }
 
 
 def test_papers_numbers_are_of_all_experts(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
