@@ -52,6 +52,23 @@ def check_merged(directory: Path, suite: Suite, verify: bool = True) -> None:
         raise InputError(f"{directory}: merged from another backbone than that of {suite.path} ({suite.backbone})")
 
 
+def check_same_suite(suite: Suite, former: Suite) -> None:
+    """Refuse a suite with other experts or prompts than that which a model was set up with; the images may be others.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    differing = [] if (suite.backbone, suite.pretrained) == (former.backbone, former.pretrained) else ["the backbone"]
+    known, given = (
+        {name: (task.expert, task.classes, task.templates) for name, task in of.tasks.items()} for of in (former, suite)
+    )
+    differing += [f"task {name}" for name in {**known, **given} if known.get(name) != given.get(name)]
+    if differing:
+        remedy = "make a new `MergedCLIP`; for a model that is saved, with its directory as `merged`"
+        problem = f"differs from the suite that the model was set up with in {', '.join(differing)}"
+        raise InputError(f"{suite.path}: {problem}; {remedy}")
+
+
 def check_processes(processes: int, images: int) -> None:
     """Refuse more processes than images.
 

@@ -31,7 +31,7 @@ from mergekit_vision.reports.style import save_png
 from mergekit_vision.reports.summary import own_expert_shares, summarize
 from mergekit_vision.reports.tables import results_table
 from mergekit_vision.routers import ExpertDtype
-from mergekit_vision.runs.checks import check_alike, check_merged, check_processes
+from mergekit_vision.runs.checks import check_alike, check_merged, check_processes, check_same_suite
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.expectations import departures
@@ -130,6 +130,8 @@ class MergedCLIP(LightningModule):
         """Check the suite whole, then merge (or load), and measure the experts on the split that is evaluated."""
         if self.merger is None and self.merged is None:
             raise InputError(_ONE_OF, of="model")
+        if self._evaluator is not None:  # whose heads and experts stay
+            check_same_suite(self.data.suite, self._evaluator.data.suite)
         split = EVALUATED.get(stage)
         if split is None and self._predictions is None and self.encoder is not None:
             return
@@ -225,16 +227,16 @@ class MergedCLIP(LightningModule):
         return self._evaluator
 
     def _prepare_evaluation(self, split: str | None) -> None:
-        """Put encoder and heads where this trainer runs; measure the split's experts, whose accuracies normalize, once."""
+        """Put encoder and heads where this trainer runs; measure the split's experts, whose accuracies normalize."""
         self._evaluator = evaluator = replace(self._evaluated, data=self.data, runtime=runtime_of(self.trainer))
         evaluator.encoder.to(evaluator.runtime.device)
         self.heads = evaluator.heads().to(evaluator.runtime.device)
         if split is None:
             return
-        if split not in self.expert_accuracy:
-            known = self._has_experts  # a model merged before may be evaluated without its experts at hand
-            tasks = track(self.data.task_names, f"experts' own accuracy on {split}")
-            self.expert_accuracy[split] = {task: evaluator.expert_accuracy(task, split) if known else None for task in tasks}
+        known = self._has_experts  # a model merged before may be evaluated without its experts at hand
+        tasks = track(self.data.task_names, f"experts' own accuracy on {split}")
+        # each time, as the tasks, the images or the precision may be others; what is known is remembered by its content
+        self.expert_accuracy[split] = {task: evaluator.expert_accuracy(task, split) if known else None for task in tasks}
         self.metrics = nn.ModuleList(TaskMetric() for _ in self.data.task_names)
 
     def forward(self, images: Tensor, task: str) -> Tensor:

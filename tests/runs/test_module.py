@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import TASKS, picture
+from tiny import TASKS, content_of, picture, write_file, write_parquet
 from tolerances import assert_near, forward
 
 from mergekit_vision import InputError, MergedCLIP, MergeInputs, Merger, Proxies, Trainer, VisionTasks
-from mergekit_vision.evaluation.evaluator import Runtime
+from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
 from mergekit_vision.merger import Merged
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.workbench import Workbench
@@ -54,6 +54,38 @@ def test_merges_once_for_search_validation_and_test(trainer: Trainer, tiny_suite
     trainer.test(model, data)
     assert merger._merges == 1
     assert set(model.expert_accuracy) == {"val", "test"}
+
+
+def test_another_suite_is_refused_for_a_model_that_is_set_up(trainer: Trainer, root: Path) -> None:
+    """Heads and experts are of the first; images, and which tasks are evaluated, may differ."""
+    model = MergedCLIP(TaskArithmetic())
+    trainer.test(model, VisionTasks(str(root / "suite.yaml")))
+    content = content_of(root)
+    content["tasks"]["grays"]["classes"].reverse()
+    content["tasks"]["unseen"] = content["tasks"].pop("colors")
+    other = VisionTasks(str(write_file(root, content)))
+    for use in (trainer.validate, trainer.test, trainer.merge):
+        with pytest.raises(InputError, match=r"differs from the suite .* in task colors, task grays, task unseen; make a new"):
+            use(model, other)
+
+
+def test_experts_are_measured_on_the_tasks_images_and_precision_at_hand(trainer: Trainer, root: Path) -> None:
+    model, place = MergedCLIP(TaskArithmetic()), root / "data" / "grays" / "test.parquet"
+    trainer.test(model, VisionTasks(str(root / "suite.yaml"), tasks=["grays"]))
+    before = model.expert_accuracy["test"]
+    trainer.test(model, VisionTasks(str(root / "suite.yaml")))
+    assert list(model.expert_accuracy["test"]) == list(TASKS)
+    assert model.expert_accuracy["test"]["grays"] == before["grays"]
+    write_parquet(place, "grays", TASKS["grays"][0], 1, seed=0)
+    trainer.test(model, VisionTasks(str(root / "suite.yaml")))
+    assert model.expert_accuracy["test"]["grays"] in (0, 1), "of the one image there is now"
+    assert before["grays"] not in (0, 1), "the test tests nothing"
+    measured = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "expert_accuracy", lambda self, task, split: measured.append(self.runtime.precision_name) or 1.0)
+        exact = Trainer(default_root_dir=trainer.default_root_dir, accelerator="cpu", precision="bf16-mixed")
+        exact.test(model, VisionTasks(str(root / "suite.yaml")))
+    assert measured == ["bf16-mixed"] * len(TASKS)
 
 
 def test_proxies_run_in_batches_and_only_as_many_as_asked_for(trainer: Trainer, tiny_suite: Path) -> None:
