@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -89,6 +89,22 @@ class Recipe:
             if value != usual:
                 problem = "a static model has no routed experts; merge with ESMPP or SMILE"
                 raise InputError(f"`{name}` {value}: {problem}", of="model")
+
+    def check_truth(self, merged: Collection[str], evaluated: Iterable[str]) -> None:
+        """Refuse to route each image to its task's own expert where some tasks that are evaluated have none in the model.
+
+        Args:
+            merged: tasks whose experts a dynamic model has.
+            evaluated: tasks to evaluate.
+
+        Raises:
+            InputError: naming the tasks without one.
+        """
+        lacking = [task for task in evaluated if task not in merged]
+        if self.route == "oracle" and lacking:
+            problem = f"the experts of {', '.join(lacking)} are not merged, to which their images would go"
+            remedy = f"evaluate other tasks (`data.tasks` [{', '.join(merged)}]), or merge with these too (`model.experts`)"
+            raise InputError(f"`model.route` oracle: {problem}; {remedy}", of="command")
 
     @property
     def searched(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from mergekit_vision.data.checks import Needs
 from mergekit_vision.data.datamodule import VisionTasks
@@ -33,7 +34,7 @@ def check_place(directory: str | os.PathLike[str]) -> None:
         raise InputError(f"`default_root_dir` {os.fspath(directory)}: {fault}", of="trainer")
 
 
-def check_merged(directory: Path, suite: Suite, verify: bool = True) -> None:
+def check_merged(directory: Path, suite: Suite, verify: bool = True) -> dict[str, Any]:
     """Refuse a merged model that is not as it was written, or does not belong to a suite.
 
     Args:
@@ -41,15 +42,19 @@ def check_merged(directory: Path, suite: Suite, verify: bool = True) -> None:
         suite: on which it is to be evaluated.
         verify: whether its files are compared with their checksums.
 
+    Returns:
+        What its ``merge.json`` holds.
+
     Raises:
         InputError: when there is none, its files are not those that were written, or it was merged from another backbone.
     """
-    read_record(directory, verify)
+    record = read_record(directory, verify)
     merged = describe_backbone(f"local-dir:{directory}")
     backbone = describe_backbone(suite.backbone, suite.pretrained)
     alike = same([merged.tower, merged.preprocess], [backbone.tower, backbone.preprocess])
     if merged.shapes != backbone.shapes or not alike:
         raise InputError(f"{directory}: merged from another backbone than that of {suite.path} ({suite.backbone})")
+    return record
 
 
 def check_same_suite(suite: Suite, former: Suite) -> None:

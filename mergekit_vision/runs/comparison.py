@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
@@ -128,7 +128,11 @@ class Comparison(LightningModule):
         self._merged_experts(data)
         self.recipe.check_routed(dynamic=not self.rows or any(row.merger.kind == "dynamic" for row in self.rows))
         for row in self.rows:
-            row.data(data)
+            images = row.data(data)
+            if row.merger.kind == "dynamic":
+                with _of_variant(row.name) if row.route else nullcontext():
+                    recipe = row.recipe(self.recipe, data.suite)
+                    recipe.check_truth(recipe.chosen(data.suite), images.task_names)
         for name, other in self._other_proxies(data):
             with _of_variant(name):
                 other.check(_PROXIES)

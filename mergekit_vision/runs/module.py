@@ -18,7 +18,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.evaluation.metric import TaskMetric
 from mergekit_vision.export.directory import load_experts, save_model
-from mergekit_vision.export.manifest import read_record
+from mergekit_vision.export.manifest import ROUTERS, read_record
 from mergekit_vision.export.state import State
 from mergekit_vision.merger import Merger, Weights
 from mergekit_vision.merging.lineage import check_lineage
@@ -148,6 +148,7 @@ class MergedCLIP(LightningModule):
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""
         data, merging = self.data, self.merger is not None
+        evaluated = data.task_names if split is not None else ()
         here = not any(task.expert.missing for task in data.suite.tasks.values())
         # the first process's answer, so that all of them go the same way
         self._has_experts = merging or bool(self.trainer.strategy.broadcast(here))
@@ -159,10 +160,13 @@ class MergedCLIP(LightningModule):
                 problem = "is no merge: it must be told each image's task; the command compare shows it beside merges"
                 raise InputError(f"`merger` {type(self.merger).__name__} {problem}", of="model")
             self.recipe.check_keeping(data.suite, self.merger)
-            self.recipe.chosen(data.suite)
+            chosen = self.recipe.chosen(data.suite)
             self.recipe.check_routed(dynamic=self.merger.kind == "dynamic")
+            self.recipe.check_truth(chosen, evaluated)
         elif self.merged is not None:
-            check_merged(self.merged, data.suite, self.verify)
+            record = check_merged(self.merged, data.suite, self.verify)
+            if ROUTERS in record.get("files", {}):
+                self.recipe.check_truth(record["experts"], evaluated)
         if split is not None:
             check_processes(self.trainer.world_size, max((data.size(task, split) for task in data.task_names), default=0))
 

@@ -20,6 +20,7 @@ from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.registry import default_mergers, mergers
 from mergekit_vision.runs.comparison import Comparison
+from mergekit_vision.runs.variants import Variant
 
 Compare = Callable[..., dict[str, Any]]
 
@@ -191,6 +192,22 @@ def test_a_method_that_refuses_the_suite_is_left_out_of_all(
     assert "not this one" in (tmp_path / "report.html").read_text()
     with pytest.raises(InputError, match="not this one"):
         run([f"{__name__}.Shy"])
+
+
+def test_an_unmerged_task_cannot_be_routed_to_its_expert(tmp_path: Path, tiny_suite: Path, merges: list[str]) -> None:
+    """In a comparison of all methods too, as images that cannot be routed end it."""
+    data, model = VisionTasks(str(tiny_suite)), MergedCLIP(experts=["colors", "grays"], route="oracle")
+    for chosen in ("all", ["Average", "ESMPP"]):
+        with pytest.raises(InputError, match=r"^`model\.route` oracle: the experts of stripes are not merged"):
+            Trainer(default_root_dir=str(tmp_path), accelerator="cpu").compare(model, data, chosen)
+    rows = [Variant("plain", ESMPP(rank=2)), Variant("told", ESMPP(rank=2), route="oracle")]
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    with pytest.raises(InputError, match=r"^variant told: `model\.route` oracle: the experts of stripes are not merged"):
+        trainer.predict(Comparison(Recipe(experts=("colors", "grays")), {}, variants=rows), data)
+    assert merges == []
+    told = [Variant("told", ESMPP(rank=2), route="oracle", tasks=2)]
+    trainer.predict(Comparison(Recipe(experts=("stripes",)), {}, variants=told), data)
+    assert merges == ["ESMPP"], "a row's own tasks are those that it merges"
 
 
 def test_a_model_is_as_it_was_afterwards(tmp_path: Path, tiny_suite: Path) -> None:

@@ -183,6 +183,28 @@ def test_routes_of_a_dynamic_model(tmp_path: Path, tiny_suite: Path) -> None:
     assert found["base"]["tasks"] == json.loads((tmp_path / "static" / "results.json").read_text())["tasks"]
 
 
+def test_an_unmerged_task_cannot_be_routed_to_its_expert(
+    trainer: Trainer, tiny_suite: Path, tmp_path: Path, merges: list[str]
+) -> None:
+    some, method = ["colors", "grays"], ESMPP(rank=2)
+    message = (
+        r"^`model\.route` oracle: the experts of stripes are not merged.*\(`data\.tasks` \[colors, grays\]\).*`model\.experts`"
+    )
+    with pytest.raises(InputError, match=message) as caught:
+        trainer.test(MergedCLIP(method, experts=some, route="oracle"), VisionTasks(str(tiny_suite)))
+    assert caught.value.of == "command"
+    assert merges == []
+    trainer.merge(MergedCLIP(method, experts=some, route="oracle"), VisionTasks(str(tiny_suite)))
+    evaluating = Trainer(default_root_dir=str(tmp_path / "t"), accelerator="cpu")
+    stored = MergedCLIP(merged=trainer.default_root_dir, route="oracle")
+    for tasks in (None, ["stripes"]):
+        with pytest.raises(InputError, match=message):
+            evaluating.test(stored, VisionTasks(str(tiny_suite), tasks=tasks))
+    for model in (stored, MergedCLIP(method, experts=some, route="oracle")):
+        evaluating.test(model, VisionTasks(str(tiny_suite), tasks=["grays"]))
+    assert merges == ["ESMPP", "ESMPP"]
+
+
 def test_a_static_model_has_no_other_route(trainer: Trainer, tiny_suite: Path) -> None:
     with pytest.raises(InputError, match="no routed experts"):
         trainer.test(MergedCLIP(TaskArithmetic(), route="oracle"), VisionTasks(str(tiny_suite)))
