@@ -1,6 +1,6 @@
 """Which unlabeled images a data-dependent merger sees."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Proxies:
         Raises:
             InputError: when the source has no image (of the class), or none beyond those that are passed over.
         """
+        return sorted(self._drawn(source))
+
+    def _drawn(self, source: ImageSource) -> list[int]:
+        """The indices in the order of the draw."""
         pool = np.arange(len(source))
         if self.label is not None:
             pool = np.flatnonzero(np.asarray(source.labels()) == self.label)
@@ -60,20 +64,39 @@ class Proxies:
             raise InputError(f"no proxy images are left: there are {len(pool)}, of which {self.skip} are passed over")
         last = min(self.skip + self.n, len(pool))
         chosen = np.random.RandomState(self.seed).choice(len(pool), last, replace=False)[self.skip :]
-        return sorted(int(index) for index in pool[chosen])
+        return [int(index) for index in pool[chosen]]
 
     def halves(self) -> "tuple[Proxies, Proxies]":
-        """Two draws that share these images: one to fit a method on, and one to judge it by.
+        """Two draws that share these images, those that there are: one to fit a method on, and one to judge it by.
+
+        Either raises an ``InputError`` where a source has only one image to share.
 
         Raises:
-            InputError: when there is only one image a task.
+            InputError: when only one image a task is asked for.
 
         >>> from mergekit_vision import Proxies
-        >>> fitted, judged = Proxies(n=5).halves()
-        >>> (fitted.n, fitted.skip), (judged.n, judged.skip)
-        ((2, 0), (3, 2))
+        >>> fitted, judged = Proxies(n=32).halves()
+        >>> five_images = range(5)
+        >>> len(fitted.draw(five_images)), len(judged.draw(five_images))
+        (2, 3)
         """
-        half = self.n // 2
-        if not half:
-            raise InputError("`proxies.n` is 1; a method that sees half of them and is judged by the rest needs 2", of="data")
-        return replace(self, n=half), replace(self, n=self.n - half, skip=self.skip + half)
+        if self.n == 1:
+            raise InputError(f"`proxies.n` is 1; {_NEEDS_TWO}", of="data")
+        return _Half(**vars(self)), _Half(**vars(self), second=True)
+
+
+_NEEDS_TWO = "a method that sees half of them and is judged by the rest needs 2"
+
+
+@dataclass(frozen=True)
+class _Half(Proxies):
+    """The first or the second half of each draw: how large it is depends on how many images a task has."""
+
+    second: bool = False
+
+    def _drawn(self, source: ImageSource) -> list[int]:
+        whole = super()._drawn(source)
+        if len(whole) == 1:
+            raise InputError(f"there is only one image; {_NEEDS_TWO}")
+        half = len(whole) // 2
+        return whole[half:] if self.second else whole[:half]

@@ -29,13 +29,25 @@ def test_proxies_are_the_documented_draw(tiny_suite: Path, label: int | None) ->
 
 
 def test_halves_share_the_draw() -> None:
-    """Two draws without a common image, also where the split has fewer images than are wanted."""
+    """Two draws without a common image, of what there is where the split has fewer images than are wanted."""
     source: Any = range(37)
-    for n in (2, 9, 60):
-        whole, (one, other) = Proxies(n=n, seed=3), Proxies(n=n, seed=3).halves()
-        assert sorted(one.draw(source) + other.draw(source)) == whole.draw(source)
-    with pytest.raises(InputError, match="needs 2"):
+    for n, skip, sizes in (
+        (2, 0, (1, 1)),
+        (9, 0, (4, 5)),
+        (60, 0, (18, 19)),
+        (72, 0, (18, 19)),
+        (80, 0, (18, 19)),
+        (80, 30, (3, 4)),
+    ):
+        whole = Proxies(n=n, seed=3, skip=skip)
+        one, other = (half.draw(source) for half in whole.halves())
+        assert sorted(one + other) == whole.draw(source)
+        assert (len(one), len(other)) == sizes, n
+    with pytest.raises(InputError, match=r"`proxies\.n` is 1; .* needs 2"):
         Proxies(n=1).halves()
+    for half in Proxies(skip=36).halves():
+        with pytest.raises(InputError, match=r"there is only one image; .* needs 2"):
+            half.draw(source)
     with pytest.raises(InputError, match="there are 37, of which 40 are passed over"):
         Proxies(skip=40).draw(source)
 

@@ -3,14 +3,15 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tiny import TASKS
+from tiny import SIZES, TASKS
 
-from mergekit_vision import Merger, Proxies
+from mergekit_vision import Merger, Proxies, VisionTasks
 from mergekit_vision.cli.main import main
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merging.agreement import ExpertTeachers
@@ -99,23 +100,34 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_a_method_is_judged_by_images_that_it_has_not_seen(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: list[str], halved: bool
 ) -> None:
-    seen, judged = [], []
+    seen, judged = list[VisionTasks](), list[VisionTasks]()
     merge, teachers = Workbench.merge, ExpertTeachers.__init__
 
     def merging(self: Workbench, *arguments: Any) -> Any:
-        seen.append(self.evaluator.data.proxies)
+        seen.append(self.evaluator.data)
         return merge(self, *arguments)
 
     def judging(self: ExpertTeachers, evaluator: Evaluator, *arguments: Any) -> None:
-        judged.append(evaluator.data.proxies)
+        judged.append(evaluator.data)
         teachers(self, evaluator, *arguments)
 
     monkeypatch.setattr(Workbench, "merge", merging)
     monkeypatch.setattr(ExpertTeachers, "__init__", judging)
-    assert command("tune", "-m", method, *options, "--proxies", "9", *COARSE) == 0
-    assert set(map(repr, seen)) == {repr(Proxies(n=4) if halved else Proxies(n=9))}
-    assert set(map(repr, judged)) == {repr(Proxies(n=5, skip=4) if halved else Proxies(n=9))}
-    assert yaml.safe_load((tmp_path / "out" / "winner.yaml").read_text())["data"]["proxies"]["n"] == 9
+    for asked, there_are in ((9, 9), (80, SIZES["val"])):
+        seen.clear()
+        judged.clear()
+        assert command("tune", "-m", method, *options, "--proxies", str(asked), *COARSE) == 0
+        known, new = images(seen), images(judged)
+        assert len(known) == (there_are // 2 if halved else there_are)
+        assert len(known | new) == there_are
+        assert known.isdisjoint(new) == halved
+        assert yaml.safe_load((tmp_path / "out" / "winner.yaml").read_text())["data"]["proxies"] == asdict(Proxies(n=asked))
+
+
+def images(used: list[VisionTasks]) -> set[int]:
+    """The proxy images of a task, the same in all of the data."""
+    (found,) = {tuple(data._images.proxy_images("grays")[1]) for data in used}
+    return set(found)
 
 
 def test_what_has_no_coefficient_is_judged_too(command: Command, tmp_path: Path) -> None:
