@@ -1,6 +1,6 @@
 """Checks of a suite and its images before anything heavy starts."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_vision.data.images import SuiteImages
@@ -22,7 +22,8 @@ class Needs:
         experts: whether the experts are read.
         proxies: whether proxy images may be asked for. Tasks without the default split ``val`` are let pass, since many methods
             need no images.
-        judged: tasks whose proxy images are sure to be asked for, since their experts judge by them; all where ``None``.
+        judged: tasks whose proxy images are sure to be asked for, such as by experts that judge by them; all where ``None``.
+        merged: tasks whose proxy images may be asked for, those whose experts are merged; all where ``None``.
     """
 
     evaluated: Collection[str] = ()
@@ -30,6 +31,11 @@ class Needs:
     experts: bool = True
     proxies: bool = False
     judged: Collection[str] | None = ()
+    merged: Collection[str] | None = None
+
+    def proxies_of(self, tasks: Iterable[str]) -> list[str]:
+        """Those of some tasks whose proxy images may be asked for."""
+        return [task for task in tasks if self.proxies and (self.merged is None or task in self.merged)]
 
 
 class SuiteChecks:
@@ -57,7 +63,7 @@ class SuiteChecks:
             InputError: with every fault that headers show, one a line; then with those of the proxy images themselves.
         """
         wanted = {task: {*needs.everywhere, *(needs.evaluated if task in chosen else ())} for task in self._suite.tasks}
-        for task in self._proxy_tasks(needs) if needs.proxies and self._proxies.source is None else ():
+        for task in self._proxy_tasks(needs) if self._proxies.source is None else ():
             wanted[task].add(self._proxies.split)
         unchecked = {task: sorted(split for split in wanted[task] if (task, split) not in self._splits) for task in wanted}
         experts = needs.experts and not self._experts
@@ -71,11 +77,11 @@ class SuiteChecks:
     def _proxy_tasks(self, needs: Needs) -> list[str]:
         """Tasks whose own split the proxies are drawn from and checked; without the default split most may need none."""
         split, tasks = self._proxies.split, self._suite.tasks
-        having = [task for task in tasks if split in tasks[task].data]
+        having, wanted = [task for task in tasks if split in tasks[task].data], needs.proxies_of(tasks)
         if split != VAL and having:
-            return list(tasks)
+            return wanted
         judged = tasks if needs.judged is None else needs.judged
-        return [task for task in tasks if task in having or task in judged]
+        return [task for task in wanted if task in having or task in judged]
 
     def _header_faults(self, splits: Mapping[str, Collection[str]], experts: bool) -> list[str]:
         if not experts and not any(splits.values()):

@@ -130,14 +130,12 @@ class VisionTasks(LightningDataModule):
         Raises:
             InputError: as :meth:`check`, or when something cannot be fetched.
         """
-        own = needs.proxies and self.proxies.source is None
-        everywhere = {*needs.everywhere, *((self.proxies.split,) if own else ())}
-        fetched = [
-            (task.name, split)
-            for task in self.suite.tasks.values()
-            for split, config in task.data.items()
-            if is_fetched(config) and (split in everywhere or (split in needs.evaluated and task.name in self.task_names))
-        ]
+        proxies = needs.proxies_of(self.suite.tasks) if self.proxies.source is None else []
+        read = {(task, self.proxies.split) for task in proxies}
+        read |= {(task, split) for task in self.suite.tasks for split in needs.everywhere}
+        read |= {(task, split) for task in self.task_names for split in needs.evaluated}
+        sources = {(task.name, split): config for task in self.suite.tasks.values() for split, config in task.data.items()}
+        fetched = [place for place, config in sources.items() if place in read and is_fetched(config)]
         elsewhere = needs.proxies and self.proxies.source is not None and is_fetched(self.proxies.source)
         experts = needs.experts and any(task.expert.hub is not None for task in self.suite.tasks.values())
         # checking downloads the experts; the splits that are searched on are checked once they are there

@@ -111,10 +111,11 @@ class Recipe:
         """Splits that the coefficient is searched on."""
         return frozenset({VAL} if self.scale == "search" else ())
 
-    def needs(self, evaluated: frozenset[str] = frozenset()) -> Needs:
-        """What merging, and evaluating on some splits, reads of a suite."""
-        judged = self.experts if self.scale == "agreement" else ()
-        return Needs(evaluated, everywhere=self.searched, proxies=True, judged=judged)
+    def needs(self, evaluated: frozenset[str] = frozenset(), mergers: Iterable[Merger] = ()) -> Needs:
+        """What merging with some methods, and evaluating on some splits, reads of a suite."""
+        proxies = self.scale == "agreement" or any(map(needs_images, mergers))
+        judged = self.experts if proxies else ()
+        return Needs(evaluated, everywhere=self.searched, proxies=proxies, judged=judged, merged=self.experts)
 
     def chosen(self, suite: Suite) -> dict[str, Expert]:
         """The experts that are merged, by task; lazy.

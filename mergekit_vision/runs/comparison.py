@@ -33,7 +33,6 @@ from mergekit_vision.support.source_code import code_fingerprint, versions
 from mergekit_vision.support.team import Team
 
 _MOST_SEEDS = 1000
-_PROXIES = Needs(experts=False, proxies=True)
 
 
 class Comparison(LightningModule):
@@ -72,10 +71,10 @@ class Comparison(LightningModule):
     def prepare_data(self) -> None:
         """Download what will be read, in one process of each machine."""
         data = data_of(self.trainer)
-        data.fetch(self._needs())
-        for name, other in self._other_proxies(data):
+        data.fetch(self._needs(data))
+        for name, other, needs in self._other_proxies(data):
             with _of_variant(name):
-                other.fetch(_PROXIES)
+                other.fetch(needs)
 
     def setup(self, stage: str) -> None:
         """Evaluate the backbone, the experts and every method, and compare the experts with each other."""
@@ -107,24 +106,31 @@ class Comparison(LightningModule):
     def predict_step(self, *args: Any) -> None:
         """Nothing: the trainer predicts on no images, so that it sets this module up and does no more."""
 
-    def _needs(self) -> Needs:
-        """What the run reads; proxy images of variants apart."""
+    def _needs(self, data: VisionTasks) -> Needs:
+        """What the run reads; proxy images of variants apart. The analysis looks at some, if there are any."""
         needs = self.recipe.needs(frozenset({TEST}))
-        return replace(needs, everywhere={*needs.everywhere, *(VAL for row in self.rows if row.scale == "search")})
+        everywhere = {*needs.everywhere, *(VAL for row in self.rows if row.scale == "search")}
+        merged = {*_tasks(self.recipe, data), *(task for row in self.rows for task in self._tasks_of(row, data))}
+        return replace(needs, everywhere=everywhere, proxies=True, merged=merged)
 
-    def _other_proxies(self, data: VisionTasks) -> Iterable[tuple[str, VisionTasks]]:
+    def _tasks_of(self, row: Variant, data: VisionTasks) -> Iterable[str]:
+        """The tasks whose experts a row merges; none is opened."""
+        return _tasks(row.recipe(self.recipe, data.suite), data)
+
+    def _other_proxies(self, data: VisionTasks) -> Iterable[tuple[str, VisionTasks, Needs]]:
         """The data of variants whose proxy images are others than the run's, each once, with the first such variant's name."""
-        others: dict[str, tuple[str, VisionTasks]] = {}
+        others: dict[str, tuple[str, VisionTasks, set[str]]] = {}
         for row in self.rows:
             if row.proxies:
                 other = row.data(data)
-                others.setdefault(repr(other.proxies), (row.name, other))
-        return others.values()
+                others.setdefault(repr(other.proxies), (row.name, other, set()))[2].update(self._tasks_of(row, data))
+        return [(name, other, Needs(experts=False, proxies=True, merged=merged)) for name, other, merged in others.values()]
 
     def _check(self, data: VisionTasks, team: Team) -> None:
         """Find what is wrong with the suite and with single rows before any long work starts."""
-        data.check(self._needs())
-        check_alike(data, self._needs(), team)
+        needs = self._needs(data)
+        data.check(needs)
+        check_alike(data, needs, team)
         self._merged_experts(data)
         self.recipe.check_routed(dynamic=not self.rows or any(row.merger.kind == "dynamic" for row in self.rows))
         for row in self.rows:
@@ -133,9 +139,9 @@ class Comparison(LightningModule):
                 with _of_variant(row.name) if row.route else nullcontext():
                     recipe = row.recipe(self.recipe, data.suite)
                     recipe.check_truth(recipe.chosen(data.suite), images.task_names)
-        for name, other in self._other_proxies(data):
+        for name, other, needs in self._other_proxies(data):
             with _of_variant(name):
-                other.check(_PROXIES)
+                other.check(needs)
 
     def _with_papers(self, data: VisionTasks, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with the papers' numbers, which are of all experts of a published suite."""
@@ -212,6 +218,11 @@ class Comparison(LightningModule):
             "processes": runtime.team.size,
             "versions": versions(),
         }
+
+
+def _tasks(recipe: Recipe, data: VisionTasks) -> Iterable[str]:
+    """The tasks whose experts are merged, by name; what is no task of the suite is found when the experts are opened."""
+    return data.suite.tasks if recipe.experts is None else recipe.experts
 
 
 @contextmanager

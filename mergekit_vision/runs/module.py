@@ -143,7 +143,7 @@ class MergedCLIP(LightningModule):
 
     def _needs(self, split: str | None, experts: bool) -> Needs:
         evaluated = frozenset({split} if split else ())
-        return Needs(evaluated, experts=experts) if self.merger is None else self.recipe.needs(evaluated)
+        return Needs(evaluated, experts=experts) if self.merger is None else self.recipe.needs(evaluated, [self.merger])
 
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""

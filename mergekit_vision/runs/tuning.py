@@ -76,7 +76,7 @@ class Tuning(LightningModule):
         """Nothing, as a :class:`~mergekit_vision.runs.comparison.Comparison`'s."""
 
     def _needs(self) -> Needs:
-        return replace(self.recipe.needs(), judged=self.recipe.experts)
+        return replace(self.recipe.needs(), proxies=True, judged=self.recipe.experts)
 
     def _results(self, data: VisionTasks, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         suite, recipe = data.suite, self.recipe

@@ -74,6 +74,26 @@ def test_tasks_without_the_default_proxy_split_are_refused_only_when_proxies_are
         VisionTasks(path, proxies=Proxies(split="train")).check(Needs(proxies=True))
 
 
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_images_of_tasks_that_are_not_merged_are_not_looked_at(root: Path, split: str) -> None:
+    def rename(tasks: dict[str, Any]) -> None:
+        for task in tasks.values():
+            task["data"][split] = task["data"].pop("val")
+
+    path = changed(root, rename)
+    (root / "data" / "grays" / "val.parquet").unlink()
+    some, every = Needs(proxies=True, merged={"colors", "stripes"}), Needs(proxies=True)
+    VisionTasks(path, proxies=Proxies(split=split)).check(some)
+    with pytest.raises(InputError, match=rf"1 fault\n  tasks\.grays\.data\.{split}: .*[Nn]o such file"):
+        VisionTasks(path, proxies=Proxies(split=split)).check(every)
+    VisionTasks(path, proxies=Proxies(split=split)).check(Needs())
+    path = changed(root, lambda tasks: tasks["grays"]["data"].pop(split))
+    for needs in (some, Needs(proxies=True, merged={"colors", "stripes"}, judged=None)):
+        VisionTasks(path, proxies=Proxies(split=split)).check(needs)
+    with pytest.raises(InputError, match=rf"1 fault\n  tasks\.grays\.data\.{split}: missing"):
+        VisionTasks(path, proxies=Proxies(split=split)).check(Needs(proxies=True, judged=None))
+
+
 def test_faults_of_the_suite_and_of_the_proxies_are_listed_together(root: Path) -> None:
     path = changed(root, lambda tasks: [task["data"].pop("val") for task in tasks.values()])
     (root / "experts" / "stripes.safetensors").unlink()

@@ -50,6 +50,8 @@ def test_tasks_choose_what_is_evaluated(tiny_suite: Path) -> None:
         (Needs(), []),
         (Needs(everywhere={"val"}), [(task, "val") for task in TASKS]),
         (Needs(proxies=True), [(task, "val") for task in TASKS]),
+        (Needs(proxies=True, merged={"colors", "stripes"}), [("colors", "val"), ("stripes", "val")]),
+        (Needs(merged={"colors"}), []),
         (
             Needs({"test"}, everywhere={"train"}),
             [("colors", "train"), ("grays", "train"), ("grays", "test"), ("stripes", "train")],

@@ -12,10 +12,11 @@ import mergekit_vision.encoders.backbone
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Runtime
-from mergekit_vision.merger import Merged, MergeInputs, merged_weights
+from mergekit_vision.merger import Merged, MergeInputs, Merger, merged_weights
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -37,7 +38,26 @@ def test_a_run_needs_val_everywhere_where_it_searches() -> None:
         needs = recipe.needs(frozenset({"test"}))
         assert (set(needs.evaluated), set(needs.everywhere)) == ({"test"}, searched)
         assert needs.experts
-        assert needs.proxies
+
+
+@pytest.mark.parametrize(
+    ("scale", "merger", "images"),
+    [
+        ("merger", TIES(), False),
+        ("search", TIES(), False),
+        ("agreement", TIES(), True),
+        ("merger", ESM(), True),
+        ("merger", ESMPP(base=TIES()), True),
+        ("merger", SMILE(), False),
+        ("merger", SMILE(rule="sim"), True),
+    ],
+)
+def test_a_run_needs_proxy_images_where_method_or_coefficient_do(scale: str, merger: Merger, images: bool) -> None:
+    for experts in (None, ("grays",)):
+        needs = Recipe(scale, experts=experts).needs(mergers=[merger])
+        assert needs.proxies == images
+        assert needs.judged == (experts if images else ())
+        assert needs.proxies_of(TASKS) == (list(experts or TASKS) if images else [])
 
 
 def test_experts_are_chosen_in_the_order_that_is_asked_for(tiny_suite: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from loading import Fetched, all_fetched, changed
 from safetensors.torch import load_file, save_file
 from tiny import TASKS, content_of, picture, write_file, write_parquet
 from tolerances import assert_near, forward
@@ -17,9 +18,12 @@ from mergekit_vision.evaluation.evaluator import Evaluator, Runtime
 from mergekit_vision.merger import Merged
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.plugins.average import Average
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
+from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+from mergekit_vision.plugins.trim import Trim
 from mergekit_vision.sources.folder import FlatFolder
 
 
@@ -92,6 +96,30 @@ def test_proxies_run_in_batches_and_only_as_many_as_asked_for(trainer: Trainer, 
     merger = Counting(observe=True)
     trainer.test(MergedCLIP(merger), VisionTasks(str(tiny_suite), batch_size=4, proxies=Proxies(n=10)))
     assert set(merger._rows.values()) == {10}
+
+
+def test_only_images_that_will_be_seen_are_downloaded(trainer: Trainer, root: Path) -> None:
+    path = all_fetched(root)
+    for model in (MergedCLIP(Average()), MergedCLIP(SMILE(rank=2, gate_rank=1), experts=["grays"])):
+        trainer.merge(model, VisionTasks(path, allow_code=True))
+        assert Fetched.made == []
+    trainer.merge(MergedCLIP(ESM(), experts=["grays", "colors"]), VisionTasks(path, allow_code=True))
+    assert Fetched.made == [("colors", "val"), ("grays", "val")]
+
+
+def test_only_images_that_will_be_seen_must_be_there(trainer: Trainer, root: Path, merges: list[str]) -> None:
+    path = str(root / "suite.yaml")
+    (root / "data" / "stripes" / "val.parquet").unlink()
+    trainer.merge(MergedCLIP(Average()), VisionTasks(path))
+    trainer.merge(MergedCLIP(ESM(), experts=["grays", "colors"]), VisionTasks(path))
+    assert merges == ["Average", "ESM"]
+    for needing in (MergedCLIP(ESM()), MergedCLIP(Average(), scale="agreement"), MergedCLIP(Trim(base=ESM()))):
+        with pytest.raises(InputError, match=r"1 fault\n  tasks\.stripes\.data\.val: .*[Nn]o such file"):
+            trainer.merge(needing, VisionTasks(path))
+    changed(root, lambda tasks: tasks["stripes"]["data"].pop("val"))
+    with pytest.raises(InputError, match=r"1 fault\n  tasks\.stripes\.data\.val: missing"):
+        trainer.merge(MergedCLIP(ESM()), VisionTasks(path))
+    assert merges == ["Average", "ESM"]
 
 
 def test_works_with_lightnings_own_trainer(tmp_path: Path, tiny_suite: Path) -> None:

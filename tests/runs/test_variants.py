@@ -42,7 +42,7 @@ def compare(tiny_suite: Path, tmp_path: Path) -> Compare:
     ) -> dict[str, dict[str, Any]]:
         comparison = Comparison(Recipe(**recipe), {}, variants=variants, seeds=seeds)
         trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
-        trainer.predict(comparison, VisionTasks(str(tiny_suite), **(data or {})), return_predictions=False)
+        trainer.predict(comparison, VisionTasks(**{"suite": str(tiny_suite), **(data or {})}), return_predictions=False)
         return {row["name"]: row for row in json.loads(json.dumps(comparison.results))["rows"]}
 
     return run
@@ -132,6 +132,22 @@ def test_what_does_not_fit_the_suite_is_told_before_any_work(
     with pytest.raises(InputError, match=message):
         compare(variants)
     assert merges == []
+
+
+def test_images_of_tasks_that_no_row_merges_are_not_looked_at(compare: Compare, root: Path, merges: list[str]) -> None:
+    (root / "data" / "stripes" / "val.parquet").unlink()
+    two = [
+        Variant("a", ESM(), tasks=2, proxies={"n": 3}),
+        Variant("b", ESM(), tasks=("colors",), proxies={"n": 3}),
+        Variant("c", ESM()),
+    ]
+    data = {"suite": str(root / "suite.yaml")}
+    compare(two, data, experts=("colors", "grays"))
+    assert merges == ["ESM"] * 3
+    for rows in (two, [*two, Variant("d", ESM(), tasks=("stripes",), proxies={"n": 3})]):
+        with pytest.raises(InputError, match=r"tasks\.stripes\.data\.val: "):
+            compare(rows, data, **({} if rows is two else {"experts": ("colors", "grays")}))
+    assert merges == ["ESM"] * 3
 
 
 def test_no_two_rows_have_one_name() -> None:
