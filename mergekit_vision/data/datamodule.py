@@ -186,7 +186,8 @@ class VisionTasks(LightningDataModule):
         Raises:
             InputError: when there are none.
         """
-        key = ("proxies", task, repr(self.proxies))
+        of = task if self.proxies.source is None else "all tasks"  # which share the images of one source
+        key = ("proxies", of, repr(self.proxies))
         return self._loader(Subset(*self._images.proxy_images(task)), key, images_only=True)
 
     def val_dataloader(self) -> "list[DataLoader[Batch]]":

@@ -73,6 +73,15 @@ def test_proxies_from_another_data_set(tiny_suite: Path, tmp_path: Path) -> None
     assert next(iter(unlabeled.proxy_loader("grays"))).shape == (4, 3, 16, 16)
 
 
+def test_proxies_from_another_data_set_are_decoded_once_for_all_tasks(tiny_suite: Path) -> None:
+    data = VisionTasks(str(tiny_suite), proxies=Proxies(n=30, source={"parquet": "data/stripes/val.parquet"}))
+    first, *others = [torch.cat(list(data.proxy_loader(task))) for task in TASKS]
+    assert data._cache.used == 30 * 3 * 16 * 16, "bytes, once"
+    assert all(torch.equal(images, first) for images in others)
+    halves = [data.variant(half, data.task_names) for half in data.proxies.halves()]
+    assert [len(torch.cat(list(half.proxy_loader("grays")))) for half in halves] == [15, 15], "other draws are kept apart"
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
