@@ -78,8 +78,8 @@ class SuiteChecks:
         """Tasks whose own split the proxies are drawn from and checked; without the default split most may need none."""
         split, tasks = self._proxies.split, self._suite.tasks
         having, wanted = [task for task in tasks if split in tasks[task].data], needs.proxies_of(tasks)
-        if split != VAL and having:
-            return wanted
+        if split != VAL:
+            return wanted if having else []  # that no task has it is one fault
         judged = tasks if needs.judged is None else needs.judged
         return [task for task in wanted if task in having or task in judged]
 
