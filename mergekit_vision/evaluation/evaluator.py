@@ -67,9 +67,14 @@ class Evaluator:
 
     def step(self, metric: TaskMetric, images: Tensor, labels: Tensor, task: str) -> None:
         """Count one batch of one task: images ``[N, 3, H, W]`` and labels ``[N]``; a dynamic encoder is told the true task."""
-        if (routing := self.encoder.routing) is not None:
-            routing.truth = torch.full_like(labels, self.experts.index(task)) if task in self.experts else None
+        self.tell(task, images)
         metric.update(self.heads()(self.encoder(images), task), labels)
+
+    def tell(self, task: str, images: Tensor) -> None:
+        """Tell a dynamic encoder the true task of the images that it gets next: an oracle goes by it, and choices are counted."""
+        if (routing := self.encoder.routing) is not None:
+            known = task in self.experts
+            routing.truth = torch.full((len(images),), self.experts.index(task), device=images.device) if known else None
 
     def accuracy(self, task: str, split: str) -> float:
         """Accuracy in [0, 1] of the weights that the encoder has; every process takes its share of the images.

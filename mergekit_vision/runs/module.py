@@ -148,7 +148,8 @@ class MergedCLIP(LightningModule):
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""
         data, merging = self.data, self.merger is not None
-        evaluated = data.task_names if split is not None else ()
+        predicted = () if self._predictions is None else (self._predictions.task,)
+        evaluated = predicted if split is None else data.task_names
         here = not any(task.expert.missing for task in data.suite.tasks.values())
         # the first process's answer, so that all of them go the same way
         self._has_experts = merging or bool(self.trainer.strategy.broadcast(here))
@@ -329,6 +330,7 @@ class MergedCLIP(LightningModule):
         if self._predictions is None:
             raise InputError("no task to predict; use mergekit_vision.Trainer, whose predict takes one")
         images, indices = batch
+        self._evaluated.tell(self._predictions.task, images)
         probabilities: Tensor = self(images, self._predictions.task).softmax(-1)
         self._predictions.add(indices, probabilities)
         return probabilities

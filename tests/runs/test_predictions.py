@@ -12,6 +12,9 @@ from tolerances import forward
 from mergekit_vision import InputError, MergedCLIP, Trainer, VisionTasks
 from mergekit_vision.data.preprocess import eval_transform
 from mergekit_vision.encoders.backbone import describe_backbone
+from mergekit_vision.encoders.routed import Route
+from mergekit_vision.merger import Merger
+from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.support.team import Team
@@ -65,18 +68,21 @@ def test_rows_of_all_processes_are_gathered() -> None:
         assert {index: row[0][0] for index, row in part.rows.items()} == {0: "dark", 1: "medium", 2: "bright"}
 
 
-def test_a_folder_is_classified_as_the_model_says(tiny_suite: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("merger", "route"), [(TaskArithmetic(), "router"), (ESMPP(rank=4), "oracle")])
+def test_a_folder_is_classified_as_the_model_says(tiny_suite: Path, tmp_path: Path, merger: Merger, route: Route) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     images = [picture("grays", number % 5, np.random.RandomState(number)).convert("RGB") for number in range(5)]
     for number, image in enumerate(images):
         image.save(photos / f"{number}.png")
-    model, data = MergedCLIP(TaskArithmetic()), VisionTasks(str(tiny_suite), batch_size=2)
+    model, data = MergedCLIP(merger, route=route), VisionTasks(str(tiny_suite), batch_size=2)
     Trainer(default_root_dir=str(tmp_path / "out"), accelerator="cpu").predict(model, data, "grays", str(photos), top=1)
     rows = read(tmp_path / "out" / "predictions.csv")
     preprocess = eval_transform(describe_backbone(data.suite.backbone).preprocess)
     with torch.no_grad():
         batch = preprocess.finish(torch.stack([preprocess.geometry(image) for image in images]))
+        if route == "oracle":
+            model.encoder.routing.truth = torch.full((5,), list(data.suite.tasks).index("grays"))
         best = model(batch, "grays").softmax(-1).max(-1)
     assert [row[:2] for row in rows[1:]] == [
         [str(photos / f"{number}.png"), TASKS["grays"][0][label]] for number, label in enumerate(best.indices.tolist())
