@@ -1,9 +1,48 @@
 """What is recorded of a merge."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from mergekit_vision.merger import Merger, Revisable
+from mergekit_vision.support.console import logger
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def own_parameters(merger: Merger) -> dict[str, Any]:
+    """A merger's hyper-parameters: what its constructor takes and it keeps under the same name.
+
+    >>> from mergekit_vision.merging.record import own_parameters
+    >>> from mergekit_vision.plugins.lines import LiNeS
+    >>> list(own_parameters(LiNeS()))
+    ['base', 'alpha', 'beta', 'outer']
+    """
+    parameters = inspect.signature(type(merger)).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind not in _VARIADIC]
+    if len(names) < len(parameters):  # what `**` hands on to the parent's constructor
+        names += [name for name in vars(merger) if not name.startswith("_") and name not in names]
+    return {name: getattr(merger, name) for name in names if _keeps(merger, name)}
+
+
+def parameter_fault(merger: Merger) -> str | None:
+    """Why the hyper-parameters of a merger, or of one that it is composed of, cannot all be told; ``None`` where they can."""
+    return next((fault for fault in map(_own_fault, composed(merger)) if fault is not None), None)
+
+
+def _own_fault(merger: Merger) -> str | None:
+    parameters, name = inspect.signature(type(merger)).parameters, type(merger).__name__
+    if any(parameter.kind in _VARIADIC for parameter in parameters.values()):
+        return f"{name} takes * or ** in its constructor; name each parameter, and keep it as an attribute of that name"
+    if hidden := [parameter for parameter in parameters if not _keeps(merger, parameter)]:
+        shown, attributes = ", ".join(hidden), ", ".join(f"self.{parameter}" for parameter in hidden)
+        return f"{name} does not keep what it was given as {shown}; its constructor must set {attributes}"
+    return None
+
+
+def _keeps(merger: Merger, name: str) -> bool:
+    """Whether an instance has an attribute of its own, in its dictionary, in a slot or as a property."""
+    return hasattr(merger, name) and (name in vars(merger) or inspect.isdatadescriptor(getattr(type(merger), name, None)))
 
 
 def merger_record(merger: Merger) -> dict[str, Any]:
@@ -15,7 +54,8 @@ def merger_record(merger: Merger) -> dict[str, Any]:
     >>> merger_record(ESMPP(base=TIES()))["recipe"]
     'ESMPP(TIES)'
     """
-    parameters = {name: value for name, value in vars(merger).items() if not name.startswith("_")}
+    _warn_once(merger)
+    parameters = own_parameters(merger)
     records = {name: merger_record(value) for name, value in parameters.items() if isinstance(value, Merger)}
     parts = [record["recipe"] for record in records.values()]
     return {
@@ -29,9 +69,8 @@ def merger_record(merger: Merger) -> dict[str, Any]:
 def composed(merger: Merger) -> Iterator[Merger]:
     """A method and those that it is composed of."""
     yield merger
-    for value in vars(merger).values():
-        if isinstance(value, Merger):
-            yield from composed(value)
+    for part in _parts(merger):
+        yield from composed(part)
 
 
 def needs_images(merger: Merger) -> bool:
@@ -49,9 +88,7 @@ def needs_images(merger: Merger) -> bool:
 def citations(merger: Merger) -> list[str]:
     """The papers to cite for a merger and for those that it builds on, each once."""
     papers = [merger.paper] if merger.paper else []
-    for value in vars(merger).values():
-        papers += citations(value) if isinstance(value, Merger) else []
-    return list(dict.fromkeys(papers))
+    return list(dict.fromkeys([*papers, *(paper for part in _parts(merger) for paper in citations(part))]))
 
 
 def revisable(merger: Merger) -> Revisable:
@@ -65,3 +102,18 @@ def revisable(merger: Merger) -> Revisable:
     """
     merges, revises = (next(cls for cls in type(merger).__mro__ if name in vars(cls)) for name in ("merge", "revise"))
     return merger.revisable if issubclass(revises, merges) else "no"
+
+
+def _parts(merger: Merger) -> list[Merger]:
+    """The methods that a method keeps, under whatever name."""
+    return [value for value in {**vars(merger), **own_parameters(merger)}.values() if isinstance(value, Merger)]
+
+
+def _warn_once(merger: Merger) -> None:
+    if (fault := _own_fault(merger)) is not None and fault not in _warned:
+        _warned.add(fault)
+        logger.warning("%s. Until then its parameters are not recorded, and its results not remembered", fault)
+
+
+_warned: set[str] = set()
+"""What was said of methods whose parameters cannot be told."""

@@ -1,6 +1,6 @@
 """What results depend on, as text to hash."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 from mergekit_vision.checkpoints import Expert
@@ -8,7 +8,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.recipe import Recipe
-from mergekit_vision.merging.record import merger_record
+from mergekit_vision.merging.record import composed, merger_record, parameter_fault
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.support.fingerprints import of_tensors
 from mergekit_vision.support.json_files import to_json
@@ -56,13 +56,6 @@ def of_recipe(evaluator: Evaluator, recipe: Recipe) -> list[str]:
 
 
 def of_merger(merger: Merger) -> list[str] | None:
-    """A method, its parameters and its source code; ``None`` where the code cannot be read."""
-    code = code_fingerprint(_classes(merger))
-    return None if code is None else [to_json(merger_record(merger)), code]
-
-
-def _classes(merger: Merger) -> Iterator[type]:
-    yield type(merger)
-    for value in vars(merger).values():
-        if isinstance(value, Merger):
-            yield from _classes(value)
+    """A method, its parameters and its source code; ``None`` where the code cannot be read, or the parameters not be told."""
+    code, record = code_fingerprint(type(part) for part in composed(merger)), merger_record(merger)
+    return None if code is None or parameter_fault(merger) is not None else [to_json(record), code]

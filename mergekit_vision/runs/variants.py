@@ -10,7 +10,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
 from mergekit_vision.merging.coefficient import Scale
 from mergekit_vision.merging.recipe import Recipe
-from mergekit_vision.merging.record import needs_images
+from mergekit_vision.merging.record import needs_images, own_parameters
 from mergekit_vision.routers import ExpertDtype
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.faults import closest
@@ -121,9 +121,7 @@ def differing(row: Variant) -> list[str]:
 def _parameters(merger: Merger, before: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Parameters of a method and of the methods among them: name, value, and whether that is the default."""
     usual = _defaults(type(merger))
-    for name, value in vars(merger).items():
-        if name.startswith("_"):
-            continue
+    for name, value in own_parameters(merger).items():
         shown = f"{before}{name}" if before or name not in _OF_THE_RUN else f"init_args.{name}"
         if isinstance(value, Merger):
             yield shown, type(value).__name__, type(usual.get(name)) is type(value)
@@ -135,7 +133,7 @@ def _parameters(merger: Merger, before: str = "") -> Iterator[tuple[str, Any, bo
 def _defaults(merger: type[Merger]) -> dict[str, Any]:
     """Parameters of a method that was given none; nothing for one that must be given some."""
     try:
-        return vars(merger())
+        return own_parameters(merger())
     except (TypeError, ValueError):  # a plugin's own constructor
         return {}
 

@@ -1,7 +1,7 @@
 """What results depend on: whatever changes a result changes its conditions, and nothing else does."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,32 @@ def test_a_method_whose_code_cannot_be_read_is_not_remembered() -> None:
     space: dict[str, Any] = {"__name__": "nowhere", "Merger": Merger, "Merged": Merged, "MergeInputs": MergeInputs}
     exec("class Typed(Merger):\n    def merge(self, inputs): return Merged({})", space)
     assert of_merger(space["Typed"]()) is None
+
+
+class Hidden(Merger):
+    """Keeps its parameter under another name."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        self._gain = gain
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        return Merged({})
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(Merger):
+    """Keeps its parameter in a slot."""
+
+    gain: float | Merger = 1.0
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        return Merged({})
+
+
+def test_results_are_not_taken_for_those_of_other_parameters() -> None:
+    known = [Slotted(0.0), Slotted(1.0), Slotted(TIES()), Slotted(TIES(density=0.3))]
+    assert len({tuple(of_merger(merger) or ()) for merger in known}) == len(known)
+    assert of_merger(Hidden(0.0)) is of_merger(Slotted(Hidden(1.0))) is None, "what cannot be told is not remembered"
 
 
 def opened(suite: Path | str, **data: Any) -> Workbench:

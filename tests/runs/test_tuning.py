@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny import SIZES, TASKS
 
-from mergekit_vision import Merger, Proxies, VisionTasks
+from mergekit_vision import InputError, Merged, MergeInputs, Merger, Proxies, VisionTasks
 from mergekit_vision.cli.main import main
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merging.agreement import ExpertTeachers
@@ -158,6 +158,21 @@ def test_faults_of_a_grid_are_told_before_any_work(
     assert message in printed
     assert len(printed.splitlines()) == 1
     assert merges == []
+
+
+class Hidden(Merger):
+    """Keeps its parameter under another name."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        self._gain = gain
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        return Merged({})
+
+
+def test_a_method_whose_parameters_cannot_be_told_is_refused() -> None:
+    with pytest.raises(InputError, match=r"grid: Hidden does not keep .* gain; its constructor must set self\.gain"):
+        Tuning(Recipe(), Hidden(), {"gain": [0, 1]})
 
 
 def test_parameters_of_the_base_are_reached() -> None:
