@@ -156,16 +156,20 @@ class Workbench:
         return self._checked(merger.revise(former, self.inputs(joining), self.inputs(leaving)), type(merger).__name__)
 
     def _checked(self, merged: Merged, name: str) -> Merged:
-        """Refuse what a plugin must not return, before it is silently ignored or broadcast."""
+        """Refuse what a plugin must not return, before it is silently ignored, broadcast or rounded; float64 becomes float32."""
+        update = {}
         for key, value in merged.update.items():
             if key not in self.base:
                 raise InputError(f"{name} returned an update for {key}, which the encoder does not have")
             if value.shape != self.base[key].shape:
                 shapes = f"{tuple(value.shape)}, not {tuple(self.base[key].shape)}"
                 raise InputError(f"{name} returned an update of the wrong shape for {key}: {shapes}")
-            if not value.isfinite().all():
+            if value.dtype not in (torch.float32, torch.float64):
+                raise InputError(f"{name} returned an update in {value.dtype} for {key}, but must return float32, or float64")
+            update[key] = value.float()
+            if not update[key].isfinite().all():
                 raise InputError(f"{name} returned NaN or infinity for {key}")
-        return merged
+        return replace(merged, update=update)
 
 
 GRAPH = 8

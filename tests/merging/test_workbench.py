@@ -39,11 +39,26 @@ class Broken(Merger):
         (lambda proj: {"visual.nothing": proj}, "visual.nothing, which the encoder does not have"),
         (lambda proj: {"visual.proj": proj[:1]}, r"wrong shape for visual\.proj: \(1, 32\), not \(32, 32\)"),
         (lambda proj: {"visual.proj": proj * float("nan")}, r"NaN or infinity for visual\.proj"),
+        (
+            lambda proj: {"visual.proj": proj.bfloat16()},
+            r"in torch\.bfloat16 for visual\.proj, but must return float32",
+        ),
+        (lambda proj: {"visual.proj": proj.half()}, r"an update in torch\.float16 for visual\.proj"),
+        (lambda proj: {"visual.proj": proj.long()}, r"an update in torch\.int64 for visual\.proj"),
+        (lambda proj: {"visual.proj": proj.double() + 1e300}, r"NaN or infinity for visual\.proj"),
     ],
 )
 def test_what_a_plugin_must_not_return(bench: Workbench, update: Callable[[Tensor], dict[str, Tensor]], message: str) -> None:
     with pytest.raises(InputError, match=f"Broken returned .*{message}"):
         bench.merge(Broken(update), bench.evaluator.data.suite.experts)
+
+
+def test_float64_is_rounded_once(bench: Workbench) -> None:
+    experts = bench.evaluator.data.suite.experts
+    merged = bench.merge(Broken(lambda proj: {"visual.proj": proj.double() / 3}), experts)
+    expected = bench.inputs(experts).deltas("visual.proj").sum(0).double() / 3
+    assert merged.update["visual.proj"].dtype == torch.float32
+    assert torch.equal(merged.update["visual.proj"], expected.float())
 
 
 def test_the_backbone_is_whole_and_apart_from_what_runs(bench: Workbench, tiny_suite: Path) -> None:
