@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
@@ -111,27 +110,10 @@ def _unpacked(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any], 
         up, down, ranks = parts["up"], parts["down"], entry.get("ranks")
         up, down = (up, down) if ranks is None else LowRankExperts.padded(up, down, ranks)
         experts = LowRankExperts(up, down, router, parts.get("bias"), entry["evidence"])
+        experts.try_out()
     except ValueError as error:
         raise InputError(f"{name}: {error}; {_REMEDY}") from error
-    _try_out(name, experts)
     return experts
-
-
-def _try_out(name: str, experts: LowRankExperts) -> None:
-    """Refuse a router that does not score the experts of its layer; it is asked about an image of two tokens."""
-    count, _, width = experts.down.shape
-    try:
-        with torch.no_grad():
-            scores = experts.router.eval()(torch.zeros(1, 2, width, dtype=_dtype_of(experts.router)))
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise InputError(f"{name}: its router does not run on the layer's inputs: {error}; {_REMEDY}") from error
-    if scores.dim() != 3 or scores.shape[1] not in (1, 2) or (scores.shape[0], scores.shape[2]) != (1, count):
-        raise InputError(f"{name}: its router gives scores {list(scores.shape)} for the {count} experts of the layer; {_REMEDY}")
-
-
-def _dtype_of(router: Router) -> torch.dtype:
-    """Of a router's buffers, which factors of fewer bytes do not share."""
-    return next((buffer.dtype for buffer in router.buffers() if buffer.is_floating_point()), torch.float32)
 
 
 def _check_evidence(routed: Mapping[str, LowRankExperts]) -> None:

@@ -144,7 +144,7 @@ class Workbench:
         Raises:
             InputError: when the merger refuses its inputs, or returns what it must not.
         """
-        return self._checked(merger.merge(self.inputs(experts, choose_scale, keep)), type(merger).__name__)
+        return self._checked(merger.merge(self.inputs(experts, choose_scale, keep)), type(merger).__name__, len(experts))
 
     @torch.no_grad()
     def revise(self, merger: Merger, former: Former, joining: Mapping[str, Weights], leaving: Mapping[str, Weights]) -> Merged:
@@ -153,9 +153,10 @@ class Workbench:
         Raises:
             InputError: as :meth:`merge`, or when what was kept of the model does not suffice.
         """
-        return self._checked(merger.revise(former, self.inputs(joining), self.inputs(leaving)), type(merger).__name__)
+        tasks = len(former.tasks) + len(joining) - len(leaving)
+        return self._checked(merger.revise(former, self.inputs(joining), self.inputs(leaving)), type(merger).__name__, tasks)
 
-    def _checked(self, merged: Merged, name: str) -> Merged:
+    def _checked(self, merged: Merged, name: str, tasks: int) -> Merged:
         """Refuse what a plugin must not return, before it is silently ignored, broadcast or rounded; float64 becomes float32."""
         update = {}
         for key, value in merged.update.items():
@@ -169,7 +170,23 @@ class Workbench:
             update[key] = value.float()
             if not update[key].isfinite().all():
                 raise InputError(f"{name} returned NaN or infinity for {key}")
+        self._check_experts(merged, name, tasks)
         return replace(merged, update=update)
+
+    def _check_experts(self, merged: Merged, name: str, tasks: int) -> None:
+        """Refuse routed experts that a model could not run or not be loaded with."""
+        layers = [linear.name for linear in self.evaluator.encoder.linears]
+        for layer, experts in merged.routed.items():
+            if layer not in layers:
+                raise InputError(f"{name} returned experts for {layer}, which is no Linear layer of the encoder")
+            if len(experts.up) != tasks:
+                raise InputError(
+                    f"{name} returned {len(experts.up)} experts for {layer}, but there are {tasks} tasks, each with one"
+                )
+            try:
+                experts.try_out()
+            except ValueError as error:
+                raise InputError(f"{name} returned experts for {layer} that cannot be used: {error}") from error
 
 
 GRAPH = 8

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mergekit_vision.merging import workbench
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+from mergekit_vision.routers import CosineRouter, LowRankExperts
 
 
 class Broken(Merger):
@@ -51,6 +53,37 @@ class Broken(Merger):
 def test_what_a_plugin_must_not_return(bench: Workbench, update: Callable[[Tensor], dict[str, Tensor]], message: str) -> None:
     with pytest.raises(InputError, match=f"Broken returned .*{message}"):
         bench.merge(Broken(update), bench.evaluator.data.suite.experts)
+
+
+class Miscounted(Merger):
+    """Returns other experts than there are tasks."""
+
+    def __init__(self, experts: int, scores: int, width: int = 32, layer: str = "") -> None:
+        self.experts, self.scores, self.width, self.layer = experts, scores, width, layer
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        linear = inputs.linears[0]
+        d_out, d_in = inputs.base[linear.weight].shape
+        up, down = torch.zeros(self.experts, d_out, 1), torch.zeros(self.experts, 1, d_in)
+        router = CosineRouter(torch.ones(self.scores, self.width))
+        return Merged({}, routed={self.layer or linear.name: LowRankExperts(up, down, router)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, 2), r"2 experts for \S+in_proj, but there are 3 tasks"),
+        ((4, 4), r"4 experts for \S+in_proj, but there are 3 tasks"),
+        ((3, 6), r"experts for \S+in_proj that cannot be used: its router gives scores \[1, 1, 6\] for the 3 experts"),
+        ((3, 3, 31), r"experts for \S+in_proj that cannot be used: its router does not run"),
+        ((3, 3, 32, "nowhere"), r"experts for nowhere, which is no Linear layer"),
+    ],
+)
+def test_what_experts_a_plugin_must_not_return(bench: Workbench, arguments: tuple[Any, ...], message: str) -> None:
+    experts = bench.evaluator.data.suite.experts
+    with pytest.raises(InputError, match=f"Miscounted returned {message}"):
+        bench.merge(Miscounted(*arguments), experts)
+    assert bench.merge(Miscounted(3, 3), experts).routed
 
 
 def test_float64_is_rounded_once(bench: Workbench) -> None:
