@@ -147,7 +147,7 @@ class ESM(ByParts):
             try:
                 return statistics.pop(linear).compact(k)
             except ValueError as error:
-                raise InputError(f"ESM: expert of task {task}, layer {linear.name}: {error}") from error
+                raise InputError(f"the expert of task {task}, layer {linear.name}: {error}") from error
 
         return dict(zip((linear.weight for linear in linears), in_threads(decompose, linears), strict=True))
 

@@ -221,7 +221,14 @@ class _Residuals:
             }
             pools = observers(shifts)
             self.inputs.observe(task, {**shifts, **pools})
-            found = in_threads(lambda linear: shifts.pop(linear.name).compact(rank or shapes[linear][0]), self.linears)
+
+            def decompose(linear: LinearInfo) -> CompactSubspace:
+                try:
+                    return shifts.pop(linear.name).compact(rank or shapes[linear][0])
+                except ValueError as error:
+                    raise InputError(f"task {task}, layer {linear.name}: {error}") from error
+
+            found = in_threads(decompose, self.linears)
             return found, {name: pool.features for name, pool in pools.items()}
 
         found, features = zip(*self.inputs.spread(expert, self.inputs.tasks, "experts").values(), strict=True)

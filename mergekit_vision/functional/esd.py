@@ -122,7 +122,7 @@ class ShiftStatistic:
         if self.gram.matrix is None:
             raise ValueError("no layer inputs were observed")
         if not self.gram.matrix.diagonal().isfinite().all():
-            raise ValueError("the layer's inputs hold NaN or infinity")
+            raise ValueError("its inputs, or their products with the task vector, hold NaN or infinity")
         if _wider_out(delta.shape):
             return _through_inputs(delta, self.gram.matrix, self.gram.rows, k, _tolerance(delta))
         return _principal(self.gram.matrix, self.gram.rows, k, delta.dtype, _tolerance(delta))

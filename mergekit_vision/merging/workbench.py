@@ -97,11 +97,13 @@ class Workbench:
         def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
             if model is not None and any(layer.evidence == "ahead" for layer in model.routed.values()):
                 raise InputError("a model that decides ahead runs in part twice and cannot be observed; observe its base")
-            moved = {name: _moving(observer, device) for name, observer in observers.items()}
+            watch = _Watch(f"the expert of task {task}" if model is None else f"the merged model on task {task}")
             weights, routed = (experts[task], None) if model is None else (merged_weights(self.base, model), model.routed)
+            moved = watch.moving(observers, device)
             with evaluator.with_model(weights, routed) as running, capture_inputs(running.encoder, moved):
                 for images in evaluator.data.proxy_loader(task):
                     running.encoder(images.to(runtime.device))
+            watch.check()
 
         def run_backward(task: str, observers: Mapping[str, GradientObserver], model: Merged) -> None:
             if model.routed or model.experts:
@@ -219,14 +221,17 @@ class _Streams:
     @torch.no_grad()
     def block(self, index: int, weights: Weights, tokens: Tensor, observers: Mapping[str, Observer]) -> Tensor:
         """The tokens that leave a block."""
-        moved = {name: _moving(observer, self.device) for name, observer in observers.items()}
+        watch = _Watch("an expert, or the merged model")
+        moved = watch.moving(observers, self.device)
         with self.evaluator.with_weights(weights, index) as running, capture_inputs(running.encoder, moved):
             device, run = running.runtime.device, running.encoder.run_block
             images = running.data.batch_size
             if device.type == "cpu":
                 images = min(images, max(1, TOKENS // tokens.shape[1]))
             parts = torch.split(tokens, images)
-            return joined([run(index, part.to(device)).to(self.device) for part in parts])
+            left = joined([run(index, part.to(device)).to(self.device) for part in parts])
+        watch.check()
+        return left
 
 
 def _run_backward(
@@ -239,7 +244,7 @@ def _run_backward(
 ) -> None:
     """Show observers inputs of layers of a model, and gradients by their outputs of its divergence from an expert."""
     head = evaluator.heads().weight(task).float().clone()  # what was made in inference mode has no gradient
-    at = evaluator.runtime.device
+    at, watch = evaluator.runtime.device, _Watch(f"the merged model on task {task}, or the task's expert")
 
     def opinion(running: Evaluator, images: Tensor) -> Tensor:
         return (F.normalize(running.encoder(images).float(), dim=-1) @ head.T).log_softmax(-1)
@@ -254,9 +259,45 @@ def _run_backward(
                     divergence = -(wanted * opinions).sum()  # up to the expert's entropy, a constant
                     gradients = torch.autograd.grad(divergence, [seen[name][1] for name in observers])
                 for (name, observer), gradient in zip(observers.items(), gradients, strict=True):
-                    observer(seen[name][0].detach().float().to(device), gradient.float().to(device))
+                    x, gradient = seen[name][0].detach().float().to(device), gradient.float().to(device)
+                    watch.see(name, x, gradient)
+                    observer(x, gradient)
                 seen.clear()
+    watch.check()
 
 
-def _moving(observer: Observer, device: torch.device) -> Observer:
-    return lambda x: observer(x.to(device))
+class _Watch:
+    """Finds NaN and infinity in what observers are fed; nothing waits for the device before :meth:`check`.
+
+    Args:
+        whose: what runs, for the message.
+    """
+
+    def __init__(self, whose: str) -> None:
+        self._whose, self._largest = whose, dict[str, Tensor]()
+
+    def moving(self, observers: Mapping[str, Observer], device: torch.device) -> dict[str, Observer]:
+        """The same observers, of inputs on a device, which are seen before."""
+
+        def hand_over(name: str, x: Tensor) -> None:
+            x = x.to(device)
+            self.see(name, x)
+            observers[name](x)
+
+        return {name: partial(hand_over, name) for name in observers}
+
+    def see(self, name: str, *values: Tensor) -> None:
+        """Take note of the largest magnitude of a layer's values; of NaN, if there is any."""
+        for value in values:
+            least, most = value.aminmax()
+            self._largest[name] = torch.stack([self._largest.get(name, most), -least, most]).amax()
+
+    def check(self) -> None:
+        """Refuse NaN and infinity, in the first layer that got any."""
+        found = torch.stack(list(self._largest.values())).isfinite().tolist() if self._largest else []
+        for name, finite in zip(self._largest, found, strict=True):
+            if not finite:
+                raise InputError(
+                    f"{self._whose}: layer {name} gets NaN or infinity on the proxy images; leave out the expert whose weights "
+                    "are too large, or fine-tune it again"
+                )

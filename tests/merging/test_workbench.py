@@ -20,6 +20,12 @@ from mergekit_vision.evaluation.evaluator import Runtime
 from mergekit_vision.merger import Merged, MergeInputs, Merger
 from mergekit_vision.merging import workbench
 from mergekit_vision.merging.workbench import Workbench
+from mergekit_vision.plugins.esm import ESM
+from mergekit_vision.plugins.esmpp import ESMPP, ESMPPBayes
+from mergekit_vision.plugins.esmppfit import ESMPPFit
+from mergekit_vision.plugins.featcal import FeatCal
+from mergekit_vision.plugins.fisher import FisherFit
+from mergekit_vision.plugins.regmean import RegMean
 from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.routers import CosineRouter, LowRankExperts
@@ -101,6 +107,31 @@ def test_the_backbone_is_whole_and_apart_from_what_runs(bench: Workbench, tiny_s
     assert all(torch.equal(value, state[key]) for key, value in {**bench.base, **bench.text}.items())
     bench.merge(TaskArithmetic(), bench.evaluator.data.suite.experts)
     assert all(torch.equal(value, state[key]) for key, value in bench.evaluator.encoder.weights().items())
+
+
+@pytest.mark.parametrize(
+    ("merger", "place", "message"),
+    [
+        (ESM(), "0.mlp.c_fc", r"the expert of task grays: layer \S+0\.mlp\.c_proj gets NaN or infinity"),
+        (ESM(), "1.mlp.c_proj", r"the expert of task grays, layer \S+1\.mlp\.c_proj: .*products with the task vector"),
+        (ESMPP(base=TaskArithmetic()), "0.mlp.c_fc", r"the expert of task grays: layer \S+1\.attn\.in_proj gets NaN"),
+        (
+            ESMPP(base=TaskArithmetic(), layers=("c_proj",)),
+            "1.mlp.c_proj",
+            r"task colors, layer \S+1\.mlp\.c_proj: .*products with the task vector",
+        ),
+        (ESMPPBayes(base=TaskArithmetic()), "0.mlp.c_fc", r"the merged model on task colors: layer \S+1\.attn\.in_proj gets NaN"),
+        (RegMean(), "0.mlp.c_fc", r"layer \S+0\.mlp\.c_proj gets NaN or infinity"),
+        (FeatCal(), "0.attn.out_proj", r"layer \S+0\.ln_2 gets NaN or infinity"),
+        (FisherFit(base=TaskArithmetic()), "0.mlp.c_fc", r"merged model on task \S+, or the task's expert: layer \S+ gets NaN"),
+        (ESMPPFit(base=TaskArithmetic()), "0.mlp.c_fc", r"layer \S+0\.mlp\.c_proj gets NaN or infinity"),
+    ],
+)
+def test_activations_that_overflow_are_one_message(bench: Workbench, merger: Merger, place: str, message: str) -> None:
+    spoiled = {key: value.clone() for key, value in bench.evaluator.data.suite.experts["grays"].items()}
+    spoiled[f"visual.transformer.resblocks.{place}.weight"][0] = 3.4e38
+    with pytest.raises(InputError, match=message):
+        bench.merge(merger, {**bench.evaluator.data.suite.experts, "grays": spoiled})
 
 
 @torch.no_grad()
