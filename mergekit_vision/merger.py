@@ -571,11 +571,16 @@ def static_base(inputs: MergeInputs, base: Merger | None) -> Merged:
     """
     if base is None:
         return summed(inputs)
+    _check_static(base, routed=base.kind == "dynamic", compressed=base.kind == "oracle")
     merged = base.merge(inputs)
-    if merged.routed or merged.experts:
-        how = "routed" if merged.routed else "compressed"
-        raise InputError(f"base {type(base).__name__} has {how} experts itself; take a static one")
+    _check_static(base, bool(merged.routed), bool(merged.experts))  # a plugin may say that it is static, and not be
     return merged
+
+
+def _check_static(base: Merger, routed: bool, compressed: bool) -> None:
+    if routed or compressed:
+        how = "routed" if routed else "compressed"
+        raise InputError(f"base {type(base).__name__} has {how} experts itself; take a static one")
 
 
 def settled(inputs: MergeInputs, merged: Merged) -> Merged:

@@ -12,7 +12,8 @@ from synthetic import INFOS, LINEARS, Zoo
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merged, MergeInputs, linears_of_kind, merged_weights
+from mergekit_vision.merger import Merged, MergeInputs, Merger, linears_of_kind, merged_weights, static_base
+from mergekit_vision.routers import HeldRouter, LowRankExperts
 from mergekit_vision.support.team import assign_by_cost
 
 
@@ -96,6 +97,36 @@ def test_layers_are_chosen_by_their_kind() -> None:
             linears_of_kind(INFOS, kinds)
     with pytest.raises(InputError, match="must name some"):
         linears_of_kind(INFOS[:1], ("c_fc",))
+
+
+class Based(Merger):
+    """Of any kind, whatever it says, and counts how often it is merged."""
+
+    merged = 0
+
+    def merge(self, inputs: MergeInputs) -> Merged:
+        Based.merged += 1
+        experts = LowRankExperts(torch.zeros(3, 4, 1), torch.zeros(3, 1, 4), HeldRouter(3))
+        return Merged({}, routed={LINEARS[0]: experts})
+
+
+class Dynamic(Based):
+    kind = "dynamic"
+
+
+class Oracle(Based):
+    kind = "oracle"
+
+
+def test_a_base_that_is_not_static_is_refused_before_it_is_merged(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Based, "merged", 0)
+    for base, how in ((Dynamic(), "routed"), (Oracle(), "compressed")):
+        with pytest.raises(InputError, match=f"base {type(base).__name__} has {how} experts itself; take a static one"):
+            static_base(zoo.inputs(), base)
+    assert Based.merged == 0
+    with pytest.raises(InputError, match="base Based has routed experts itself"):
+        static_base(zoo.inputs(), Based())
+    assert Based.merged == 1, "which says that it is static"
 
 
 def test_the_coefficient_is_the_methods_own_unless_somebody_chooses(zoo: Zoo) -> None:
