@@ -180,8 +180,8 @@ def discriminant(features: Sequence[Tensor], shrinkage: float) -> Discriminant:
     """Linear discriminant between tasks of equal probability that share one covariance.
 
     The covariance within tasks, ``S``, is pooled over tasks and shrunk towards its own diagonal, ``(1 - shrinkage) S +
-    shrinkage diag(S)``: a few images a task are far fewer than the features. It is never formed (Woodbury's identity). Where
-    features do not vary within any task, as with one image each, the variances of the tasks' means stand for ``diag(S)``.
+    shrinkage diag(S)``: a few images a task are far fewer than the features. Where features do not vary within any task, as with
+    one image each, the variances of the tasks' means stand for ``diag(S)``.
 
     Args:
         features: for each task, its images' features, ``[n_t, f]``.
@@ -205,32 +205,44 @@ def discriminant(features: Sequence[Tensor], shrinkage: float) -> Discriminant:
     # In units of the deviations the shrunk covariance is A = shrinkage * I + (1 - shrinkage) / freedom * CᵀC.
     C, M = rest / deviation, (means - means.mean(0)) / deviation
     ratio = (1 - shrinkage) / (freedom * shrinkage)
-    Z = torch.cat([C, M])
-    P = Z @ C.T
-    inner = torch.eye(len(C), dtype=C.dtype, device=C.device) + ratio * P[: len(C)]
-    solved = ratio * torch.linalg.solve(inner, P.T)
-    scaled = (M - solved[:, len(C) :].T @ C) / shrinkage
+    scaled, own = (_by_features if len(C) > C.shape[1] else _by_images)(C, M, shrinkage, ratio)
     weight = scaled / deviation
     bias = -0.5 * (scaled * M).sum(1) - weight @ means.mean(0)
-    products = (Z @ Z.T - P @ solved) / shrinkage  # Z A⁻¹ Zᵀ
-    return Discriminant(weight, bias, *_left_out(products, [len(group) for group in groups], ratio * shrinkage))
+    left_out = _left_out(own, C @ scaled.T, M @ scaled.T, [len(group) for group in groups], ratio * shrinkage)
+    return Discriminant(weight, bias, *left_out)
 
 
-def _left_out(products: Tensor, sizes: Sequence[int], step: float) -> tuple[Tensor, Tensor]:
+def _by_features(C: Tensor, M: Tensor, shrinkage: float, ratio: float) -> tuple[Tensor, Tensor]:
+    """``M A⁻¹ [T, f]`` and the diagonal of ``C A⁻¹ Cᵀ [n]`` with ``A = shrinkage * (I + ratio * CᵀC)``, ``[f, f]``."""
+    A = shrinkage * (torch.eye(C.shape[1], dtype=C.dtype, device=C.device) + ratio * (C.T @ C))
+    solved = torch.linalg.solve(A, torch.cat([M, C]).T).T
+    return solved[: len(M)], (solved[len(M) :] * C).sum(1)
+
+
+def _by_images(C: Tensor, M: Tensor, shrinkage: float, ratio: float) -> tuple[Tensor, Tensor]:
+    """The same from ``[n, n]`` matrices, without forming ``A`` (Woodbury's identity)."""
+    K = C @ C.T
+    inner = torch.eye(len(C), dtype=C.dtype, device=C.device) + ratio * K
+    solved = torch.linalg.solve(inner, torch.cat([C @ M.T, K], 1)) / shrinkage
+    return M / shrinkage - ratio * (solved[:, : len(M)].T @ C), solved[:, len(M) :].diagonal()
+
+
+def _left_out(own: Tensor, cross: Tensor, means: Tensor, sizes: Sequence[int], step: float) -> tuple[Tensor, Tensor]:
     """Scores of each image without itself, by the rank-one change that this makes to mean and covariance.
 
     Without image ``i``, ``r`` away from the mean of its task of ``n`` images, the covariance is ``A - step n / (n - 1) r rᵀ``
     (the units and the divisor stay), and ``i`` is ``n / (n - 1) r`` away from the mean; inverted by Sherman and Morrison.
 
     Args:
-        products: ``Z A⁻¹ Zᵀ`` of the images' deviations from their means and of the means, stacked.
+        own: products under ``A⁻¹`` of each image's deviation from its mean with itself, ``[n]``.
+        cross: of these deviations with the means, ``[n, T]``.
+        means: of the means, ``[T, T]``.
         sizes: images a task.
         step: what an image's outer product weighs in ``A``.
     """
-    labels = torch.arange(len(sizes), device=products.device).repeat_interleave(torch.tensor(sizes, device=products.device))
-    n = len(labels)
-    own, cross, means = products[:n, :n].diagonal(), products[:n, n:], products[n:, n:]
-    grow = torch.tensor([size / max(size - 1, 1) for size in sizes], dtype=products.dtype, device=products.device)[labels]
+    counts = torch.tensor(sizes, device=own.device)
+    labels = torch.arange(len(sizes), device=own.device).repeat_interleave(counts)
+    grow = (counts.to(own.dtype) / (counts - 1).clamp_min(1))[labels]
     true = torch.nn.functional.one_hot(labels, len(sizes)).bool()
     # x - m_s = r + (m_t - m_s), its products with itself and with r under A⁻¹
     along = own[:, None] + cross.gather(1, labels[:, None]) - cross
@@ -239,9 +251,9 @@ def _left_out(products: Tensor, sizes: Sequence[int], step: float) -> tuple[Tens
     along = torch.where(true, (grow * own)[:, None], along)
     length = torch.where(true, (grow.square() * own)[:, None], length)
     removed = step * grow
-    left = (1 - removed * own).clamp_min(torch.finfo(products.dtype).eps)
+    left = (1 - removed * own).clamp_min(torch.finfo(own.dtype).eps)
     scores = -0.5 * (length + (removed / left)[:, None] * along.square())
-    known = torch.tensor(sizes, device=products.device)[labels] > 1
+    known = counts[labels] > 1
     return scores[known], labels[known]
 
 

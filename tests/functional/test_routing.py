@@ -5,6 +5,7 @@ import torch
 from tolerances import assert_near, direct, subspace, summed
 from torch import Tensor
 
+from mergekit_vision.functional import routing
 from mergekit_vision.functional.routing import calibrate, discriminant, pool_tokens, principal_axes
 
 
@@ -38,6 +39,37 @@ def test_left_out_images_are_judged_by_the_others(sizes: list[int], shrinkage: f
     solutions = 4  # the covariance's and each image's downdate here, an inverse and its form in the reference
     assert_near(fit.left_out, torch.stack(expected), solutions * direct(12, condition, torch.float64))
     assert fit.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("shrinkage", [0.05, 0.7, 1.0])
+@pytest.mark.parametrize("sizes", [[9, 5, 2], [40, 40, 40, 40], [4, 1, 6]])
+def test_the_discriminant_is_that_of_the_shrunk_covariance(sizes: list[int], shrinkage: float) -> None:
+    """With more images than features, and with fewer."""
+    data = groups(sizes, 12)
+    means = torch.stack([x.mean(0) for x in data])
+    S = sum((x - mean).T @ (x - mean) for x, mean in zip(data, means, strict=True)) / (sum(sizes) - len(sizes))
+    A = (1 - shrinkage) * S + shrinkage * S.diag().diag()
+    x, fit = torch.cat(data), discriminant(data, shrinkage)
+    away = x[:, None] - means
+    expected = -0.5 * torch.einsum("ntf,fg,ntg->nt", away, torch.linalg.inv(A), away)
+    bound = 2 * direct(12, float(torch.linalg.cond(A)), torch.float64)
+    assert_near((x @ fit.weight.T + fit.bias).log_softmax(1), expected.log_softmax(1), bound)
+
+
+@pytest.mark.parametrize("images", [7, 24, 90])
+@pytest.mark.parametrize("shrinkage", [0.05, 1.0])
+def test_both_ways_to_a_discriminant_are_one(images: int, shrinkage: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, found = groups([images] * 2, 24), []
+    for way in (routing._by_features, routing._by_images):
+        monkeypatch.setattr(routing, "_by_features", way)
+        monkeypatch.setattr(routing, "_by_images", way)
+        found.append(discriminant(data, shrinkage))
+    deviation = torch.cat([x - x.mean(0) for x in data]).square().sum(0).div(2 * images - 2).sqrt()
+    C = torch.cat([x - x.mean(0) for x in data]) / deviation
+    A = shrinkage * torch.eye(24, dtype=C.dtype) + (1 - shrinkage) / (2 * images - 2) * C.T @ C
+    bound = 4 * direct(max(24, 2 * images), float(torch.linalg.cond(A)), torch.float64)
+    for part, other in zip(*found, strict=True):
+        assert_near(part, other, bound / shrinkage)  # leaving an image out divides by what is left of 1, at least about so much
 
 
 def test_left_out_images_are_judged_less_kindly() -> None:
