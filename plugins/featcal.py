@@ -28,8 +28,8 @@ class FeatCal(Merger):
     Args:
         base: merges what is calibrated; the sum of the task vectors where ``None``.
         alpha: share of the expert's own inputs, in [0, 1]. Published: 0.25.
-        rho: the anchor is the backbone plus ``rho`` times the base's update. ``None`` takes 2.2 for the sum of the task vectors
-            (published, at coefficient 0.3), 1 for another base.
+        rho: the anchor is the backbone plus ``rho`` times the base's update. ``None`` takes 2.2 where ``base`` is
+            ``None`` too (published, at coefficient 0.3), and 1 where a base is named, also where that is task arithmetic.
         ridge: pull of the anchor, relative to a task's Gram matrix of norm 1. Published: 0.05, for task arithmetic, eight tasks
             and 256 images. On a strong base, such as ESM, take 1.
         patches: weight of all tokens but the first in the last block, except for keys and values; 1 where the encoder pools over
