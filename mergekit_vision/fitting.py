@@ -79,6 +79,10 @@ class RouterFit:
             raise InputError(f"{name}: pooling {list(pooling)} needs rule discriminant; the cosine is of the mean token")
         if self.rule == "mass" and pooling not in (("mean",), ("first",)):
             raise InputError(f"{name}: pooling is {list(pooling)}, but rule mass takes either [mean] or [first]")
+        if self.gate_rank is not None and self.rule not in ("mass", "sim"):
+            raise InputError(f"{name}: gate_rank is {self.gate_rank}, but goes with rule mass or sim only, not with {self.rule}")
+        if self.shrinkage != RouterFit.shrinkage and self.rule != "discriminant":
+            raise InputError(f"{name}: shrinkage is {self.shrinkage}, but goes with rule discriminant only, not with {self.rule}")
         if self.rule == "sim" and "covariance" in pooling:
             raise InputError(f"{name}: pooling is {list(pooling)}, but covariance is for rule discriminant")
 
@@ -141,6 +145,16 @@ class RouterFit:
         return CosineRouter(prototypes, prototypes.mean(0) if self.rule == "centered" else None, self.top_k, self.temperature)
 
 
+def check_held_layer(method: str, decision: Decision, held_layer: int | None) -> None:
+    """Refuse a ``held_layer`` that the decision would ignore.
+
+    Raises:
+        InputError: for one that is given where the decision is neither "hold" nor "once".
+    """
+    if held_layer is not None and decision not in ("hold", "once"):
+        raise InputError(f"{method}: held_layer is {held_layer}, but goes with decision hold or once only, not with {decision}")
+
+
 def evidence_of(method: str, decision: Decision, held_layer: int | None, linears: Sequence[LinearInfo]) -> list[Evidence]:
     """How each routed layer comes to its decision.
 
@@ -153,8 +167,9 @@ def evidence_of(method: str, decision: Decision, held_layer: int | None, linears
         linears: the routed layers, in forward order.
 
     Raises:
-        InputError: for an index that "hold" or "once" does not find.
+        InputError: for an index that "hold" or "once" does not find, or that another decision would ignore.
     """
+    check_held_layer(method, decision, held_layer)
     count = len(linears)
     if decision == "layer":
         return ["own"] * count

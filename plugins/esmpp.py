@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.fitting import Decision, Features, RouterFit, Rule, deciding, evidence_of, routed
+from mergekit_vision.fitting import Decision, Features, RouterFit, Rule, check_held_layer, deciding, evidence_of, routed
 from mergekit_vision.functional.esd import CompactSubspace, ShiftStatistic
 from mergekit_vision.functional.linalg import pad_rank
 from mergekit_vision.functional.ranks import share_out
@@ -113,6 +113,7 @@ class ESMPP(Merger):
             if value is not None and value < least:
                 raise InputError(f"{name}: {argument} is {value}, but must be at least {least}")
         check_options(self, rule=Rule, statistics=Statistics, decision=Decision)
+        check_held_layer(name, self.decision, self.held_layer)
         self._fit()
         summed = self.decision == "sum" or (self.decision == "once" and self.held_layer is None)
         if self.temperature is None and summed:
