@@ -135,7 +135,7 @@ class Subspaces(NamedTuple):
     """An affine subspace of features for each task, in which its images lie most nearly.
 
     Attributes:
-        basis: ``[T, k, f]``, orthonormal rows; where a task has too few images, rows of zeros.
+        basis: ``[T, k, f]``, orthonormal rows; rows of zeros where a task has fewer directions than another.
         center: ``[T, f]``, the mean of a task's features.
     """
 
@@ -148,15 +148,16 @@ def subspaces(features: Sequence[Tensor], k: int) -> Subspaces:
 
     Args:
         features: for each task, its images' features, ``[n_t, f]``.
-        k: directions; a task of ``n_t`` images has ``n_t - 1`` at most.
+        k: directions at most; a task of ``n_t`` images has ``n_t - 1`` at most, and no more than ``f``.
 
     >>> subspaces([torch.tensor([[1.0, 0.0], [1.0, 4.0], [1.0, 8.0]])], k=1).center
     tensor([[1., 4.]], dtype=torch.float64)
     """
     groups = [group.double() for group in features]
     center = torch.stack([group.mean(0) for group in groups])
-    basis = [pad_rank(top_svd(group - mean, k).Vh, k, 0) for group, mean in zip(groups, center, strict=True)]
-    return Subspaces(torch.stack(basis), center)
+    found = [top_svd(group - mean, k).Vh for group, mean in zip(groups, center, strict=True)]
+    rank = max(1, *map(len, found))
+    return Subspaces(torch.stack([pad_rank(basis, rank, 0) for basis in found]), center)
 
 
 class Discriminant(NamedTuple):

@@ -6,7 +6,7 @@ from tolerances import assert_near, direct, subspace, summed
 from torch import Tensor
 
 from mergekit_vision.functional import routing
-from mergekit_vision.functional.routing import calibrate, discriminant, pool_tokens, principal_axes
+from mergekit_vision.functional.routing import calibrate, discriminant, pool_tokens, principal_axes, subspaces
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -121,6 +121,21 @@ def test_tokens_have_unit_covariance_along_their_axes() -> None:
     assert_near(z.T @ z / len(z), torch.eye(4, dtype=x.dtype), direct(10, amplified, x.dtype))
     span, leading = torch.linalg.qr(axes.basis)[0], Vh[:4]
     assert (span @ span.T - leading.T @ leading).norm() < 2 * subspace(10, moment, float(variance[3] - variance[4]))
+
+
+@pytest.mark.parametrize(("sizes", "k", "expected"), [([40, 9], 500, 24), ([9, 4], 500, 8), ([9, 4], 3, 3), ([1, 1], 8, 1)])
+def test_subspaces_hold_no_more_directions_than_a_task_has(sizes: list[int], k: int, expected: int) -> None:
+    data = groups(sizes, 24)
+    basis, center = subspaces(data, k)
+    assert basis.shape == (len(sizes), expected, 24)
+    for x, mean, rows in zip(data, center, basis, strict=True):
+        assert torch.equal(mean, x.mean(0))
+        own = min(k, len(x) - 1, 24)
+        assert not rows[own:].any()
+        _, S, Vh = torch.linalg.svd(x - mean, full_matrices=False)
+        gap = float(S[own - 1] ** 2 - (S[own] ** 2 if own < min(len(x) - 1, 24) else 0)) if own else 1.0
+        leading = Vh[:own]
+        assert (rows.T @ rows - leading.T @ leading).norm() <= 2 * subspace(24, float(S[0] ** 2), gap)
 
 
 def test_pooled_tokens() -> None:
