@@ -91,7 +91,10 @@ def linears_of_kind(linears: Iterable[LinearInfo], kinds: Sequence[LinearKind]) 
     Raises:
         InputError: when there is none, or a kind is unknown.
     """
-    chosen = [linear for linear in linears if linear.kind in kinds]
+    known = list(linears)
+    if not known:
+        raise InputError("the inputs have no Linear layers, which this merging method needs; give MergeInputs their `linears`")
+    chosen = [linear for linear in known if linear.kind in kinds]
     if not chosen or not set(kinds) <= set(get_args(LinearKind)):
         raise InputError(f"layers is {list(kinds)}, but must name some of {', '.join(get_args(LinearKind))}")
     return chosen

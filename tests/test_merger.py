@@ -97,6 +97,8 @@ def test_layers_are_chosen_by_their_kind() -> None:
             linears_of_kind(INFOS, kinds)
     with pytest.raises(InputError, match="must name some"):
         linears_of_kind(INFOS[:1], ("c_fc",))
+    with pytest.raises(InputError, match="the inputs have no Linear layers"):
+        linears_of_kind((), ("c_fc",))
 
 
 class Based(Merger):
