@@ -54,6 +54,8 @@ class OPCM(Merger):
         if not 0 <= self.split <= 1:
             raise InputError(f"OPCM: split is {self.split}, but must be a share of the singular values in [0, 1], such as 0.5")
         check_options(self, other=Other)
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InputError(f"OPCM: seed is {self.seed}, but must lie in -2**63 to 2**64 - 1")
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Add up parameter by parameter, then rescale; one that no expert changed keeps its pre-trained value."""

@@ -95,6 +95,12 @@ def test_the_order_is_the_suites_or_drawn_from_the_seed() -> None:
     assert_updates(drawn[0], of_zoo(order=torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()), zoo)
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_every_seed_of_the_range_is_one(seed: int) -> None:
+    zoo = Zoo(tasks=2)
+    assert OPCM(seed=seed).merge(zoo.inputs()).update.keys() == zoo.base.keys()
+
+
 def test_what_no_expert_changed_is_left_out_and_what_the_first_did_not_change_is_merged() -> None:
     zoo = Zoo(tasks=3)
     key = "visual.transformer.resblocks.0.attn.out_proj.weight"
@@ -138,6 +144,8 @@ def test_real_experts(zoo: Path) -> None:
         (lambda: OPCM(split=50), "split is 50"),
         (lambda: OPCM(split=float("nan")), "split is nan"),
         (lambda: OPCM(other="mean"), "other is 'mean', but must be one of sum, project"),
+        (lambda: OPCM(seed=2**64), "seed is 18446744073709551616, but must lie in"),
+        (lambda: OPCM(seed=-(2**63) - 1), "seed is -9223372036854775809, but must lie in"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Callable[[], Merger], named: str) -> None:
