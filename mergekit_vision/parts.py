@@ -5,9 +5,9 @@ merged again. Directions are ordered by what they hold: what a larger model take
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mergekit_vision.functional.tsvm import tsvm_merge_of
 from mergekit_vision.merger import Factors, Former, Merged, MergeInputs, Merger, Revisable, Weights
 
 _FEWEST, _WHOLE = "fewest", "whole"
+_Found = TypeVar("_Found")
 
 
 class Part(NamedTuple):
@@ -134,13 +135,12 @@ class ByParts(Merger):
     def _found(self, inputs: MergeInputs, find: Finder, key: str, tasks: int) -> list[Known]:
         """What is known of one parameter of each expert of ``inputs``, in their order."""
         count = self.directions_of(inputs, key, tasks)
-        changed = [task for task in inputs.tasks if inputs.changed(task, key)]
         if count is None:
-            parts: Iterable[Known] = [inputs.delta(task, key) for task in changed]
+            found: dict[str, Known] = dict(_changes(inputs, key, inputs.delta))
         else:
-            changes = [(task, key, self.change_of(inputs, task, key), count) for task in changed]
-            parts = in_threads(lambda arguments: find(*arguments), changes)
-        found = dict(zip(changed, parts, strict=True))
+            changes = _changes(inputs, key, partial(self.change_of, inputs))
+            parts = in_threads(lambda task: find(task, key, changes[task], count), changes)
+            found = dict(zip(changes, parts, strict=True))
         return [found.get(task) for task in inputs.tasks]
 
     def _combined(self, inputs: MergeInputs, key: str, known: Sequence[Known]) -> Tensor:
@@ -151,6 +151,14 @@ class ByParts(Merger):
         parts = [part for part in known if isinstance(part, Part)]
         nothing = partial(Part._replace, parts[0].leading(0), norm=torch.zeros_like(parts[0].norm))
         return self.combined(inputs, key, [part.leading(count) if isinstance(part, Part) else nothing() for part in known])
+
+
+def _changes(inputs: MergeInputs, key: str, of: Callable[[str, str], _Found]) -> dict[str, _Found]:
+    """Task -> what ``of`` gives for its task vector of one parameter, where that is not all zero."""
+    if inputs.change is None:
+        return {task: of(task, key) for task in inputs.tasks if inputs.changed(task, key)}
+    changes = {task: of(task, key) for task in inputs.tasks}  # a view may decompose it: once, not also to see whether it is zero
+    return {task: change for task, change in changes.items() if not isinstance(change, Tensor) or change.any()}
 
 
 def merged_triplets(parts: Sequence[Part]) -> Tensor:

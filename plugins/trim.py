@@ -50,8 +50,9 @@ class Trim(Merger):
         def tensors() -> Iterator[tuple[Tensor, Tensor]]:
             return (inputs.pair(task, key) for key in inputs.base)
 
+        entries = sum(value.numel() for value in inputs.base.values())
         try:
-            return magnitude_threshold(tensors, self.density, device=inputs.device)
+            return magnitude_threshold(tensors, self.density, device=inputs.device, entries=entries)
         except ValueError as error:
             for key in inputs.base:
                 inputs.delta(task, key)  # names the tensor, where it is the expert's

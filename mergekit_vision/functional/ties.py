@@ -43,7 +43,11 @@ class TiesMerge(NamedTuple):
 
 
 def magnitude_threshold(
-    tensors: Callable[[], Pairs], density: float, count_frozen: int = 0, device: torch.device | None = None
+    tensors: Callable[[], Pairs],
+    density: float,
+    count_frozen: int = 0,
+    device: torch.device | None = None,
+    entries: int | None = None,
 ) -> float:
     """The magnitude from which the entries of a task vector are kept, exact, without putting the task vector in one piece.
 
@@ -59,6 +63,7 @@ def magnitude_threshold(
         density: share of the entries to keep, in (0, 1].
         count_frozen: further entries, all zero, that count towards ``P``.
         device: where to compute; by default the CPU.
+        entries: how many the tensors have, which spares the first of the calls.
 
     Raises:
         ValueError: when the task vector holds NaN or infinity.
@@ -67,7 +72,7 @@ def magnitude_threshold(
     >>> magnitude_threshold(lambda: [(torch.tensor([-1.0, 2.0]), base), (torch.tensor([3.0, -4.0]), base)], density=0.25)
     3.0
     """
-    entries = sum(pre_trained.numel() for _, pre_trained in tensors())
+    entries = sum(pre_trained.numel() for _, pre_trained in tensors()) if entries is None else entries
     total = entries + count_frozen
     # the frozen entries are the smallest there are
     m = total - math.floor(total * density) - count_frozen

@@ -407,6 +407,36 @@ def test_the_order_of_two_matters() -> None:
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize(
+    ("base", "times"),
+    [(TSVM(), 1), (TIES(), 3), (Trim(base=TSVM()), 3)],  # once to merge, and twice to find a threshold: a sample, and a search
+    ids=str,
+)
+def test_what_a_base_asks_for_is_decomposed_no_oftener_than_it_is_used(
+    base: Merger, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo, seen = Zoo(tasks=3), list[Tensor]()
+    decompose = STAR._truncated
+
+    def counted(self: STAR, delta: Tensor) -> Tensor:
+        seen.append(delta)
+        return decompose(self, delta)
+
+    monkeypatch.setattr(STAR, "_truncated", counted)
+    STAR(base=base).merge(zoo.inputs())
+    assert len(seen) == times * 3 * sum(value.dim() == 2 for value in zoo.base.values())
+
+
+@pytest.mark.parametrize("pre", [STAR, Trim])
+def test_parts_of_what_did_not_change_are_none_in_views_too(pre: Callable[..., Merger]) -> None:
+    zoo = Zoo(tasks=2)
+    for key in (MATRIX, "visual.proj"):
+        for expert in zoo.experts.values():
+            expert[key] = zoo.base[key].clone()
+    update = pre(base=TSVM()).merge(zoo.inputs()).update
+    assert zoo.base.keys() - update.keys() == {MATRIX, "visual.proj"}
+
+
 def test_chance_in_chance() -> None:
     """With another seed the inner one drops of what the outer one left; both divide."""
     zoo = Zoo(tasks=1)
