@@ -14,6 +14,9 @@ from mergekit_vision.checkpoints.places import Place, bias_of
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Expert, MadeOn, Parts, Weights
 from mergekit_vision.errors import InputError
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Key -> shape."""
+
 
 def finite(value: object) -> float | None:
     """A number from a file, as far as it is one and finite."""
@@ -66,11 +69,12 @@ class Adapter(Expert):
         updates: the low-rank changes.
         replaced: parameters that the adapter holds whole, or thirds of them.
         origin: what was read and how, for the record of a merge.
-        base: weights that the file brings along to be adapted, instead of the backbone's.
+        base: weights that the file brings along to be adapted, instead of the backbone's: with them it is a whole tower.
         more: other files that were read.
-    """
 
-    relative = True
+    Raises:
+        InputError: when factors do not fit together, or not the weight in the same file that they are for.
+    """
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class Adapter(Expert):
             if update.shift is not None:
                 self.updates.setdefault(bias_of(update.place).key, []).append(update)
         self.replaced, self.base, self._more = replaced, base, more
+        self.relative, self.optional = base is None, frozenset() if base is None else base.optional
         super().__init__(container, origin)
         downs = [update.down for updates in self.updates.values() for update in updates]
         self.origin["rank"] = max(container.entries[name].shape[0] for name in downs)
@@ -159,6 +164,16 @@ class Adapter(Expert):
                 shapes[update.place.key] = weight
                 if update.shift is not None:
                     shapes[bias_of(update.place).key] = weight[:1]
+        return shapes if self.base is None else self._shapes_of_all(self.base.shapes, shapes)
+
+    def _shapes_of_all(self, own: Shapes, changed: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tower that the file brings along, if it has all that is changed, in the same shape."""
+        held = {key: shape for key, shape in changed.items() if key in self.replaced or key in self.optional}
+        shapes = {**held, **own}
+        odd = next((key for key, shape in changed.items() if shapes.get(key) != shape), None)
+        if odd is not None:
+            other = f"has it as {shapes[odd]}" if odd in shapes else "lacks it"
+            raise InputError(f"{self.path}: its adapter changes {odd} {changed[odd]}, and the tower in the same file {other}")
         return shapes
 
     def _changed_shape(self, update: Update) -> tuple[int, ...]:

@@ -55,8 +55,8 @@ def peft_adapter(
         for module, found in factors.items()
     ]
     origin: dict[str, Any] = {"kind": "lora", "family": "peft"}
-    if base is not None and "unused" in base.origin:
-        origin["unused"] = base.origin["unused"]
+    if base is not None:
+        origin |= {name: base.origin[name] for name in ("unused", "projection") if name in base.origin}
     if model := options.get("base_model_name_or_path"):
         origin["base_model"] = str(model)
     return Adapter(container, updates, _replaced(container, rest, base), origin, base, () if config is None else (path,))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_vision.checkpoints import ExpertSource, open_expert, open_weights
 from mergekit_vision.errors import InputError
+from mergekit_vision.suites.checks import expert_faults
 
 peft = pytest.importorskip("peft", reason="needs the library peft")
 transformers = pytest.importorskip("transformers", reason="needs the library transformers")
@@ -103,6 +104,28 @@ def test_a_model_saved_with_its_adapter_not_merged(tmp_path: Path, base: dict[st
     assert all(expert.on(base).factors(key) is None for key in base)  # type: ignore[attr-defined]
     other = {key: torch.zeros_like(value) for key, value in base.items()}  # the file brings its own
     assert torch.allclose(embeddings(expert.on(other)), their_embeddings(model.merge_and_unload()), atol=TOLERANCE)
+
+
+def not_merged(place: Path, model: Any, without: str = "") -> Any:
+    """The whole state of a model with its adapter beside its weights, as an expert."""
+    state = {name: value.contiguous() for name, value in model.state_dict().items() if not without or without not in name}
+    save_file(state, place / "x.safetensors")
+    return open_expert(ExpertSource(place / "x.safetensors", scale=2.0))
+
+
+def test_the_tower_of_a_model_with_its_adapter_is_checked_as_any_other(tmp_path: Path, base: dict[str, Tensor]) -> None:
+    model = adapted(tmp_path / "adapter", r=4, lora_alpha=8, target_modules=["fc1", "visual_projection"])
+    shapes = {key: tuple(value.shape) for key, value in base.items()}
+    whole = not_merged(tmp_path, model)
+    assert (whole.relative, whole.shapes, expert_faults(whole, "it", shapes)) == (False, shapes, [])
+    (fault,) = expert_faults(not_merged(tmp_path, model, "layer_norm1"), "it", shapes)
+    assert "lacks visual.transformer.resblocks.0.ln_1" in fault
+    (fault,) = expert_faults(whole, "it", {**shapes, "visual.positional_embedding": (17, 32)})
+    assert "of another architecture: image size 16" in fault
+    with pytest.raises(InputError, match=r"c_fc\.weight \(128, 32\), and the tower in the same file lacks it"):
+        not_merged(tmp_path, model, "fc1.base_layer.weight")
+    part = not_merged(tmp_path, model, "visual_projection.")  # without a projection, of which it says so
+    assert (expert_faults(part, "it", shapes), part.origin["projection"]) == ([], "the backbone's")
 
 
 def test_a_model_with_a_head_around_an_adapter_not_merged(tmp_path: Path, base: dict[str, Tensor]) -> None:

@@ -46,6 +46,17 @@ def test_an_expert_of_another_model_is_refused(bench: Workbench, tmp_path: Path)
         check(bench, expert(tmp_path, other))
 
 
+def test_a_tower_of_another_model_is_refused_with_its_adapter_beside_it(bench: Workbench, tmp_path: Path) -> None:
+    generator, layer = torch.Generator().manual_seed(9), "transformer.resblocks.0.mlp.c_fc"
+    rows, columns = bench.base[f"visual.{layer}.weight"].shape
+    factors = {"A": torch.zeros(2, columns), "B": torch.zeros(rows, 2)}
+    change = {f"visual.{layer}.lora_{which}.default.weight": value for which, value in factors.items()}
+    check(bench, expert(tmp_path, {**bench.base, **change}, scale=1.0))
+    other = {key: torch.randn(value.shape, generator=generator) * value.abs().mean() for key, value in bench.base.items()}
+    with pytest.raises(InputError, match=r"task mine .*not fine-tuned from this backbone"):
+        check(bench, expert(tmp_path, {**other, **change}, scale=1.0))
+
+
 def test_differences_and_weights_are_told_apart(bench: Workbench, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(9)
     delta = {key: 0.1 * torch.randn(value.shape, generator=generator) * value.std() for key, value in bench.base.items()}
