@@ -1,9 +1,9 @@
 """LoRA adapters of the library ``peft``, with its variants."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.lora import Adapter, Update
@@ -15,6 +15,20 @@ from mergekit_vision.errors import InputError
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?\.(?P<part>weight|bias)")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 _WRAPPERS = ("model.", "module.", "image_encoder.", "clip.")
+
+
+class _Found(NamedTuple):
+    """Names in a file of peft.
+
+    Attributes:
+        factors: layer -> part, such as ``A.weight`` -> name.
+        magnitudes: layer -> name.
+        rest: all other names.
+    """
+
+    factors: dict[str, dict[str, str]]
+    magnitudes: dict[str, str]
+    rest: list[str]
 
 
 def peft_adapter(
@@ -36,30 +50,30 @@ def peft_adapter(
     if not options and scale is None:
         remedy = "keep it beside the weights, or give the factor of B A (alpha / r) as `scale:`"
         raise InputError(f"{container.path}: a LoRA adapter without adapter_config.json, which has its scale; {remedy}")
-    factors, magnitudes, rest = _factors(container)
-    if options.get("use_dora") and (lost := factors.keys() - magnitudes.keys()):
+    found = _factors(container)
+    if options.get("use_dora") and (lost := found.factors.keys() - found.magnitudes.keys()):
         raise InputError(
             f"{path}: uses DoRA, but {min(lost)} lacks its lora_magnitude_vector; copy or download the weights again"
         )
     factor = scaling(path, options, scale)
     updates = [
         Update(
-            _linear(container, module),
-            found["A.weight"],
-            found["B.weight"],
-            factor(module, container.entries[found["A.weight"]].shape[0]) * _times(found["A.weight"]),
+            _linear(container, _module(layer)),
+            names["A.weight"],
+            names["B.weight"],
+            factor(_matched(layer), container.entries[names["A.weight"]].shape[0]) * _times(names["A.weight"]),
             bool(options.get("fan_in_fan_out")),
-            magnitudes.get(module),
-            found.get("B.bias"),
+            found.magnitudes.get(layer),
+            names.get("B.bias"),
         )
-        for module, found in factors.items()
+        for layer, names in found.factors.items()
     ]
     origin: dict[str, Any] = {"kind": "lora", "family": "peft"}
     if base is not None:
         origin |= {name: base.origin[name] for name in ("unused", "projection") if name in base.origin}
     if model := options.get("base_model_name_or_path"):
         origin["base_model"] = str(model)
-    return Adapter(container, updates, _replaced(container, rest, base), origin, base, () if config is None else (path,))
+    return Adapter(container, updates, _replaced(container, found, base), origin, base, () if config is None else (path,))
 
 
 def _times(name: str) -> int:
@@ -67,8 +81,8 @@ def _times(name: str) -> int:
     return 2 if ".attn.base_layer.out_proj." in name else 1
 
 
-def _factors(container: Container) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Names of the factors by layer, of the magnitudes by layer, and all other names.
+def _factors(container: Container) -> _Found:
+    """Sort the names in a file.
 
     Raises:
         InputError: when several adapters are in the file, or a factor lacks its other.
@@ -79,33 +93,47 @@ def _factors(container: Container) -> tuple[dict[str, dict[str, str]], dict[str,
         factor, magnitude = _FACTOR.fullmatch(name), _MAGNITUDE.fullmatch(name)
         if factor is not None:
             adapters.add(factor["adapter"])
-            factors.setdefault(_module(factor["module"]), {})[f"{factor['which']}.{factor['part']}"] = name
+            factors.setdefault(_layer(factor["module"]), {})[f"{factor['which']}.{factor['part']}"] = name
         elif magnitude is not None:
-            magnitudes[_module(magnitude["module"])] = name
+            magnitudes[_layer(magnitude["module"])] = name
         else:
             rest.append(name)
     if len(adapters) > 1:
         raise InputError(
             f"{container.path}: holds {len(adapters)} adapters ({', '.join(sorted(map(str, adapters)))}); save each alone"
         )
-    halves = [module for module, found in factors.items() if not {"A.weight", "B.weight"} <= found.keys()]
-    halves += [module for module in magnitudes if module not in factors]
+    halves = [layer for layer, names in factors.items() if not {"A.weight", "B.weight"} <= names.keys()]
+    halves += [layer for layer in magnitudes if layer not in factors]
     if halves or not factors:
         what = f"{halves[0]} lacks lora_A or lora_B" if halves else "has no lora_A and lora_B"
         raise InputError(f"{container.path}: {what}; copy or download it again")
-    return factors, magnitudes, rest
+    return _Found(factors, magnitudes, rest)
 
 
-def _module(name: str) -> str:
+def _layer(name: str) -> str:
+    """A layer's name in the model that peft was given.
+
+    >>> _layer("encoder.base_model.model.clip.vision_model.encoder.layers.0.mlp.fc1")
+    'clip.vision_model.encoder.layers.0.mlp.fc1'
+    """
+    return name.rpartition("base_model.model.")[2]
+
+
+def _matched(layer: str) -> str:
+    """The name that peft compares with patterns: of the output projection in a MultiheadAttention, the attention's."""
+    return layer.partition(".base_layer")[0]
+
+
+def _module(layer: str) -> str:
     """A layer's name without what wraps the model.
 
-    >>> _module("encoder.base_model.model.vision_model.encoder.layers.0.mlp.fc1")
+    >>> _module("clip.vision_model.encoder.layers.0.mlp.fc1")
     'vision_model.encoder.layers.0.mlp.fc1'
     """
-    name = name.replace(".base_layer", "").rpartition("base_model.model.")[2]
-    while (wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None)) is not None:
-        name = name.removeprefix(wrapper)
-    return name
+    layer = layer.replace(".base_layer", "")
+    while (wrapper := next((wrapper for wrapper in _WRAPPERS if layer.startswith(wrapper)), None)) is not None:
+        layer = layer.removeprefix(wrapper)
+    return layer
 
 
 def _linear(container: Container, module: str) -> Place:
@@ -120,14 +148,14 @@ def _linear(container: Container, module: str) -> Place:
     raise InputError(f"{container.path}: adapts {module}, which is not a Linear layer of CLIP's vision tower")
 
 
-def _replaced(container: Container, names: Iterable[str], base: CheckpointWeights | None) -> Parts:
+def _replaced(container: Container, adapter: _Found, base: CheckpointWeights | None) -> Parts:
     """Places of the parameters that an adapter holds whole: biases, and modules that were trained beside it."""
     known = set() if base is None else {name for parts in base.parts.values() for _, name in parts}
     found: dict[str, list[tuple[Place, str]]] = {}
-    for name in names:
+    for name in adapter.rest:
         if name in known or ".original_module." in name:  # as it was before training
             continue
-        plain = _module(re.sub(r"modules_to_save\.(?:default\.)?", "", name))
+        plain = _module(_layer(re.sub(r"modules_to_save\.(?:default\.)?", "", name)))
         place = huggingface_place(plain.removeprefix("vision_model."))
         place = Place(plain) if place is None and plain.startswith("visual.") else place
         if place is None and base is not None:  # a head, or the text tower

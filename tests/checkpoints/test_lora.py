@@ -30,9 +30,9 @@ def vision_model() -> Any:
     return model
 
 
-def adapted(place: Path, **options: Any) -> Any:
+def adapted(place: Path, around: torch.nn.Module | None = None, **options: Any) -> Any:
     """A model with a random adapter, saved; every matrix, magnitude and bias that can be trained is moved."""
-    model = peft.get_peft_model(vision_model(), peft.LoraConfig(**options))
+    model = peft.get_peft_model(vision_model() if around is None else around, peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -140,10 +140,30 @@ def test_a_model_with_a_head_around_an_adapter_not_merged(tmp_path: Path, base: 
     assert torch.allclose(embeddings(weights), their_embeddings(model.merge_and_unload()), atol=TOLERANCE)
 
 
-def test_an_adapter_of_open_clips_own_tower(tmp_path: Path) -> None:
+class Wrapped(torch.nn.Module):
+    """A tower as a member of another model."""
+
+    def __init__(self, name: str, tower: torch.nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, tower)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["clip.vision_model.encoder.layers.0.self_attn.q_proj", "^clip.vision_model.encoder.layers.1.self_attn.v_proj$"]
+)
+def test_patterns_may_name_what_wraps_the_tower(tmp_path: Path, base: dict[str, Tensor], pattern: str) -> None:
+    patterns = {"rank_pattern": {pattern: 2}, "alpha_pattern": {pattern: 32}}
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, **patterns}
+    model = adapted(tmp_path, Wrapped("clip", vision_model()), **options)
+    weights = open_weights(tmp_path).on(base)
+    assert torch.allclose(embeddings(weights), their_embeddings(model.merge_and_unload().clip), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"attn": 2}, "alpha_pattern": {"0.attn": 5}}])
+def test_an_adapter_of_open_clips_own_tower(tmp_path: Path, patterns: dict[str, Any]) -> None:
     tower = open_clip_tower()
     base = {f"visual.{key}": value.clone() for key, value in tower.state_dict().items()}
-    model = peft.get_peft_model(tower, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["attn", "c_fc"]))
+    model = peft.get_peft_model(tower, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["attn", "c_fc"], **patterns))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
