@@ -24,11 +24,13 @@ class _Found(NamedTuple):
         factors: layer -> part, such as ``A.weight`` -> name.
         magnitudes: layer -> name.
         rest: all other names.
+        adapter: what names call the adapter; ``None`` where they do not.
     """
 
     factors: dict[str, dict[str, str]]
     magnitudes: dict[str, str]
     rest: list[str]
+    adapter: str | None
 
 
 def peft_adapter(
@@ -88,7 +90,8 @@ def _factors(container: Container) -> _Found:
         InputError: when several adapters are in the file, or a factor lacks its other.
     """
     factors: dict[str, dict[str, str]] = {}
-    magnitudes, rest, adapters = {}, [], set()
+    magnitudes, rest = {}, []
+    adapters: set[str | None] = set()
     for name in container.entries:
         factor, magnitude = _FACTOR.fullmatch(name), _MAGNITUDE.fullmatch(name)
         if factor is not None:
@@ -107,7 +110,7 @@ def _factors(container: Container) -> _Found:
     if halves or not factors:
         what = f"{halves[0]} lacks lora_A or lora_B" if halves else "has no lora_A and lora_B"
         raise InputError(f"{container.path}: {what}; copy or download it again")
-    return _Found(factors, magnitudes, rest)
+    return _Found(factors, magnitudes, rest, adapters.pop())
 
 
 def _layer(name: str) -> str:
@@ -151,11 +154,12 @@ def _linear(container: Container, module: str) -> Place:
 def _replaced(container: Container, adapter: _Found, base: CheckpointWeights | None) -> Parts:
     """Places of the parameters that an adapter holds whole: biases, and modules that were trained beside it."""
     known = set() if base is None else {name for parts in base.parts.values() for _, name in parts}
+    saved = re.compile(rf"modules_to_save\.(?:{re.escape(adapter.adapter or 'default')}\.)?")
     found: dict[str, list[tuple[Place, str]]] = {}
     for name in adapter.rest:
         if name in known or ".original_module." in name:  # as it was before training
             continue
-        plain = _module(_layer(re.sub(r"modules_to_save\.(?:default\.)?", "", name)))
+        plain = _module(_layer(saved.sub("", name)))
         place = huggingface_place(plain.removeprefix("vision_model."))
         place = Place(plain) if place is None and plain.startswith("visual.") else place
         if place is None and base is not None:  # a head, or the text tower

@@ -30,9 +30,9 @@ def vision_model() -> Any:
     return model
 
 
-def adapted(place: Path, around: torch.nn.Module | None = None, **options: Any) -> Any:
+def adapted(place: Path, around: torch.nn.Module | None = None, name: str = "default", **options: Any) -> Any:
     """A model with a random adapter, saved; every matrix, magnitude and bias that can be trained is moved."""
-    model = peft.get_peft_model(vision_model() if around is None else around, peft.LoraConfig(**options))
+    model = peft.get_peft_model(vision_model() if around is None else around, peft.LoraConfig(**options), name)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,6 +126,14 @@ def test_the_tower_of_a_model_with_its_adapter_is_checked_as_any_other(tmp_path:
         not_merged(tmp_path, model, "fc1.base_layer.weight")
     part = not_merged(tmp_path, model, "visual_projection.")  # without a projection, of which it says so
     assert (expert_faults(part, "it", shapes), part.origin["projection"]) == ([], "the backbone's")
+
+
+@pytest.mark.parametrize("name", ["default", "cars", "v1+x"])
+def test_what_was_trained_beside_an_adapter_with_a_name(tmp_path: Path, base: dict[str, Tensor], name: str) -> None:
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "modules_to_save": ["visual_projection"]}
+    model = adapted(tmp_path / "adapter", name=name, **options)
+    expert = not_merged(tmp_path, model)
+    assert torch.allclose(embeddings(expert.on(base)), their_embeddings(model.merge_and_unload()), atol=TOLERANCE)
 
 
 def test_a_model_with_a_head_around_an_adapter_not_merged(tmp_path: Path, base: dict[str, Tensor]) -> None:
