@@ -33,7 +33,6 @@ class Update(NamedTuple):
         down: name of ``A [r, d_in]``.
         up: name of ``B [d_out, r]``.
         scale: the factor.
-        transposed: whether ``B A`` is the transposed change.
         magnitude: name of DoRA's row norms ``[d_out]``; ``None`` for plain LoRA.
         shift: name of the change of the bias, up to the factor; ``None`` without.
     """
@@ -42,7 +41,6 @@ class Update(NamedTuple):
     down: str
     up: str
     scale: float
-    transposed: bool = False
     magnitude: str | None = None
     shift: str | None = None
 
@@ -122,7 +120,7 @@ class Adapter(Expert):
 
     def _factored(self, update: Update) -> tuple[Tensor, Tensor]:
         up, down = (self.container.read(name).float() for name in (update.up, update.down))
-        if update.transposed != update.place.transposed:
+        if update.place.transposed:
             up, down = down.T, up.T
         whole = up.new_zeros(self.shapes[update.place.key][0], up.shape[1])
         _rows(whole, update.place).copy_(up).mul_(update.scale)
@@ -148,7 +146,7 @@ class Adapter(Expert):
         change = self._float(update.up, weight) @ self._float(update.down, weight)
         rows = _rows(weight, update.place)
         rows = rows.T if update.place.transposed else rows  # as the library of the adapter has them, a view
-        rows.add_(change.T if update.transposed else change, alpha=update.scale)
+        rows.add_(change, alpha=update.scale)
         if update.magnitude is not None:  # DoRA (arXiv:2402.09353, equation 5): the norms of the rows are learned apart
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             rows.mul_(self._float(update.magnitude, weight).reshape(-1, 1) / norms)
@@ -181,7 +179,7 @@ class Adapter(Expert):
         down, up = self._shape(update.down), self._shape(update.up)
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             raise InputError(f"{self.path}: {update.down} {down} and {update.up} {up} are not two factors of one matrix")
-        out, into = (down[1], up[0]) if update.transposed else (up[0], down[1])
+        out, into = up[0], down[1]
         for name in (update.magnitude, update.shift):
             if name is not None and math.prod(self._shape(name)) != out:
                 raise InputError(f"{self.path}: {name} {self._shape(name)} does not have a number for each of {out} rows")

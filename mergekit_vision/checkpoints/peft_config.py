@@ -20,7 +20,7 @@ _REFUSED = (  # options of PEFT under which A and B alone are not the change
 )  # fmt: skip
 
 
-_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias")  # fan_in_fan_out is for Conv1D: with Linear layers peft ignores it
 
 
 def check_options(path: Path, options: Mapping[str, Any]) -> None:

@@ -64,7 +64,6 @@ def peft_adapter(
             names["A.weight"],
             names["B.weight"],
             factor(_matched(layer), container.entries[names["A.weight"]].shape[0]) * _times(names["A.weight"]),
-            bool(options.get("fan_in_fan_out")),
             found.magnitudes.get(layer),
             names.get("B.bias"),
         )

@@ -204,6 +204,16 @@ def test_what_is_not_plain_lora_is_refused(tmp_path: Path, change: dict[str, Any
         open_weights(tmp_path)
 
 
+def test_fan_in_fan_out_is_ignored_as_peft_does_for_linear_layers(tmp_path: Path, base: dict[str, Tensor]) -> None:
+    adapted(tmp_path, r=4, lora_alpha=8, target_modules=ATTENTION)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = peft.PeftModel.from_pretrained(vision_model(), tmp_path)
+    weights = open_weights(tmp_path).on(base)
+    assert torch.allclose(embeddings(weights), their_embeddings(model.merge_and_unload()), atol=TOLERANCE)
+
+
 def test_adapters_of_other_layers_are_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(huggingface_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "both")
