@@ -1,5 +1,6 @@
 """What lies in an unpickled object, by its dotted place in it."""
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,9 +56,11 @@ def _members(content: Any) -> Mapping[Any, Any] | None:
         return content
     if isinstance(content, list | tuple):
         return {str(number): item for number, item in enumerate(content[:_LONGEST_LIST]) if _has_members(item)}
-    state = content.state if isinstance(content, Stub) else None
+    items, state = (content.items, content.state) if isinstance(content, Stub) else (None, None)
     if not isinstance(state, dict):
-        return None
+        return items
+    if items is not None:
+        return ChainMap(items, state)
     if "_modules" not in state:
         return state
     transient = state.get("_non_persistent_buffers_set")
@@ -67,7 +70,7 @@ def _members(content: Any) -> Mapping[Any, Any] | None:
 
 
 def _has_members(item: Any) -> bool:
-    return isinstance(item, dict | list | tuple) or (isinstance(item, Stub) and isinstance(item.state, dict))
+    return isinstance(item, dict | list | tuple) or (isinstance(item, Stub) and isinstance(item.items or item.state, dict))
 
 
 def _is_plain(value: Any) -> bool:

@@ -88,8 +88,12 @@ class RestrictedUnpickler(pickle._Unpickler):
             self.stack[-1].state = state[0] if isinstance(state, tuple) and len(state) == 2 else state
 
     def _put(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], dict):
-            self.stack[-1].update(entries(zip(items[::2], items[1::2], strict=True)))
+        target = self.stack[-1]
+        if isinstance(target, Stub):
+            target.items = {} if target.items is None else target.items
+            target = target.items
+        if isinstance(target, dict):
+            target.update(entries(zip(items[::2], items[1::2], strict=True)))
 
     def _set_items(self) -> None:
         self._put(self.pop_mark())

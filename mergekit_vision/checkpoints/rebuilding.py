@@ -8,16 +8,22 @@ from mergekit_vision.checkpoints.stored import Storage, StoredTensor
 
 
 class Stub:
-    """Stands for an instance of any class that a pickle names, or for what any function that it names would return."""
+    """Stands for an instance of any class that a pickle names, or for what any function that it names would return.
 
-    __slots__ = ("state",)
+    Attributes:
+        state: of an object, as a rule its attributes.
+        items: of a dictionary of a class of its own, the entries under text; ``None`` where it was given none.
+    """
+
+    __slots__ = ("items", "state")
+    items: dict[str, Any] | None
+    state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
-        """Take any arguments."""
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.state: Any = None
+        """Take any arguments. Not all pickles have ``__init__`` called too."""
+        stub = object.__new__(cls)
+        stub.items = stub.state = None
+        return stub
 
     def __call__(self, *args: Any, **kwargs: Any) -> "Stub":
         """What stands for a function gives what stands for its result."""
@@ -77,7 +83,8 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch._tensor", "_rebuild_from_type_v2"): _with_type,
     ("torch", "Size"): tuple,
-    **dict.fromkeys([("collections", "OrderedDict"), ("builtins", "dict"), ("__builtin__", "dict")], entries),
+    **dict.fromkeys([("collections", "OrderedDict"), ("collections", "Counter")], entries),
+    **dict.fromkeys([("builtins", "dict"), ("__builtin__", "dict")], entries),
     **dict.fromkeys([("builtins", "set"), ("__builtin__", "set")], texts),
     ("collections", "defaultdict"): _empty,
 }

@@ -1,12 +1,13 @@
 """Pickled models and archives are read for their tensors; nothing in them is run."""
 
+import argparse
 import pickle
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,6 +34,22 @@ class ImageEncoder(nn.Module):
 class TaskVector:
     def __init__(self, vector: dict[str, Tensor]) -> None:
         self.vector = vector
+
+
+class Sizes(NamedTuple):
+    width: int
+
+
+class OwnDict(dict[str, Any]):
+    """As Lightning's AttributeDict."""
+
+
+class OwnOrderedDict(OrderedDict[str, Any]):
+    pass
+
+
+class OwnList(list[Any]):
+    pass
 
 
 @pytest.fixture
@@ -90,6 +107,29 @@ def test_torchscript_is_read_without_its_code(tmp_path: Path) -> None:
     expected = traced.state_dict()
     assert sorted(expert) == sorted(key for key in expected if key.startswith("visual."))
     assert all(torch.equal(expert[key], expected[key]) for key in expert)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    "beside", [torch.torch_version.TorchVersion("2.4"), Sizes(3), argparse.Namespace(), OwnDict(lr=1.0), OwnList([1]), object()],
+    ids=lambda beside: type(beside).__name__,
+)  # fmt: skip
+def test_objects_without_attributes_may_lie_beside_weights(tmp_path: Path, beside: object, protocol: int) -> None:
+    state = {f"visual.{key}": value for key, value in open_clip_tower().state_dict().items()}
+    torch.save({"state_dict": state, "x": beside}, tmp_path / "x.pt", pickle_protocol=protocol)
+    assert open_weights(tmp_path / "x.pt").shapes == {key: tuple(value.shape) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("attributes", [{}, {"_metadata": {"visual": {"version": 1}}}])
+@pytest.mark.parametrize("kind", [OwnDict, OwnOrderedDict, Counter])
+def test_state_dictionaries_of_any_class_are_read(tmp_path: Path, kind: type[Any], attributes: dict[str, Any]) -> None:
+    state = kind({f"visual.{key}": value for key, value in open_clip_tower().state_dict().items()})
+    vars(state).update(attributes)
+    for content in (state, {"model": state}, [state]):
+        torch.save(content, tmp_path / "x.pt")
+        expert = open_weights(tmp_path / "x.pt")
+        assert sorted(expert) == sorted(state)
+        assert all(torch.equal(expert[key], value) for key, value in state.items())
 
 
 class Malicious:
