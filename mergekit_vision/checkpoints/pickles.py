@@ -43,6 +43,7 @@ class RestrictedUnpickler(pickle._Unpickler):
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    memo: dict[int, Any]
     stack: list[Any]
     metastack: list[list[Any]]
     load_mark: Callable[[], None]
@@ -53,6 +54,7 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     def load(self) -> Any:
         """The next object, without the garbage collection that many objects would set off again and again."""
+        self.memo.clear()  # each object numbers what it refers to from zero
         collected = gc.isenabled()
         gc.disable()
         try:

@@ -109,6 +109,15 @@ def test_torchscript_is_read_without_its_code(tmp_path: Path) -> None:
     assert all(torch.equal(expert[key], expected[key]) for key in expert)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_all_protocols_are_read(tmp_path: Path, zipped: bool, protocol: int) -> None:
+    state = {f"visual.{key}": value for key, value in open_clip_tower().state_dict().items()}
+    torch.save(state, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    expert = open_weights(tmp_path / "x.pt")
+    assert all(torch.equal(expert[key], value) for key, value in state.items())
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize(
     "beside", [torch.torch_version.TorchVersion("2.4"), Sizes(3), argparse.Namespace(), OwnDict(lr=1.0), OwnList([1]), object()],
