@@ -11,10 +11,13 @@ from mergekit_vision.checkpoints.peft_config import check_options, scaling
 from mergekit_vision.checkpoints.places import Place, huggingface_place, linear_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Parts
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import repeated
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?\.(?P<part>weight|bias)")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 _WRAPPERS = ("model.", "module.", "image_encoder.", "clip.")
+_AROUND = re.compile(r".*\.(?=(?:vision_model|visual)\.|visual_projection(?:\.|$))")
+"""What comes before a tower that has its own name."""
 
 
 class _Found(NamedTuple):
@@ -57,6 +60,8 @@ def peft_adapter(
         raise InputError(
             f"{path}: uses DoRA, but {min(lost)} lacks its lora_magnitude_vector; copy or download the weights again"
         )
+    if twice := repeated(_module(layer) for layer in found.factors):
+        raise InputError(f"{container.path}: adapts {twice[0]} of more than one tower; save the adapter of one alone")
     factor = scaling(path, options, scale)
     updates = [
         Update(
@@ -129,10 +134,14 @@ def _matched(layer: str) -> str:
 def _module(layer: str) -> str:
     """A layer's name without what wraps the model.
 
-    >>> _module("clip.vision_model.encoder.layers.0.mlp.fc1")
+    >>> _module("backbone.vision_model.encoder.layers.0.mlp.fc1")
     'vision_model.encoder.layers.0.mlp.fc1'
+    >>> _module("model.transformer.resblocks.0.attn.base_layer.out_proj")
+    'transformer.resblocks.0.attn.out_proj'
     """
     layer = layer.replace(".base_layer", "")
+    if (around := _AROUND.match(layer)) is not None:
+        return layer[around.end() :]
     while (wrapper := next((wrapper for wrapper in _WRAPPERS if layer.startswith(wrapper)), None)) is not None:
         layer = layer.removeprefix(wrapper)
     return layer

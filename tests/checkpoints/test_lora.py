@@ -156,6 +156,15 @@ class Wrapped(torch.nn.Module):
         self.add_module(name, tower)
 
 
+@pytest.mark.parametrize("name", ["encoder", "backbone", "vision_tower", "visual"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_tower_may_be_a_member_of_any_name(tmp_path: Path, base: dict[str, Tensor], name: str, apart: bool) -> None:
+    options = {"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, "visual_projection"]}
+    model = adapted(tmp_path, Wrapped(name, vision_model()), **options, modules_to_save=["post_layernorm"])
+    expert = open_weights(tmp_path) if apart else not_merged(tmp_path, model)
+    assert torch.allclose(embeddings(expert.on(base)), their_embeddings(getattr(model.merge_and_unload(), name)), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "pattern", ["clip.vision_model.encoder.layers.0.self_attn.q_proj", "^clip.vision_model.encoder.layers.1.self_attn.v_proj$"]
 )

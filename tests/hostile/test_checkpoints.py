@@ -150,6 +150,10 @@ ADAPTERS: dict[str, tuple[Make, str]] = {
     "layers of another model": (adapter(lora("base_model.model.bert.encoder.layer.0.query")), "not a Linear layer of CLIP's"),
     "the text tower": (adapter(lora(Q.replace("vision", "text"))), "adapts the text tower"),
     "two adapters": (adapter(lora(Q, adapter=".a") | lora(Q, adapter=".b")), "holds 2 adapters (a, b)"),
+    "one layer of two towers": (
+        adapter(lora(Q) | lora(Q.replace("vision_model", "teacher.vision_model"))),
+        "of more than one tower",
+    ),
     "half a pair": (adapter({f"{Q}.lora_A.weight": torch.ones(2, WIDTH)}), "lacks lora_A or lora_B"),
     "factors of two ranks": (adapter(lora(Q) | {f"{Q}.lora_A.weight": torch.ones(3, WIDTH)}, r=3), "are not two factors"),
     "factors of another width": (adapter(lora(Q, out=7)), "has other shapes than the backbone"),
