@@ -63,9 +63,10 @@ def peft_adapter(
     if twice := repeated(_module(layer) for layer in found.factors):
         raise InputError(f"{container.path}: adapts {twice[0]} of more than one tower; save the adapter of one alone")
     factor = scaling(path, options, scale)
+    both = any("visual." in name and ".lora_" in name for name in container.entries)
     updates = [
         Update(
-            _linear(container, _module(layer)),
+            _linear(container.path, _module(layer), both),
             names["A.weight"],
             names["B.weight"],
             factor(_matched(layer), container.entries[names["A.weight"]].shape[0]) * _times(names["A.weight"]),
@@ -147,16 +148,14 @@ def _module(layer: str) -> str:
     return layer
 
 
-def _linear(container: Container, module: str) -> Place:
+def _linear(path: Path, module: str, both: bool) -> Place:
+    """Place of a layer's weight; where layers of both towers may be adapted, those without a prefix are the text tower's."""
     place = linear_place(module)
-    named = any(
-        "visual." in name and ".lora_" in name for name in container.entries
-    )  # then blocks without it are the text tower's
-    if place is not None and not (named and module.startswith("transformer.")):
+    if place is not None and not (both and module.startswith("transformer.")):
         return place
     if module.startswith(("text_model.", "text_projection", "transformer.resblocks")) or ".text_model." in module:
-        raise InputError(f"{container.path}: adapts the text tower ({module}), whose zero-shot heads are the backbone's")
-    raise InputError(f"{container.path}: adapts {module}, which is not a Linear layer of CLIP's vision tower")
+        raise InputError(f"{path}: adapts the text tower ({module}), whose zero-shot heads are the backbone's")
+    raise InputError(f"{path}: adapts {module}, which is not a Linear layer of CLIP's vision tower")
 
 
 def _replaced(container: Container, adapter: _Found, base: CheckpointWeights | None) -> Parts:

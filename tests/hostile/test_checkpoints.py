@@ -4,6 +4,7 @@ A case is how the file is made, and what its message says; ``SOUND`` where it is
 where it opens and is found not to fit by its shapes.
 """
 
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 from checkpoint_files import BASE, FULL, TEXT, WIDTH, Make, adapter, clip_lora, directory, huggingface, lora, named, saved
 from hostile_files import ARCHIVES, LEGACY, OPENS, PICKLES, SAFETENSORS, SOUND
+from safetensors.torch import save_file
 
 from mergekit_vision.checkpoints import ExpertSource, open_expert
+from mergekit_vision.checkpoints.opening import open_container
+from mergekit_vision.checkpoints.peft_lora import peft_adapter
 from mergekit_vision.errors import InputError
 from mergekit_vision.suites.checks import expert_faults
 
@@ -236,3 +240,25 @@ def test_a_checkpoint_is_an_expert_or_is_refused(
     assert found == SOUND or found.startswith(str(tmp_path))
     assert len(found) < 1500
     assert set(tmp_path.iterdir()) == before, "a hostile file wrote one of its own"
+
+
+class Counted(dict[str, object]):
+    """Entries of a file; how often somebody began to go through them."""
+
+    begun = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.begun += 1
+        return super().__iter__()
+
+
+def test_adapters_of_very_many_layers_take_time_in_proportion(tmp_path: Path) -> None:
+    begun = []
+    for count in (1, 50):
+        layers = [lora(f"vision_model.encoder.layers.{index}.mlp.fc1") for index in range(count)]
+        save_file({name: value for layer in layers for name, value in layer.items()}, tmp_path / "x.safetensors")
+        container = open_container(tmp_path / "x.safetensors")
+        container.entries = entries = Counted(container.entries)
+        assert len(peft_adapter(container, None, 1.0, None).shapes) == count
+        begun.append(entries.begun)
+    assert begun[0] == begun[1] > 0
