@@ -85,7 +85,7 @@ def open_expert(source: ExpertSource) -> Expert:
     tower = find_tower(container, source.key, source.ema)
     if tower is None and source.kind == "delta":  # what is missing in it was not changed, be it the patch embedding
         tower = find_part(container, source.key)
-    expert = _adapter(container, source, tower) or _tuned(container, source, tower, clip_config(place))
+    expert = _adapter(container, source, tower) or _tuned(container, source, tower, place)
     expert.origin["container"] = container.kind
     if source.hub is not None:
         expert.origin |= {"hub": str(source.hub), "revision": commit_of(place)}
@@ -113,13 +113,12 @@ def _adapter(container: Container, source: ExpertSource, tower: Tower | None) ->
     return peft_adapter(container, (file, read_object(file)) if file.is_file() else None, source.scale, base)
 
 
-def _tuned(
-    container: Container, source: ExpertSource, tower: Tower | None, config: tuple[Path, Mapping[str, Any]] | None
-) -> Expert:
+def _tuned(container: Container, source: ExpertSource, tower: Tower | None, place: Path) -> Expert:
     """The tower in a checkpoint, or the differences of one."""
     if tower is None:
         raise InputError(f"{container.path}: {refusal(container.entries)}")
     _check_architecture(container, tower)
+    config = _config(place, tower)
     delta = source.kind == "delta" or tower.prefix.startswith("vector.")  # as the class TaskVector keeps it
     weights = _weights(container, tower, "delta" if delta else "weights")
     if config is not None:
@@ -129,6 +128,16 @@ def _tuned(
     if source.scale is not None:
         raise InputError(f"{container.path}: `scale` goes with `kind: delta` or an adapter; these are whole weights")
     return weights
+
+
+def _config(place: Path, tower: Tower) -> tuple[Path, Mapping[str, Any]] | None:
+    """See :func:`clip_config`; beside a tower with open_clip's names, a file of that name may be anything else."""
+    try:
+        return clip_config(place)
+    except InputError:
+        if tower.family == "huggingface":
+            raise
+        return None
 
 
 def _check_architecture(container: Container, tower: Tower) -> None:

@@ -131,6 +131,8 @@ DIRECTORIES: dict[str, tuple[Make, str]] = {
     ),
     "two files": (directory({"a.pt": FULL, "b.pt": FULL}), "several files may hold the weights"),
     "another model": (directory({"model.safetensors": huggingface(), "config.json": {"model_type": "siglip"}}), "not of CLIP"),
+    "a training script's configuration": (directory({"x.pt": FULL, "config.json": {"model_type": "ViT-B-32"}}), SOUND),
+    "a training script's configuration in another format": (directory({"x.pt": FULL, "config.json": b"lr = 1e-5"}), SOUND),
     "a list as vision_config": (
         directory({"model.safetensors": huggingface(), "config.json": {"model_type": "clip", "vision_config": [1]}}),
         "must be an object",
