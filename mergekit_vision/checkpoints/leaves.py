@@ -1,12 +1,13 @@
 """What lies in an unpickled object, by its dotted place in it."""
 
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from typing import Any
 
 from mergekit_vision.checkpoints.container import LONGEST_NAME
 from mergekit_vision.checkpoints.rebuilding import Stub
 from mergekit_vision.checkpoints.stored import StoredTensor
+
+_Holder = dict[str, Any] | list[Any] | tuple[Any, ...]
 
 _PLAIN = (str, int, float, bool, type(None))
 _DEPTH = 48
@@ -14,63 +15,61 @@ _LONGEST_LIST = 64  # items that are looked at
 
 
 def leaves(content: Any) -> Iterator[tuple[str, Any]]:
-    """Tensors, stubs without state, and plain values of an unpickled object, by their dotted place in it.
+    """Tensors, stubs without parts, and plain values of an unpickled object, by their dotted place in it.
 
     Entries of dictionaries and attributes of objects are followed; of a module its parameters, its persistent buffers and its
     modules. Lists are plain values where all their items are; of others, dictionaries, objects and lists in them are followed,
-    by their number.
-
-    Raises:
-        ValueError: when it is nested too deeply, or names are too long.
+    by their number. What is in several places is in the least deep of them. What lies deeper than 48 levels, or under names that
+    are longer than tensors have, is left out.
 
     >>> dict(leaves({"state_dict": {"proj": "a tensor"}, "epoch": 3}))
-    {'state_dict.proj': 'a tensor', 'epoch': 3}
+    {'epoch': 3, 'state_dict.proj': 'a tensor'}
     >>> dict(leaves([3, {"proj": "a tensor"}]))
     {'1.proj': 'a tensor'}
     """
-    yield from _leaves(content, "", set(), 0)
+    seen: set[int] = set()
+    level = [("", content)]
+    for _ in range(_DEPTH + 1):
+        below: list[tuple[str, Any]] = []
+        for place, item in level:
+            plain = isinstance(item, StoredTensor) or _is_plain(item)
+            holders = [] if plain else _holders(item)
+            if plain or (isinstance(item, Stub) and not holders):
+                yield place, item
+            for holder in holders:
+                if id(holder) not in seen:  # what refers to itself, or to one thing many times, would never end
+                    seen.add(id(holder))
+                    below += _named(holder, place, _transient(item))
+        level = below
 
 
-def _leaves(content: Any, place: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    if depth > _DEPTH or len(place) > LONGEST_NAME:  # long names of nested things multiply
-        raise ValueError("nested too deeply, or names are too long")
-    if isinstance(content, StoredTensor) or _is_plain(content):
-        yield place, content
-        return
-    members = _members(content)
-    if members is None:
-        if isinstance(content, Stub):
-            yield place, content
-        return
-    if id(content) in seen:  # what refers to itself, or to one thing many times, would never end
-        return
-    seen.add(id(content))
-    for name, value in members.items():
-        if isinstance(name, str):
-            yield from _leaves(value, f"{place}.{name}" if place else name, seen, depth + 1)
+def _named(holder: _Holder, place: str, skipped: Container[str]) -> Iterator[tuple[str, Any]]:
+    """What a holder has, by its place."""
+    items = holder.items() if isinstance(holder, dict) else enumerate(holder[:_LONGEST_LIST])
+    for key, item in items:
+        name = f"{place}.{key}" if place else str(key)
+        followed = key not in skipped if isinstance(holder, dict) else bool(_holders(item))
+        if followed and len(name) <= LONGEST_NAME:  # long names of nested things multiply
+            yield name, item
 
 
-def _members(content: Any) -> Mapping[Any, Any] | None:
-    """Named parts of an object; ``None`` where it has none."""
-    if isinstance(content, dict):
-        return content
-    if isinstance(content, list | tuple):
-        return {str(number): item for number, item in enumerate(content[:_LONGEST_LIST]) if _has_members(item)}
-    items, state = (content.items, content.state) if isinstance(content, Stub) else (None, None)
-    if not isinstance(state, dict):
-        return items
-    if items is not None:
-        return ChainMap(items, state)
-    if "_modules" not in state:
-        return state
-    transient = state.get("_non_persistent_buffers_set")
-    skipped = transient if isinstance(transient, dict) else {}  # sets are read as dictionaries
-    parts = [state.get(part) for part in ("_parameters", "_buffers", "_modules")]
-    return {name: value for part in parts if isinstance(part, dict) for name, value in part.items() if name not in skipped}
+def _holders(content: Any) -> list[_Holder]:
+    """What holds the parts of an object: itself, its entries or its attributes; nothing where it has no parts."""
+    if not isinstance(content, Stub):
+        return [content] if isinstance(content, dict | list | tuple) else []
+    held = content.items or content.state
+    if not isinstance(held, dict):
+        return []
+    if content.items or "_modules" not in held:
+        return [held]
+    return [part for name in ("_parameters", "_buffers", "_modules") if isinstance(part := held.get(name), dict)]
 
 
-def _has_members(item: Any) -> bool:
-    return isinstance(item, dict | list | tuple) or (isinstance(item, Stub) and isinstance(item.items or item.state, dict))
+def _transient(content: Any) -> Container[str]:
+    """Names of a module's buffers that are not in its state dictionary."""
+    state = content.state if isinstance(content, Stub) else None
+    found = state.get("_non_persistent_buffers_set") if isinstance(state, dict) else None
+    return found if isinstance(found, dict) else ()  # sets are read as dictionaries
 
 
 def _is_plain(value: Any) -> bool:

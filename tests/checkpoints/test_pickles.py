@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mergekit_vision.checkpoints import open_weights
 from mergekit_vision.checkpoints.leaves import leaves
+from mergekit_vision.checkpoints.rebuilding import Stub
 from mergekit_vision.errors import InputError
 
 
@@ -107,6 +108,29 @@ def test_torchscript_is_read_without_its_code(tmp_path: Path) -> None:
     expected = traced.state_dict()
     assert sorted(expert) == sorted(key for key in expected if key.startswith("visual."))
     assert all(torch.equal(expert[key], expected[key]) for key in expert)
+
+
+def test_what_is_nested_deeply_beside_weights_is_left_out(tmp_path: Path) -> None:
+    state = {f"visual.{key}": value for key, value in open_clip_tower().state_dict().items()}
+    chain = argparse.Namespace(model=state)
+    for _ in range(100):
+        chain = argparse.Namespace(before=chain, value=3)
+    for content in ({"history": chain, "state_dict": state}, {"state_dict": state, "history": chain}):
+        torch.save(content, tmp_path / "x.pt")
+        expert = open_weights(tmp_path / "x.pt")
+        assert expert.origin["names"] == "state_dict.visual.*"
+        assert all(torch.equal(expert[key], value) for key, value in state.items())
+
+
+def test_what_is_in_several_places_has_the_least_deep(tmp_path: Path) -> None:
+    """Also where it is met first just above the depth at which it would not be looked into any more."""
+    state = {"model": {f"visual.{key}": value for key, value in open_clip_tower().state_dict().items()}}
+    for depth in (1, 45, 46, 47, 48):
+        history: Any = state
+        for _ in range(depth):
+            history = {"before": history}
+        torch.save({"history": history, "state_dict": state}, tmp_path / "x.pt")
+        assert open_weights(tmp_path / "x.pt").origin["names"] == "state_dict.model.visual.*"
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -239,11 +263,11 @@ def test_objects_that_contain_each_other_end(tmp_path: Path) -> None:
     for _ in range(40):  # as text it would be of 2 ** 40 entries
         shared = {"a": shared, "b": shared}
     assert len(list(leaves(shared))) == 1
-    deep: dict[str, Any] = {}
-    for _ in range(100):
-        deep = {"x": deep}
-    with pytest.raises(ValueError, match="nested too deeply"):
-        list(leaves(deep))
+    attributes = {str(number): number for number in range(10**4)}
+    objects = [Stub() for _ in range(10**4)]
+    for item in objects:
+        item.state = attributes
+    assert len(list(leaves({str(number): item for number, item in enumerate(objects)}))) == len(attributes)
 
 
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:

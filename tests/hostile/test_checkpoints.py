@@ -70,7 +70,7 @@ LAYOUTS: dict[str, tuple[Make, str]] = {
     "a list": (saved([named("visual.")]), SOUND),
     "a list of tensors": (saved([torch.zeros(2), torch.zeros(2)]), "holds no tensors under names"),
     "a list of two towers": (saved((named("visual."), named("visual."))), "choose one by `key:`"),
-    "lists in lists": (saved(reduce(lambda inner, _: [inner], range(100), [FULL])), "nested too deeply"),
+    "lists in lists": (saved(reduce(lambda inner, _: [inner], range(100), [FULL])), "holds no tensors"),
     "a scalar for a matrix": (saved({**FULL, "visual.proj": torch.tensor(1.0)}), "visual.proj is ()"),
     "expanded": (saved({**FULL, "visual.proj": torch.zeros(1).expand(WIDTH, 24)}), "visual.proj is not a plain tensor"),
     "integers": (saved({**FULL, "visual.proj": torch.zeros(WIDTH, 24, dtype=torch.int64)}), "stored as int64"),
