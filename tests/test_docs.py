@@ -413,3 +413,15 @@ def test_commands_and_code_on_the_page_of_export(tiny_suite: Path, tmp_path: Pat
     with torch.no_grad():
         images = mergekit_vision.load("runs/esmpp")((program["images"] - program["mean"]) / program["std"])
     assert (program["embeddings"] - images).norm() < 1e-4 * images.norm()
+
+
+def test_the_places_for_something_new_are_there() -> None:
+    """Files that the table names, classes and constants in some file of the package."""
+    table = PAGES["architecture.md"].split("## Where something new goes")[1].split("\n\n")[1]
+    spans = set(re.findall(r"`([^`]+)`", table))
+    files = {span for span in spans if re.fullmatch(r"\w+(?:/\w+)*\.py", span)}
+    names = {span for span in spans if re.fullmatch(r"_?[A-Z]\w+|_\w+|[a-z]+_\w+", span)} - files
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "mergekit_vision").rglob("*.py")]
+    assert [file for file in files if not any((ROOT / above / file).is_file() for above in ("mergekit_vision", "."))] == []
+    assert [name for name in names if not any(re.search(rf"\b{name}\b", source) for source in sources)] == []
+    assert {"checkpoints/opening.py", "SUFFIXES", "open_container"} <= files | names
