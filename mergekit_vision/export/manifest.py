@@ -121,6 +121,12 @@ def files_of(directory: Path) -> Collection[str]:
     return ()
 
 
+def weights_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of each file of weights that a record vouches for; none of a model that was not written yet."""
+    files = record.get("files", {})
+    return {name: files[name]["sha256"] for name in (MODEL, EXPERTS) if name in files}
+
+
 def _content(directory: Path) -> dict[str, Any]:
     """Content of ``merge.json`` with the right keys and types."""
     path = directory / RECORD

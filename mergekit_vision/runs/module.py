@@ -18,7 +18,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.evaluation.metric import TaskMetric
 from mergekit_vision.export.directory import load_experts, save_model
-from mergekit_vision.export.manifest import ROUTERS, read_record
+from mergekit_vision.export.manifest import ROUTERS, read_record, weights_of
 from mergekit_vision.export.state import State
 from mergekit_vision.merger import Merger, Weights
 from mergekit_vision.merging.lineage import check_lineage
@@ -291,8 +291,9 @@ class MergedCLIP(LightningModule):
         results = {
             "kind": "evaluation",
             "schema": 1,
-            **{key: self.record.get(key) for key in ("suite", "merger", "scale", "search")},
+            **{key: self.record.get(key) for key in ("suite", "experts", "merger", "scale", "search")},
             **{key: self.record[key] for key in ("history", "expert_dtype") if self.record.get(key)},
+            **({"weights": weights} if (weights := weights_of(self.record)) else {}),
             "split": split,
             "hub": self.data.hub_sources(split),
             "route": None if encoder.routing is None else route,

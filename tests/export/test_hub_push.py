@@ -68,7 +68,7 @@ def write_results(directory: Path, path: Path, **values: Any) -> Path:
     """Accuracies of a model, as ``test`` writes them."""
     record = json.loads((directory / "merge.json").read_text())
     tasks = {task: {"accuracy": 0.25, "normalized": None, "n": 8} for task in record["experts"]}
-    same = {key: record[key] for key in ("suite", "merger", "scale")}
+    same = {key: record[key] for key in ("suite", "experts", "merger", "scale")}
     path.write_text(json.dumps({"kind": "evaluation", **same, "split": "test", "route": None, "tasks": tasks, **values}))
     return path
 
@@ -210,6 +210,8 @@ def test_names_are_text_and_nothing_else(hub: LoopbackHub, model: Path) -> None:
         ({"tasks": {}}, "tasks: must be at least one entry long"),
         ({"scale": 0.123}, "measured on another model, by its scale; test this one"),
         ({"expert_dtype": "bfloat16"}, "measured on another model, by its expert_dtype; test this one"),
+        ({"experts": {"colors": "other.pt"}}, "measured on another model, by its experts; test this one"),
+        ({"weights": {"open_clip_model.safetensors": "0" * 64}}, "measured on another model, by its weights; test this one"),
         ({"route": "oracle"}, "measured with route oracle"),
     ],
 )
@@ -222,6 +224,29 @@ def test_only_accuracies_of_this_model_count(
     assert f"{path}: {message}" in error
     assert error.count("\n") == 1
     assert hub.requests == []
+
+
+def test_accuracies_of_the_experts_before_are_refused(
+    hub: LoopbackHub, tiny_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that is asked for is the same, but for the experts."""
+    model = tmp_path / "model"
+    merge = ["merge", "-s", str(tiny_suite), "-m", "TaskArithmetic", "-o", str(model), "--experts"]
+    assert main([*merge, "[colors, grays]"]) == 0
+    assert main(["test", "-s", str(tiny_suite), "--merged", str(model), "-o", str(model)]) == 0
+    assert push(model, "--dry-run") == 0
+    assert main([*merge, "[colors, stripes]"]) == 0
+    capsys.readouterr()
+    assert push(model, "--dry-run") == 1
+    assert "measured on another model, by its experts, weights; test this one" in capsys.readouterr().err
+
+
+def test_accuracies_that_name_no_experts_are_doubted(
+    hub: LoopbackHub, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_results(model, tmp_path / "earlier.json", experts=None)
+    assert push(model, "--results", str(path), "--dry-run") == 0
+    assert f"{path}: does not say which experts were merged" in caplog.text
 
 
 @pytest.mark.parametrize(
