@@ -52,10 +52,15 @@ def parser() -> PlainParser:
 
 
 def _as_json(found: "Inspection") -> str:
-    changes = {linear.name: value for linear, value in found.changes.items()}
-    whole = None if found.whole is None else found.whole._asdict()
+    changes = {linear.name: _number(value) for linear, value in found.changes.items()}
+    whole = None if found.whole is None else {name: _number(value) for name, value in found.whole._asdict().items()}
     plain = {**asdict(found), "whole": whole, "changes": changes}
-    return json.dumps(plain, indent=2, ensure_ascii=False)
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _number(value: float) -> float | None:
+    """A number that JSON has."""
+    return value if math.isfinite(value) else None
 
 
 def _lines(found: "Inspection") -> Iterator[str]:

@@ -18,6 +18,7 @@ from mergekit_vision.merger import LinearInfo, Weights
 from mergekit_vision.merging.lineage import Distance, distance, lineage_faults, lineage_remarks
 from mergekit_vision.suites.checks import expert_faults
 from mergekit_vision.suites.suite import Suite
+from mergekit_vision.support.tensors import FINITE, unusable
 
 
 @dataclass
@@ -122,7 +123,12 @@ def _compare(found: Inspection, expert: Expert, suite: Suite) -> None:
     weights = expert.on(base)
     found.whole = distance(weights, base, base)
     found.changes = {linear: _change(weights, base, linear.weight) for linear in linears}
-    found.refused = "; ".join(f"it {fault}" for fault in lineage_faults(expert, weights, base, linears))
+    spoiled = unusable(weights, FINITE)
+    if spoiled:
+        more = f" and {len(spoiled) - 3} more tensors" if len(spoiled) > 3 else ""
+        found.refused = f"{', '.join(spoiled[:3])}{more}; fine-tune it again"
+    else:
+        found.refused = "; ".join(f"it {fault}" for fault in lineage_faults(expert, weights, base, linears))
     found.remarks = list(lineage_remarks(expert, weights, base))
 
 

@@ -46,13 +46,28 @@ def test_what_it_prints_can_be_read_by_programs(root: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_shown_and_refused(root: Path, capsys: pytest.CaptureFixture[str], odd: float) -> None:
+@pytest.mark.parametrize("layer", ["attn.out_proj", "mlp.c_fc"])
+def test_weights_that_are_no_numbers_are_shown_and_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], layer: str, odd: float
+) -> None:
     base = {key: value for key, value in load_file(root / "base" / "open_clip_model.safetensors").items() if "visual" in key}
-    base["visual.transformer.resblocks.1.attn.out_proj.weight"][0, 0] = odd
+    base[f"visual.transformer.resblocks.1.{layer}.weight"][0, 0] = odd
     save_file(base, root / "x.safetensors")
     status, out, err = shown(capsys, root / "x.safetensors", "-s", root / "suite.yaml")
     assert (status, out.count("!")) == (1, 1)
-    assert "holds NaN or infinity" in err
+    assert f"resblocks.1.{layer}.weight holds NaN or infinity; fine-tune it again" in err
+
+
+def test_json_has_null_where_there_is_no_number(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = {key: value for key, value in load_file(root / "base" / "open_clip_model.safetensors").items() if "visual" in key}
+    for name, value in base.items():
+        if value.ndim == 2:
+            base[name] = torch.full_like(value, float("nan"))
+    save_file(base, root / "x.safetensors")
+    status, out, err = shown(capsys, root / "x.safetensors", "-s", root / "suite.yaml", "--json")
+    found = json.loads(out, parse_constant=pytest.fail)  # NaN and Infinity
+    assert (status, set(found["changes"].values()), set(found["whole"].values())) == (1, {None}, {None})
+    assert "more tensors; fine-tune it again" in err
 
 
 @pytest.mark.parametrize(
