@@ -87,6 +87,8 @@ def render(results: Results) -> str:
         papers=papers_of(results),
         chance=percent(chance(row for row in _methods(results) if len(row["tasks"]) == len(results["tasks"]))),
         pictures=_pictures(results),
+        chosen=_chosen(results),
+        scales=_scales(results),
         curves={TITLES.get(name, name): _curves(name, found) for name, found in curves(results["rows"]).items()},
         routing={row["name"]: _routing(row, results["layers"]) for row in _methods(results) if row["routing"]},
     )
@@ -182,6 +184,18 @@ def _search_curves(results: Results) -> dict[str, list[Any]]:
     found = {row["name"]: sorted(row["search"], key=lambda p: p["coefficient"]) for row in _methods(results) if row["search"]}
     own = {name: points for name, points in found.items() if key in points[0]}
     return own or found
+
+
+def _chosen(results: Results) -> str:
+    """By what the drawn coefficients were chosen, ``agreement`` or ``search``; nothing where no row was searched."""
+    points = next(iter(_search_curves(results).values()), None)
+    return "" if points is None else "agreement" if "distance" in points[0] else "search"
+
+
+def _scales(results: Results) -> list[Any]:
+    """What was said of the coefficient, each once: of every method, for a row may say otherwise than the run."""
+    said = [row.get("settings", {}).get("scale", results["scale"]) for row in _methods(results)]
+    return list(dict.fromkeys(said)) or [results["scale"]]
 
 
 def _top(points: list[Any]) -> float:

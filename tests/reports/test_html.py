@@ -121,6 +121,27 @@ def test_what_is_unknown_is_left_out(results: dict[str, Any]) -> None:
     assert page.tables[0][2][2] == "–"
 
 
+def test_the_coefficients_text_is_of_the_rows(results: dict[str, Any]) -> None:
+    def said(run: Any, *rows: Any, search: list[Any] | None = None) -> str:
+        plain = results["rows"][1]
+        made = [plain | {"search": search or [], "settings": {"scale": scale}} for scale in rows]
+        return check(render(results | {"scale": run, "rows": [results["rows"][0], *made, results["rows"][3]]})).text
+
+    distances = [{"coefficient": c, "distance": d} for c, d in ((0.5, 0.2), (1.0, 0.4))]
+    by_agreement = said("search", "agreement", search=distances)
+    assert "Distance from the experts on proxy images by coefficient" in by_agreement
+    assert "accuracy on val by coefficient" not in by_agreement
+    assert "searched on val from 0.0 to 3.0, first step 0.125, 2 halvings, unless the table says otherwise" in by_agreement
+    assert "accuracy on val by coefficient" in said("agreement", "search", search=results["rows"][1]["search"])
+    own = "Every method was used at the coefficient it sets itself"
+    assert own in said("merger", "merger")
+    assert "unless the table" not in said("merger", "merger")
+    assert "each is the method’s own or was set by hand" in said("merger", "merger", 0.4)
+    assert own not in said("merger", "merger", 0.4)
+    assert "at the coefficient 0.4, set by hand" in said("merger", 0.4)
+    assert "None of these methods has a coefficient to search" in said("search", "search")
+
+
 def test_summary_names_the_best_of_each_kind(results: dict[str, Any]) -> None:
     assert summary(results).replace(NARROW, " ") == (
         "Plain keeps 71 % of the experts’ accuracy in one model of the same size. "
