@@ -55,15 +55,15 @@ def _key(figure: "Figure", kinds: Sequence[str]) -> None:
         figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
-def draw_sizes(rows: Sequence[Mapping[str, Any]], encoder: int) -> "Figure":
+def draw_sizes(rows: Sequence[Mapping[str, Any]], parameters: int) -> "Figure":
     """Mean accuracy of each model by its size, in encoders; of the static ones, which all have size 1, the best one is named.
 
     Args:
-        rows: those of a comparison that say their ``bytes``, and the experts'; accuracies in [0, 1].
-        encoder: bytes of one.
+        rows: those of a comparison; accuracies in [0, 1].
+        parameters: of one encoder.
     """
     best = max((row for row in rows if row["kind"] == "static"), key=lambda row: row["mean"]["accuracy"], default=None)
-    points = [(_encoders(row, encoder), 100 * row["mean"]["accuracy"], row) for row in rows]
+    points = [(1 + row["extra_parameters"] / parameters, 100 * row["mean"]["accuracy"], row) for row in rows]
     ticks = [2**power for power in range(1 + ceil(log2(max(2.0, *(x for x, _, _ in points)))))]
     low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
     letter = 0.035 * (high - low + 1)  # what a line of letters takes of the axis
@@ -87,12 +87,6 @@ def draw_sizes(rows: Sequence[Mapping[str, Any]], encoder: int) -> "Figure":
         axes.set_ylabel("mean accuracy over tasks, %")
         _key(figure, [kind for kind in ("static", "dynamic", "oracle") if any(row["kind"] == kind for row in rows)])
     return figure
-
-
-def _encoders(row: Mapping[str, Any], encoder: int) -> float:
-    """Size of a model in encoders; the experts are whole ones, and need no other."""
-    added = (len(row["tasks"]) * row["bytes"]["task"] + row["bytes"]["shared"]) / encoder
-    return float(added if row["kind"] == "experts" else 1 + added)
 
 
 def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":

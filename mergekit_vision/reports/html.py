@@ -169,7 +169,7 @@ def _pictures(results: Results) -> dict[str, Picture]:
     if sizes := _sizes(results):
         words = "; ".join(f"{row['name']} {percent(row['mean']['accuracy'])}" for row in sizes)
         found["sizes"] = _picture(
-            figures.draw_sizes(sizes, _FLOAT * results["parameters"]), f"Chart of accuracy by size, smallest first: {words}."
+            figures.draw_sizes(sizes, results["parameters"]), f"Chart of accuracy by size, smallest first: {words}."
         )
     if len(results["similarity"]["tasks"]) > 1:
         found["similarity"] = _picture(

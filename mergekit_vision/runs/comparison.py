@@ -98,7 +98,7 @@ class Comparison(LightningModule):
             "kind": "comparison",
             "schema": 1,
             **self._setting(bench),
-            "rows": self._with_papers(data, table_rows(bench, zero_shot, own, found)),
+            "rows": self._with_papers(data, table_rows(bench, zero_shot, own, found, self.recipe.chosen(data.suite))),
             "left_out": left_out,
             **analysis,
         }

@@ -1,6 +1,6 @@
 """The rows of a comparison's table, from what was measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -53,12 +53,16 @@ class Measured:
 
 
 def table_rows(
-    bench: Workbench, zero_shot: Mapping[str, float], own: Mapping[str, float], methods: Sequence[Measured]
+    bench: Workbench,
+    zero_shot: Mapping[str, float],
+    own: Mapping[str, float],
+    methods: Sequence[Measured],
+    merged: Collection[str],
 ) -> list[dict[str, Any]]:
     """The rows of the table: the backbone, the methods by their mean accuracy, oracles, the experts; accuracies in [0, 1].
 
     Methods on fewer tasks come before the others: their means are of something else. Oracles, which are told each image's task,
-    come apart, by their bytes a task.
+    come apart, by their bytes a task. The last row keeps the experts of all tasks that are ``merged`` or evaluated.
     """
     data = bench.evaluator.data
     sizes = {task: data.size(task, TEST) for task in data.task_names}
@@ -83,5 +87,5 @@ def table_rows(
             key=lambda found: (len(found["tasks"]), found["mean"]["accuracy"]),
         ),
         *sorted((found for found in measured if found["kind"] == "oracle"), key=lambda found: int(found["bytes"]["task"])),
-        row("experts", "experts", own, extra_parameters=(len(own) - 1) * model),
+        row("experts", "experts", own, extra_parameters=(len({*own, *merged}) - 1) * model),
     ]

@@ -52,13 +52,13 @@ def test_methods_are_bars_with_their_numbers(results: dict[str, Any]) -> None:
 
 
 def test_sizes_are_in_encoders_and_names_do_not_meet() -> None:
-    def row(name: str, kind: str, accuracy: float, task: int, shared: int) -> dict[str, Any]:
-        sizes = {"task": task, "shared": shared}
-        return {"name": name, "kind": kind, "mean": {"accuracy": accuracy}, "tasks": {"a": 0, "b": 0}, "bytes": sizes}
+    def row(name: str, kind: str, accuracy: float, extra: int) -> dict[str, Any]:
+        """One of two experts that was evaluated on one task."""
+        return {"name": name, "kind": kind, "mean": {"accuracy": accuracy}, "tasks": {"a": 0}, "extra_parameters": extra}
 
-    rows = [row("Bad", "static", 0.5, 0, 0), row("Good", "static", 0.6, 0, 0), row("Routed", "dynamic", 0.8, 20, 40)]
-    rows += [row("Masks", "oracle", 0.801, 20, 40), row("Each", "experts", 0.9, 40, 0)]
-    figure = draw_sizes(rows, encoder=40)
+    rows = [row("Bad", "static", 0.5, 0), row("Good", "static", 0.6, 0), row("Routed", "dynamic", 0.8, 20)]
+    rows += [row("Masks", "oracle", 0.801, 20), row("Each", "experts", 0.9, 10)]
+    figure = draw_sizes(rows, parameters=10)
     (axes,) = figure.axes
     points = {(float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 1)) for line in axes.lines}  # type: ignore[index]
     assert points == {(1.0, 50.0), (1.0, 60.0), (3.0, 80.0), (3.0, 80.1), (2.0, 90.0)}

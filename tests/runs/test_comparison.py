@@ -86,6 +86,7 @@ def test_results_say_what_they_are_and_of_what(compare: Compare, bench: Workbenc
     assert results["tasks"] == {"grays": {"images": 41, "classes": 5}}
     assert list(results["experts"]) == ["grays", "colors"]
     assert results["similarity"]["tasks"] == ["grays", "colors"]
+    assert results["rows"][-1]["extra_parameters"] == results["parameters"], "one expert more, though one task is evaluated"
     assert (results["scale"], results["search"], results["seed"], results["processes"]) == (0.5, None, 7, 1)
     assert results["parameters"] == sum(value.numel() for value in bench.base.values())
     assert [row["kind"] for row in results["rows"]] == ["backbone", "static", "experts"]
