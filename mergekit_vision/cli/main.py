@@ -142,7 +142,9 @@ def _traceback_file() -> str:
     import tempfile
 
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="mergekit-vision-", suffix=".log", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mergekit-vision-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
             file.write(f"mergekit-vision {__version__}: {' '.join(sys.argv)}\n\n{traceback.format_exc()}")
     except OSError:
         return "what --debug shows"

@@ -7,6 +7,7 @@ from typing import Any
 from mergekit_vision.export.markdown import code, plain
 from mergekit_vision.export.sharing import hub_id, shareable
 from mergekit_vision.support.json_files import readable
+from mergekit_vision.support.terminal import harmless
 from mergekit_vision.version import __version__
 
 _USE_STATIC = """```python
@@ -38,6 +39,8 @@ def model_card(
 ) -> str:
     """README of a merged model, in the layout the Hugging Face hub reads. No path of this machine stands in it.
 
+    Bytes of names that are no UTF-8 become ``�``.
+
     Args:
         record: what ``merge.json`` holds.
         dynamic: whether the model has routed experts.
@@ -52,7 +55,7 @@ def model_card(
     papers = "\n".join(f"- {plain(paper)}" for paper in record.get("citation", ()))
     citation = f"\n## Citation\n\n{papers}\n" if papers else ""
     backbone = shared["backbone"].removeprefix("local-dir:").rpartition("/")[2]
-    return f"""---
+    return harmless(f"""---
 {_metadata(record, dynamic, results, license_id)}
 ---
 
@@ -77,7 +80,7 @@ at scaling coefficient {record["scale"]:g}.{_history(record)}
 ```json
 {configuration}
 ```
-"""
+""")
 
 
 def _arguments(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -167,7 +170,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def _line(text: object) -> str:
-    return " ".join(str(text).split())
+    return harmless(" ".join(str(text).split()))
 
 
 def _base_models(record: Mapping[str, Any]) -> Iterator[str]:

@@ -39,6 +39,7 @@ def test_a_bug_is_one_line_that_names_the_file_of_its_traceback(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Average, "merge", fail)
+    monkeypatch.setattr(sys, "argv", ["mergekit-vision", "su\udce9te.yaml"])  # what a name that is no UTF-8 becomes
     assert main(command) == 70
     (line,) = capsys.readouterr().err.splitlines()
     assert "ZeroDivisionError: nobody thought of this" in line

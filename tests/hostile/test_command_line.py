@@ -6,6 +6,7 @@ A case is what stands on the command line and what the one line on standard erro
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -213,6 +214,20 @@ def test_names_that_are_no_text_and_names_that_act(
     error = capsys.readouterr().err
     assert "not utf-8 \ufffd \ufffd[2J/base" in error
     assert "\x1b" not in error
+
+
+def test_a_suite_whose_file_is_no_text_is_merged(command: Callable[..., int], tiny_suite: Path) -> None:
+    """Its name is that of the file."""
+    suite = tiny_suite.with_name(os.fsdecode(b"su\xe9te.yaml"))
+    suite.write_text(re.sub(r"^name:.*\n", "", tiny_suite.read_text(), flags=re.MULTILINE))
+    try:
+        assert main(["merge", "-s", str(suite), "-m", "Average", "-o", "out"]) == 0
+    finally:
+        suite.unlink()
+    card = Path("out", "README.md").read_text(encoding="utf-8")
+    assert "# su\ufffdte merged with Average" in card
+    assert json.loads(Path("out", "merge.json").read_text())["suite"] == "su\udce9te"
+    assert main(["push", "--merged", "out", "--repo", "org/merged", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
