@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.paths import expanded
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -29,11 +30,14 @@ class PlainParser(argparse.ArgumentParser):
 
 
 def place(text: str) -> Path:
-    """The path that an option names.
+    """The path that an option names; no shell expands ``~`` in ``--output=~/x``.
 
     Raises:
-        ArgumentTypeError: where it is empty, which would be the working directory.
+        ArgumentTypeError: where it is empty, which would be the working directory, or can be no path.
     """
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or directory")
-    return Path(text)
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

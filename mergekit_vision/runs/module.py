@@ -39,6 +39,7 @@ from mergekit_vision.suites.splits import EVALUATED, TEST, VAL
 from mergekit_vision.support.console import logger, show, track
 from mergekit_vision.support.fingerprints import of_tensors
 from mergekit_vision.support.json_files import write_json
+from mergekit_vision.support.paths import expanded
 
 _ONE_OF = "give one of `merger` (merge now) and `merged` (the directory of a model merged before)"
 _DEFAULT_SEARCH = ScaleSearch()
@@ -102,7 +103,7 @@ class MergedCLIP(LightningModule):
             raise InputError("`keep_state` goes with `merger`; add and drop keep what the model has", of="model")
         if merged is not None and expert_dtype != "float32":
             raise InputError("`expert_dtype` goes with `merger`; a merged model's experts are as they were stored", of="model")
-        self.merger, self.merged = merger, None if merged is None else Path(merged)
+        self.merger, self.merged = merger, None if merged is None else expanded(merged)
         self.verify = verify
         self.encoder: VisionEncoder | None = None
         self.record: dict[str, Any] = {}

@@ -138,6 +138,26 @@ def test_short_names_run(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "grays" not in text.partition('"mean"')[0].partition('"tasks"')[2]
 
 
+def test_a_tilde_is_the_home_directory_behind_an_equals_sign_too(
+    tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no shell expands it."""
+    monkeypatch.setattr(sys, "argv", ["mergekit-vision"])
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    suite = ["-s", str(tiny_suite)]
+    assert main(["merge", *suite, "-m", "Average", "--output=~/merged"]) == 0
+    assert main(["test", *suite, "--merged=~/merged", "--output=~/measured"]) == 0
+    assert main(["export", "--merged=~/merged", "--to=open_clip", "--output=~/exported"]) == 0
+    push = ["push", "--merged=~/merged", "--repo=org/merged", "--dry-run"]
+    assert main([*push, "--results=~/measured/results.json"]) == 0
+    assert {place.name for place in (tmp_path / "home").iterdir()} >= {"merged", "measured", "exported"}
+    assert list((tmp_path / "work").iterdir()) == []
+    assert main([*push, "--results=~no-such-user/x"]) == 1
+    assert "--results: ~no-such-user: no home directory of such a user is known" in capsys.readouterr().err
+
+
 def test_mergers_named_anywhere_are_found(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("model: {merger: {class_path: a.Outer, init_args: {base: {class_path: b.Inner, init_args: {rank: 4}}}}}")

@@ -24,7 +24,7 @@ EXPORT, PUSH, INSPECT = (
     "push --merged static --dry-run",
     "inspect suite/experts/colors.safetensors",
 )
-NO_MODELS = ["", "missing", "file", "pipe", "photos", "loop", "a\0b", "suite/base", "/dev/null", "hf-hub:a/b"]
+NO_MODELS = ["", "missing", "file", "pipe", "photos", "loop", "suite/base", "/dev/null", "hf-hub:a/b"]
 NO_PLACES = ["file", "file/x", "pipe", "/dev/full", "nowhere", "loop", "loop/x", "a\0b", "x" * 300, "/" + "y/" * 3000]
 NO_NUMBERS = ["x", "1.5", "1e30", "nan", "[1]", "{}"]
 
@@ -71,13 +71,15 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     (AVERAGE, "-o", ["", "directories", *NO_PLACES], "--output "),
     (f"{PREDICT} --task colors --images photos", "-o", ["", "directories", *NO_PLACES], "--output "),
     (COMPARE, "-o", ["", "directories", *NO_PLACES], "--output "),
-    ("export --merged static --to open_clip", "-o", ["photos", "suite", ".", *NO_PLACES], "--output "),
+    ("export --merged static --to open_clip", "-o", ["photos", "suite", ".", *NO_PLACES], "--output"),
     (TEST, "--merged", [""], "--merged is empty; name the directory of a merged model"),
     (TEST, "--merged", NO_MODELS[1:], "not a merged model ("),
     (f"{PREDICT} --task colors --images photos", "--merged", NO_MODELS[1:], "not a merged model"),
     ("export --to onnx -o out", "--merged", NO_MODELS[1:], "not a merged model"),
     ("push --repo a/b --dry-run", "--merged", NO_MODELS[1:], "not a merged model"),
     (TEST, "--merged", ["x" * 300], "File name too long"),
+    (TEST, "--merged", ["a\0b"], "holds a NUL character"),
+    ("push --repo a/b --dry-run", "--merged", ["a\0b"], "holds a NUL character"),
     ("push --repo a/b --dry-run", "--merged", ["x" * 300], "File name too long"),
     (TEST, "--merged", ["dynamic"], "has 3 experts, but the record names 2; merge again"),
     (AVERAGE, "--merged", ["static"], "give one of --merger"),
