@@ -21,9 +21,10 @@ def push(arguments: list[str]) -> None:
     """
     chosen = parser().parse_args(arguments)
     from mergekit_vision.export import hub_push
-    from mergekit_vision.support.console import console
+    from mergekit_vision.support.console import console, console_output
 
-    with hub_push.packed(chosen.merged, chosen.repo, chosen.results, chosen.license, chosen.verify) as parcel:
+    packed = hub_push.packed(chosen.merged, chosen.repo, chosen.results, chosen.license, chosen.verify)
+    with console_output(), packed as parcel:
         if chosen.dry_run:
             print(harmless(_listed(parcel, chosen.repo)))
         else:

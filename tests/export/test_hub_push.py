@@ -242,11 +242,21 @@ def test_accuracies_of_the_experts_before_are_refused(
 
 
 def test_accuracies_that_name_no_experts_are_doubted(
-    hub: LoopbackHub, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    hub: LoopbackHub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_results(model, tmp_path / "earlier.json", experts=None)
     assert push(model, "--results", str(path), "--dry-run") == 0
-    assert f"{path}: does not say which experts were merged" in caplog.text
+    assert f"{path}: does not say which experts were merged" in capsys.readouterr().out
+
+
+def test_a_card_that_was_edited_here_is_mentioned_and_stays(
+    hub: LoopbackHub, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "README.md").write_text("# Mine\n")
+    assert push(model) == 0
+    assert f"{model}: README.md has 7 bytes, but was written with" in capsys.readouterr().out
+    assert "# Mine" not in hub.files(REPO)["README.md"].decode()
+    assert (model / "README.md").read_text() == "# Mine\n"
 
 
 @pytest.mark.parametrize(
