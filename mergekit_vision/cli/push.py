@@ -23,7 +23,7 @@ def push(arguments: list[str]) -> None:
     from mergekit_vision.export import hub_push
     from mergekit_vision.support.console import console, console_output
 
-    packed = hub_push.packed(chosen.merged, chosen.repo, chosen.results, chosen.license, chosen.verify)
+    packed = hub_push.packed(chosen.merged, chosen.repo, chosen.results, chosen.license, chosen.verify, chosen.revision)
     with console_output(), packed as parcel:
         if chosen.dry_run:
             print(harmless(_listed(parcel, chosen.repo)))

@@ -12,8 +12,8 @@ from mergekit_vision.version import __version__
 
 _USE_STATIC = """```python
 import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("{open_clip}")
+{imports}
+model, _, preprocess = open_clip.create_model_and_transforms({name})
 ```
 """
 
@@ -26,7 +26,7 @@ import mergekit_vision
 encoder = mergekit_vision.load({directory})   # encoder.encode_image(images)
 ```
 
-open_clip loads it as `{open_clip}` too, but only the static base, without the experts.
+open_clip loads it as `{name}` too, but only the static base, without the experts.
 """
 
 
@@ -36,6 +36,7 @@ def model_card(
     results: Mapping[str, Any] | None = None,
     license_id: str | None = None,
     repository: str | None = None,
+    revision: str | None = None,
 ) -> str:
     """README of a merged model, in the layout the Hugging Face hub reads. No path of this machine stands in it.
 
@@ -47,6 +48,7 @@ def model_card(
         results: what ``results.json`` of an evaluation holds.
         license_id: the license by its name on the hub, where it is known.
         repository: ``org/name`` on the hub, if that is where the model will be.
+        revision: branch there; ``main`` unless given.
     """
     merger = record["merger"]
     shared = shareable(record)
@@ -74,7 +76,7 @@ at scaling coefficient {record["scale"]:g}.{_history(record)}
 {citation}
 ## Use
 
-{_use(dynamic, repository)}
+{_use(dynamic, repository, revision)}
 ## Configuration
 
 ```json
@@ -116,14 +118,16 @@ def _table(experts: Mapping[str, Any], results: Mapping[str, Any] | None) -> str
     return "\n".join(rows)
 
 
-def _use(dynamic: bool, repository: str | None) -> str:
-    place = f"hf-hub:{repository}" if repository else "local-dir:PATH_OF_THIS_DIRECTORY"
-    if not dynamic:
-        return _USE_STATIC.format(open_clip=place)
+def _use(dynamic: bool, repository: str | None, revision: str | None) -> str:
+    """How the model is loaded: from a directory, from the hub, or from a branch there, which open_clip downloads none of."""
     if repository is None:
-        return _USE_DYNAMIC.format(open_clip=place, imports="", directory='"PATH_OF_THIS_DIRECTORY"')
-    imports, directory = "from huggingface_hub import snapshot_download\n", f'snapshot_download("{repository}")'
-    return _USE_DYNAMIC.format(open_clip=place, imports=imports, directory=directory)
+        imports, directory, name = "", '"PATH_OF_THIS_DIRECTORY"', '"local-dir:PATH_OF_THIS_DIRECTORY"'
+    else:
+        branch = "" if revision in (None, "main") else f", revision={json.dumps(revision)}"
+        imports = "from huggingface_hub import snapshot_download\n" if dynamic or branch else ""
+        directory = f'snapshot_download("{repository}"{branch})'
+        name = f'"local-dir:" + {directory}' if branch else f'"hf-hub:{repository}"'
+    return (_USE_DYNAMIC if dynamic else _USE_STATIC).format(imports=imports, directory=directory, name=name)
 
 
 def _metadata(record: Mapping[str, Any], dynamic: bool, results: Mapping[str, Any] | None, license_id: str | None) -> str:

@@ -40,7 +40,12 @@ class Parcel:
 
 @contextmanager
 def packed(
-    directory: Path, repository: str, results: Path | None = None, license_id: str | None = None, verify: bool = True
+    directory: Path,
+    repository: str,
+    results: Path | None = None,
+    license_id: str | None = None,
+    verify: bool = True,
+    revision: str | None = None,
 ) -> Iterator[Parcel]:
     """Put together what goes to the hub, without asking it.
 
@@ -55,6 +60,7 @@ def packed(
             one.
         license_id: the license by its name on the hub; ``other`` unless given.
         verify: compare every file with the checksum that was recorded when it was written.
+        revision: branch; ``main`` unless given.
 
     Yields:
         The parcel, whose files exist inside of the context.
@@ -74,7 +80,7 @@ def packed(
         draft = Path(place).resolve()
         for name in names:
             _put(directory / name, draft / name)
-        card = model_card(shared, ROUTERS in names, accuracies, license_id, repository)
+        card = model_card(shared, ROUTERS in names, accuracies, license_id, repository, revision)
         (draft / CARD).write_text(card, encoding="utf-8")
         write_record(draft, shareable(shared))
         files = {path.name: path for path in sorted(draft.iterdir())}

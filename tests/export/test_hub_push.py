@@ -121,6 +121,19 @@ def test_a_branch_is_made(hub: LoopbackHub, models: dict[str, Path]) -> None:
     assert "open_clip_model.safetensors" in hub.files(REPO, "second/try")
 
 
+@pytest.mark.parametrize("branch", ["main", "second/try"])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_the_code_of_a_card_loads_what_was_pushed(hub: LoopbackHub, models: dict[str, Path], kind: str, branch: str) -> None:
+    assert push(models[kind], "--revision", branch) == 0
+    code = re.search(r"```python\n(.*?)```", hub.files(REPO, branch)["README.md"].decode(), flags=re.DOTALL)[1]  # type: ignore[index]
+    found: dict[str, Any] = {}
+    exec(code, found)  # what a reader of the card would run
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    encode = found["encoder"] if kind == "dynamic" else found["model"].eval().encode_image
+    with torch.no_grad():
+        torch.testing.assert_close(encode(images), load(models[kind])(images))
+
+
 def test_a_dry_run_shows_everything_and_asks_nobody(
     hub: LoopbackHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
