@@ -31,7 +31,7 @@ def inspect(arguments: list[str]) -> None:
 
     options = {name: getattr(chosen, name) for name in ("kind", "key", "ema", "scale")}
     with console_output():
-        found = inspect_checkpoint(chosen.checkpoint, chosen.suite, **options)
+        found = inspect_checkpoint(chosen.checkpoint, chosen.suite, chosen.allow_code, **options)
     print(_as_json(found) if chosen.json else "\n".join(_lines(found)))
     if found.refused:
         raise InputError(f"not an expert: {found.refused}")
@@ -47,6 +47,7 @@ def parser() -> PlainParser:
     parser.add_argument("--key", metavar="PREFIX", help="beginning of the tower's names, where it holds several")
     parser.add_argument("--ema", action="store_true", default=None, help="take averaged weights")
     parser.add_argument("--scale", type=float, help="factor of differences, or of a LoRA adapter's B A")
+    parser.add_argument("--allow-code", action="store_true", help="import data set classes that the suite names: trust it first")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     return parser
 

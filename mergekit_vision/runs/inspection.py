@@ -54,19 +54,20 @@ class Inspection:
     changes: dict[LinearInfo, float] = field(default_factory=dict)
 
 
-def inspect_checkpoint(checkpoint: str, suite: Path | None = None, **options: Any) -> Inspection:
+def inspect_checkpoint(checkpoint: str, suite: Path | None = None, allow_code: bool = False, **options: Any) -> Inspection:
     """Look at a checkpoint: at its header, and with a suite at its weights beside the suite's backbone.
 
     Args:
         checkpoint: a path, or ``hf-hub:org/name[@revision][:path/in/repo]``.
         suite: file of a suite, whose backbone it is compared with. What the suite says of how this expert is read holds here too.
+        allow_code: whether a data set class that no installed package registers may be asked for the names of its classes.
         options: ``kind``, ``key``, ``ema`` and ``scale`` of an :class:`~mergekit_vision.checkpoints.ExpertSource`.
 
     Raises:
         InputError: when the file cannot be read at all, or the suite or its backbone is at fault.
     """
     source = ExpertSource.parse(checkpoint, Path.cwd(), **options)
-    described = None if suite is None else Suite.load(suite)
+    described = None if suite is None else Suite.load(suite, allow_code)
     if described is not None and source == ExpertSource(source.path, source.hub):  # nothing was said of how it is read
         source = next((task.expert for task in described.tasks.values() if same_place(task.expert, source)), source)
     found = _outside(open_container(weights_file(source.fetch())))

@@ -140,6 +140,28 @@ def test_what_the_suite_says_of_an_expert_holds(root: Path, capsys: pytest.Captu
     assert "say `kind: delta`" in err
 
 
+def test_a_suite_whose_class_names_come_from_code(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "their_images.py").write_text(
+        "import torch.utils.data\n"
+        "class Images(torch.utils.data.Dataset):\n"
+        "    classes = ['black', 'white']\n"
+        "    def __len__(self):\n        return 0\n"
+        "    def __getitem__(self, index):\n        raise IndexError\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    content = content_of(root)
+    content["tasks"]["grays"]["data"] = {"test": {"torchvision": "their_images.Images", "args": {}}}
+    del content["tasks"]["grays"]["classes"]
+    arguments = (root / "experts" / "colors.safetensors", "-s", write_file(root, content))
+    status, _, err = shown(capsys, *arguments)
+    assert (status, "--allow-code" in err) == (1, True)
+    status, out, err = shown(capsys, *arguments, "--allow-code")
+    assert (status, err) == (0, "")
+    assert "cosine 0.9" in out
+
+
 def test_another_architecture_is_told_by_its_sizes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tower = open_clip_tower()
     save_file({f"visual.{key}": value for key, value in tower.state_dict().items()}, tmp_path / "x.safetensors")
