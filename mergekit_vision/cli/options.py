@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -108,6 +109,22 @@ def merger_names(arguments: Sequence[str]) -> list[str]:
         elif option == "--variants":
             found += _named_in_variants(value)
     return found
+
+
+def import_mergers(names: Sequence[str]) -> None:
+    """Import the classes among the names of mergers; they may lie beside the user.
+
+    Raises:
+        InputError: when one is not there, or is no merger.
+    """
+    path = sys.path
+    sys.path = [*path, str(Path.cwd())]
+    try:
+        for name in names:
+            if "." in name:
+                registry.get(name)
+    finally:
+        sys.path = path
 
 
 def _named_in_variants(file: str) -> Iterator[str]:

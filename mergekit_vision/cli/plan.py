@@ -19,6 +19,7 @@ def plan(arguments: list[str]) -> None:
         SystemExit: after ``--help``.
     """
     chosen = parser().parse_args(arguments)
+    from mergekit_vision.cli.options import import_mergers, merger_names
     from mergekit_vision.registry import default_mergers
     from mergekit_vision.runs.checks import check_place
     from mergekit_vision.runs.planning import Options, Planning
@@ -29,7 +30,8 @@ def plan(arguments: list[str]) -> None:
 
     if chosen.output is not None:
         check_place(chosen.output)
-    mergers = default_mergers(chosen.mergers.strip("[] "))
+    import_mergers(merger_names(["--mergers", chosen.mergers]))
+    mergers = default_mergers(_listed(chosen.mergers))
     options = Options(chosen.proxies, chosen.batch_size, chosen.cache_mb)
     with console_output():
         with offline():
@@ -52,6 +54,14 @@ def parser() -> PlainParser:
     made.add_argument("--cache-mb", type=int, default=2048, metavar="MIB", help="memory for decoded pixels; 2048 unless given")
     made.add_argument("--allow-code", action="store_true", help="import data set classes that the suite names: trust it first")
     return made
+
+
+def _listed(mergers: str) -> str | list[str]:
+    """The names in a list of methods, as ``compare`` reads it: YAML, or one text with commas."""
+    from mergekit_vision.support.yaml_files import parse_yaml
+
+    value = parse_yaml(mergers, "--mergers")
+    return [str(name) for name in value] if isinstance(value, list) else str(value or "")
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from mergekit_vision import registry
 from mergekit_vision.cli.commands import COMMANDS
 from mergekit_vision.cli.messages import Parser, explain
-from mergekit_vision.cli.options import check_options, merger_names, method_first
+from mergekit_vision.cli.options import check_options, import_mergers, merger_names, method_first
 from mergekit_vision.cli.short import expanded
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.errors import InputError
@@ -155,7 +155,7 @@ def run(arguments: list[str]) -> None:
     arguments = [arguments[0], *method_first(expanded(arguments[1:], arguments[0]))]
     with _process(arguments), console_output(), quiet_lightning():
         registry.mergers()  # their names become values of --model.merger
-        _import_mergers(arguments)
+        import_mergers(merger_names(arguments))
         try:
             MergeCLI(
                 MergedCLIP,
@@ -193,7 +193,7 @@ def _process(arguments: list[str]) -> Iterator[None]:
     """The process's own arguments, with which Lightning starts the other processes of a node, and its import path.
 
     ``python -m`` puts the working directory first on the path, where a file there would stand in for any module that some library
-    looks for. It is left out; :func:`_import_mergers` alone looks there, last.
+    looks for. It is left out; :func:`~mergekit_vision.cli.options.import_mergers` alone looks there, last.
     """
     argv, path = sys.argv, sys.path
     here = path[:1] == [""] or (bool(path) and Path(path[0]).absolute() == Path.cwd())
@@ -202,19 +202,3 @@ def _process(arguments: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv, sys.path = argv, path
-
-
-def _import_mergers(arguments: list[str]) -> None:
-    """Import the classes that the command line and its configuration files name as mergers; they may lie beside the user.
-
-    Raises:
-        InputError: when one is not there, or is no merger.
-    """
-    names = [name for name in merger_names(arguments) if "." in name]
-    path = sys.path
-    sys.path = [*path, str(Path.cwd())]
-    try:
-        for name in names:
-            registry.get(name)
-    finally:
-        sys.path = path

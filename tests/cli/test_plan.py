@@ -1,6 +1,7 @@
 """``mergekit-vision plan``."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -131,6 +132,21 @@ def test_methods_of_others_are_planned_but_for_their_merge(root: Path, tmp_path:
     found = planned(tmp_path, "-s", root / "suite.yaml", "--mergers", "foreign.Foreign")["estimate"]["methods"]["Foreign"]
     assert found["merge"] is None
     assert found["evaluation"] > 0
+
+
+@pytest.mark.usefixtures("measured")
+def test_methods_are_listed_as_for_compare(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In YAML; their modules may lie beside the user."""
+    (tmp_path / "median_here.py").write_text(
+        "from mergekit_vision.plugins.average import Average\nclass Median(Average):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    for mergers in ('["TIES", ESM]', "TIES, ESM", "[TIES,\n ESM]"):
+        assert planned(tmp_path, "-s", root / "suite.yaml", "--mergers", mergers)["estimate"]["methods"].keys() == {"TIES", "ESM"}
+    found = planned(tmp_path, "-s", root / "suite.yaml", "--mergers", "[median_here.Median, TIES]")["estimate"]["methods"]
+    assert found.keys() == {"Median", "TIES"}
+    assert sys.path == path
 
 
 @pytest.mark.usefixtures("measured")
