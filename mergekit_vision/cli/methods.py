@@ -45,11 +45,11 @@ def markdown_table(listed: Iterable[Method], papers: bool = True) -> str:
 def _show(listed: Iterable[Method]) -> None:
     from rich.table import Table
 
-    from mergekit_vision.support.console import console
+    from mergekit_vision.support.console import as_markup, console
 
     table = Table("name", "title", "model", "needs", "paper")
     for method in listed:
-        table.add_row(method.name, method.title, method.kind, method.needs, method.paper or "–")
+        table.add_row(method.name, as_markup(method.title), method.kind, method.needs, as_markup(method.paper or "–"))
     console.print(table)
     for name, error in broken().items():
         console.print(f"{name} cannot be imported: {type(error).__name__}: {error}", markup=False)
