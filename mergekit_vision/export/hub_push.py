@@ -12,7 +12,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.export.card import model_card
 from mergekit_vision.export.hub_errors import hub_errors
 from mergekit_vision.export.manifest import CARD, EXPERTS, ROUTERS, STATE, read_record, write_record
-from mergekit_vision.export.results import RESULTS, read_results
+from mergekit_vision.export.results import own_results, read_results
 from mergekit_vision.export.sharing import shareable, without_directories
 from mergekit_vision.support.json_files import read_json, same, write_json
 
@@ -57,7 +57,7 @@ def packed(
         directory: of the merged model.
         repository: ``org/name``.
         results: ``results.json`` of an evaluation of this model, for the card; the one in ``directory`` unless given, if there is
-            one.
+            one. What lies there under that name and is no evaluation, such as a comparison, is left out with a warning.
         license_id: the license by its name on the hub; ``other`` unless given.
         verify: compare every file with the checksum that was recorded when it was written.
         revision: branch; ``main`` unless given.
@@ -73,8 +73,7 @@ def packed(
     names = [name for name in record.get("files", {}) if name not in (CARD, STATE)]
     if not names:
         raise InputError(f"{directory}: merged by an earlier version, which did not record the model's files; merge again")
-    if results is None and (directory / RESULTS).is_file():
-        results = directory / RESULTS
+    results = results or own_results(directory)
     accuracies, shared = None if results is None else read_results(results, record), _of_merge(record)
     with tempfile.TemporaryDirectory() as place:
         draft = Path(place).resolve()

@@ -47,6 +47,22 @@ class _Results(_Kind):
     tasks: Annotated[dict[str, _Task], Field(min_length=1)]
 
 
+def own_results(directory: Path) -> Path | None:
+    """The evaluation in the directory of a model; ``None``, with a warning where a file of its name is none.
+
+    Raises:
+        InputError: when that file cannot be read, or is no JSON.
+    """
+    path = directory / RESULTS
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if isinstance(content, Mapping) and content.get("kind") == "evaluation":
+        return path
+    logger.warning("%s: is no evaluation, so the card has no accuracies; %s", path, _REMEDY)
+    return None
+
+
 def read_results(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """The accuracies that were measured on a merged model.
 

@@ -254,6 +254,18 @@ def test_accuracies_of_the_experts_before_are_refused(
     assert "measured on another model, by its experts, weights; test this one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", [{"kind": "comparison"}, {"kind": ["evaluation"]}, {"kind": None}])
+def test_what_is_no_evaluation_is_left_out_unless_it_was_named(
+    hub: LoopbackHub, model: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    path = write_results(model, model / "results.json", **change)
+    assert push(model) == 0
+    assert f"{path}: is no evaluation, so the card has no accuracies" in capsys.readouterr().out
+    assert "model-index" not in metadata(hub.files(REPO)["README.md"].decode())
+    assert push(model, "--results", str(path)) == 1
+    assert "kind: must be 'evaluation'" in capsys.readouterr().err
+
+
 def test_accuracies_that_name_no_experts_are_doubted(
     hub: LoopbackHub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
