@@ -55,7 +55,8 @@ def _fetched(wanted: Sequence[Needed], expected: dict[str, int]) -> dict[str, st
                 with progress.of(each.name, each.folder, expected[each.name]), redirect_stderr(io.StringIO()):  # their own bars
                     each.get()
             except Exception as error:  # whatever a library raises, the others can still be had
-                missing[each.name] = str(error) if isinstance(error, InputError) else in_one_line(error)
+                reason = str(error) if isinstance(error, InputError) else in_one_line(error)
+                missing[each.name] = reason.removeprefix(f"{each.name}: ")  # which the list says
                 logger.info("%s: missing", each.name)
     return missing
 

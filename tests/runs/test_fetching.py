@@ -92,6 +92,16 @@ def test_what_cannot_be_had_is_listed_and_all_else_is_fetched(
     assert len(downloads(loopback_hub)) == 2  # the two splits of what was missing
 
 
+def test_what_is_missing_is_named_once(
+    loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error of a backbone begins with its name as well."""
+    go_offline(loopback_hub, tmp_path, monkeypatch)
+    assert main(["fetch", "-s", NAME, "--tasks", "mnist"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("backbone ViT-B-32-quickgelu: ") == 1
+
+
 def test_a_task_that_is_not_there(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fetch", "-s", str(suite), "--tasks", "[mnist,emist]"]) == 1
     assert "--tasks: not in the suite: emist (did you mean `emnist`?)" in capsys.readouterr().err
