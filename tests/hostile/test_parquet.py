@@ -151,7 +151,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "text": (lambda path: path.write_text("image,label\n"), "not a readable Parquet file"),
     "a FIFO": (lambda path: [path.unlink(), os.mkfifo(path)], "no such file"),
-    "a directory": (lambda path: [path.unlink(), path.mkdir()], "no such file"),
+    "a directory": (lambda path: [path.unlink(), path.mkdir()], "is a directory; name the files in it"),
     "nothing": (Path.unlink, "no such file"),
 }
 
