@@ -81,8 +81,6 @@ class RouterFit:
             raise InputError(f"{name}: pooling is {list(pooling)}, but rule mass takes either [mean] or [first]")
         if self.gate_rank is not None and self.rule not in ("mass", "sim"):
             raise InputError(f"{name}: gate_rank is {self.gate_rank}, but goes with rule mass or sim only, not with {self.rule}")
-        if self.shrinkage != RouterFit.shrinkage and self.rule != "discriminant":
-            raise InputError(f"{name}: shrinkage is {self.shrinkage}, but goes with rule discriminant only, not with {self.rule}")
         if self.rule == "sim" and "covariance" in pooling:
             raise InputError(f"{name}: pooling is {list(pooling)}, but covariance is for rule discriminant")
 
@@ -146,13 +144,15 @@ class RouterFit:
 
 
 def check_held_layer(method: str, decision: Decision, held_layer: int | None) -> None:
-    """Refuse a ``held_layer`` that the decision would ignore.
+    """Refuse a ``held_layer`` below 0, or that the decision would ignore.
 
     Raises:
         InputError: for one that is given where the decision is neither "hold" nor "once".
     """
+    if held_layer is not None and held_layer < 0:
+        raise InputError(f"{method}: held_layer is {held_layer}, but must be at least 0")
     if held_layer is not None and decision not in ("hold", "once"):
-        raise InputError(f"{method}: held_layer is {held_layer}, but goes with decision hold or once only, not with {decision}")
+        raise InputError(f"{method}: held_layer is {held_layer}, which decision {decision} does not use")
 
 
 def evidence_of(method: str, decision: Decision, held_layer: int | None, linears: Sequence[LinearInfo]) -> list[Evidence]:
@@ -167,9 +167,8 @@ def evidence_of(method: str, decision: Decision, held_layer: int | None, linears
         linears: the routed layers, in forward order.
 
     Raises:
-        InputError: for an index that "hold" or "once" does not find, or that another decision would ignore.
+        InputError: for an index that is none of a layer.
     """
-    check_held_layer(method, decision, held_layer)
     count = len(linears)
     if decision == "layer":
         return ["own"] * count
@@ -178,7 +177,7 @@ def evidence_of(method: str, decision: Decision, held_layer: int | None, linears
     if decision == "branch":
         branches = [None, *((linear.block, linear.kind in ("in_proj", "out_proj")) for linear in linears)]
         return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
-    if held_layer is not None and not 0 <= held_layer < count:
+    if held_layer is not None and held_layer >= count:
         raise InputError(f"{method}: held_layer is {held_layer}, but there are {count} routed layers, from 0 on")
     if decision == "once":
         return ["ahead" if held_layer in (None, at) else "hold" for at in range(count)]

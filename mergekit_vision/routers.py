@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -292,21 +293,21 @@ class LowRankExperts:
         if self.bias is not None and tuple(self.bias.shape) != shapes["up"][:2]:
             raise ValueError(f"bias must be [T, d_out] = {list(shapes['up'][:2])}, got {list(self.bias.shape)}")
 
-    def try_out(self) -> None:
-        """Ask the router about an image of two tokens.
+    def check_router(self) -> None:
+        """Have a copy of the router score an image of two tokens, in float32.
 
         Raises:
             ValueError: when it does not run on the layer's inputs, or does not score as many experts as there are.
         """
-        count, _, width = self.down.shape
-        like = next((buffer for buffer in self.router.buffers() if buffer.is_floating_point()), self.down.new_empty(0).float())
+        (count, _, width), device = self.down.shape, self.down.device
         try:
+            router = deepcopy(self.router).to(device, torch.float32).eval()  # as a layer takes it over
             with torch.no_grad():
-                scores = self.router.eval()(like.new_zeros(1, 2, width))
+                shape = list(router(torch.zeros(1, 2, width, device=device)).shape)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ValueError(f"its router does not run on the layer's inputs: {error}") from error
-        if scores.dim() != 3 or scores.shape[1] not in (1, 2) or (scores.shape[0], scores.shape[2]) != (1, count):
-            raise ValueError(f"its router gives scores {list(scores.shape)} for the {count} experts of the layer")
+        if shape not in ([1, 1, count], [1, 2, count]):
+            raise ValueError(f"its router gives scores {shape} for the {count} experts of the layer")
 
     def rounded(self, dtype: ExpertDtype) -> "LowRankExperts":
         """The same experts with factors in ``dtype``, each number rounded to the nearest; router and bias stay as they are.

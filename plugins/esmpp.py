@@ -108,7 +108,7 @@ class ESMPP(Merger):
             raise InputError(
                 f"{name}: megabytes is {self.megabytes}, but must be above 0 and below 1e12, and goes with rank energy only"
             )
-        for argument, least in (("top_k", 1), ("held_layer", 0), ("gate_rank", 1)):
+        for argument, least in (("top_k", 1), ("gate_rank", 1)):
             value = getattr(self, argument)
             if value is not None and value < least:
                 raise InputError(f"{name}: {argument} is {value}, but must be at least {least}")
@@ -227,7 +227,7 @@ class _Residuals:
                 try:
                     return shifts.pop(linear.name).compact(rank or shapes[linear][0])
                 except ValueError as error:
-                    raise InputError(f"task {task}, layer {linear.name}: {error}") from error
+                    raise InputError(f"expert of task {task}, layer {linear.name}: {error}") from error
 
             found = in_threads(decompose, self.linears)
             return found, {name: pool.features for name, pool in pools.items()}

@@ -15,7 +15,7 @@ from mergekit_vision.functional.gram import gram
 from mergekit_vision.functional.linalg import pad_rank
 from mergekit_vision.functional.lowrank import low_rank_fit
 from mergekit_vision.functional.routing import Pooling
-from mergekit_vision.functional.streams import Updated, in_steps
+from mergekit_vision.functional.streams import Remembered, Updated, in_steps
 from mergekit_vision.merger import (
     DataNeeds,
     LinearInfo,
@@ -106,12 +106,12 @@ class ESMPPFit(Merger):
         theirs, ours = inputs.blocks.embed(task, own), inputs.blocks.embed(task, weights)
         last = linears[-1].block if linears else -1
         for block in range(last + 1):
-            layers = [linear for linear in linears if linear.block == block]
+            layers, here = [linear for linear in linears if linear.block == block], Remembered(own)
             seen = {linear.name: _KeptInputs() for linear in layers if linear.kind != "c_proj"}
-            behind = run(block, own, theirs, seen)
+            behind = run(block, here, theirs, seen)
             for linear in layers:
                 x = seen.pop(linear.name).all if linear.name in seen else behind
-                moments = self._moments(inputs, linear, (own, weights), (theirs, behind, x), ours)
+                moments = self._moments(inputs, linear, (here, Remembered(weights)), (theirs, behind, x), ours)
                 residual = inputs.delta(task, linear.weight)
                 if linear.weight in base.update:
                     residual -= base.update[linear.weight].to(residual)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.fitting import RouterFit, deciding, evidence_of, routed
+from mergekit_vision.fitting import RouterFit, check_held_layer, deciding, evidence_of, routed
 from mergekit_vision.functional.linalg import pad_rank, top_svd
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import DataNeeds, LinearKind, Merged, MergeInputs, Merger, ModelKind, check_options, linears_of_kind
@@ -62,6 +62,7 @@ class SMILE(Merger):
             if getattr(self, name) < 1:
                 raise InputError(f"SMILE: {name} is {getattr(self, name)}, but must be at least 1")
         check_options(self, rest=Literal["base", "mean"], rule=Rule, decision=Decision)
+        check_held_layer("SMILE", self.decision, self.held_layer)
 
     @property
     def data_needs(self) -> DataNeeds:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from routed_encoder import KINDS, TASKS, WIDTH, make_router, normal
 from tolerances import assert_near, summed
+from torch import Tensor
 
-from mergekit_vision.routers import Choice, CosineRouter, HeldRouter, LowRankExperts, SubspaceRouter
+from mergekit_vision.routers import Choice, CosineRouter, HeldRouter, LinearRouter, LowRankExperts, SubspaceRouter
 
 
 def test_weights_of_all_experts_are_zero_where_not_chosen() -> None:
@@ -91,6 +92,24 @@ def test_factors_have_to_fit_each_other() -> None:
             LowRankExperts(*wrong, router)
     with pytest.raises(ValueError, match=r"bias must be \[T, d_out\] = \[2, 5\], got \[2, 6\]"):
         LowRankExperts(up, down, router, torch.zeros(2, 6))
+
+
+def test_a_router_is_tried_as_a_layer_takes_it_over() -> None:
+    up, down = torch.zeros(2, 5, 3), torch.zeros(2, 3, 6)
+    mixed = LinearRouter(torch.zeros(2, 3).double(), torch.zeros(2), ("covariance",), torch.zeros(6, 2).float(), torch.zeros(2))
+    LowRankExperts(up, down, mixed).check_router()
+    assert mixed.weight.dtype == torch.float64, "of which a copy was taken"
+
+    class Silent(CosineRouter):
+        def forward(self, x: Tensor) -> Tensor:
+            return None  # type: ignore[return-value]
+
+    for router, message in (
+        (CosineRouter(torch.zeros(3, 6)), r"scores \[1, 1, 3\] for the 2"),
+        (Silent(torch.zeros(2, 6)), "run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LowRankExperts(up, down, router).check_router()
 
 
 def ragged(*ranks: int) -> LowRankExperts:

@@ -66,14 +66,14 @@ def fetch_snapshot(file: HubFile) -> Path:
 
     failures: tuple[type[Exception], ...] = (*request_errors(), ValueError)
 
-    def download(patterns: Iterable[str]) -> Path:
-        return Path(snapshot_download(file.repository, revision=file.revision, allow_patterns=list(patterns)))
+    def download(patterns: Iterable[str], revision: str | None = file.revision) -> Path:
+        return Path(snapshot_download(file.repository, revision=revision, allow_patterns=list(patterns)))
 
     try:
         if file.inside is not None:
             place = download(_patterns(file.inside)) / file.inside
             if shards := named_shards(place):
-                download(_beside(file.inside, shards))
+                download(_beside(file.inside, shards), commit_of(place) or file.revision)
         else:
             place = download(_FILES)
             if not any(place.glob("*.safetensors")):  # only those are looked for, not those of a directory in it
@@ -111,11 +111,14 @@ def named_shards(index: Path) -> set[str]:
 
 
 def remote_bytes(file: HubFile) -> int:
-    """Size of the files that :func:`fetch_snapshot` downloads, by the hub; raises what its library does."""
+    """Size of the files that :func:`fetch_snapshot` downloads, by the hub; raises what its library does.
+
+    An index is downloaded, to learn the names of its shards.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
-    found = HfApi().model_info(file.repository, revision=file.revision, files_metadata=True).siblings or []
-    sizes = {each.rfilename: each.size or 0 for each in found}
+    info = HfApi().model_info(file.repository, revision=file.revision, files_metadata=True)
+    sizes = {each.rfilename: each.size or 0 for each in info.siblings or []}
 
     def size_of(patterns: Iterable[str]) -> int:
         wanted = set(patterns)
@@ -124,7 +127,7 @@ def remote_bytes(file: HubFile) -> int:
     if file.inside is not None:
         shards = set[str]()
         if file.inside in sizes and file.inside.endswith(".json"):
-            shards = named_shards(Path(hf_hub_download(file.repository, file.inside, revision=file.revision)))
+            shards = named_shards(Path(hf_hub_download(file.repository, file.inside, revision=info.sha)))
         return size_of([*_patterns(file.inside), *_beside(file.inside, shards)])
     newer = any(name.endswith(".safetensors") and "/" not in name for name in sizes)
     return size_of(_FILES if newer else [*_FILES, *_OLDER_FILES])

@@ -19,8 +19,8 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
 
     Entries of dictionaries and attributes of objects are followed; of a module its parameters, its persistent buffers and its
     modules. Lists are plain values where all their items are; of others, dictionaries, objects and lists in them are followed,
-    by their number. What is in several places is in the least deep of them. What lies deeper than 48 levels, or under names that
-    are longer than tensors have, is left out.
+    by their number. A container that is in several places is in the least deep of them. What lies deeper than 48 levels, or under
+    names that are longer than tensors have, is left out.
 
     >>> dict(leaves({"state_dict": {"proj": "a tensor"}, "epoch": 3}))
     {'epoch': 3, 'state_dict.proj': 'a tensor'}

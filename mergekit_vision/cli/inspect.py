@@ -1,5 +1,6 @@
 """``mergekit-vision inspect``: what a checkpoint is, and whether it can be an expert."""
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -46,10 +47,25 @@ def parser() -> PlainParser:
     parser.add_argument("--kind", choices=kinds, default="auto", help="what it holds; found out unless given, differences aside")
     parser.add_argument("--key", metavar="PREFIX", help="beginning of the tower's names, where it holds several")
     parser.add_argument("--ema", action="store_true", default=None, help="take averaged weights")
-    parser.add_argument("--scale", type=float, help="factor of differences, or of a LoRA adapter's B A")
+    parser.add_argument("--scale", type=_finite, help="factor of differences, or of a LoRA adapter's B A")
     parser.add_argument("--allow-code", action="store_true", help="import data set classes that the suite names: trust it first")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     return parser
+
+
+def _finite(text: str) -> float:
+    """A number that weights can be multiplied by.
+
+    Raises:
+        ArgumentTypeError: for any other text, NaN and infinity.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"is {text}, but must be a finite number")
+    return value
 
 
 def _as_json(found: "Inspection") -> str:

@@ -19,7 +19,7 @@ def plan(arguments: list[str]) -> None:
         SystemExit: after ``--help``.
     """
     chosen = parser().parse_args(arguments)
-    from mergekit_vision.cli.options import import_mergers, merger_names
+    from mergekit_vision.cli.options import import_mergers
     from mergekit_vision.registry import default_mergers
     from mergekit_vision.runs.checks import check_place
     from mergekit_vision.runs.planning import Options, Planning
@@ -30,8 +30,9 @@ def plan(arguments: list[str]) -> None:
 
     if chosen.output is not None:
         check_place(chosen.output)
-    import_mergers(merger_names(["--mergers", chosen.mergers]))
-    mergers = default_mergers(_listed(chosen.mergers))
+    names = _listed(chosen.mergers)
+    import_mergers(names)
+    mergers = default_mergers(names)
     options = Options(chosen.proxies, chosen.batch_size, chosen.cache_mb)
     with console_output():
         with offline():
@@ -56,12 +57,13 @@ def parser() -> PlainParser:
     return made
 
 
-def _listed(mergers: str) -> str | list[str]:
+def _listed(mergers: str) -> list[str]:
     """The names in a list of methods, as ``compare`` reads it: YAML, or one text with commas."""
     from mergekit_vision.support.yaml_files import parse_yaml
 
     value = parse_yaml(mergers, "--mergers")
-    return [str(name) for name in value] if isinstance(value, list) else str(value or "")
+    names = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(name).strip() for name in names]
 
 
 def _show(found: Mapping[str, Any]) -> None:

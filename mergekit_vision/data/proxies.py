@@ -82,7 +82,7 @@ class Proxies:
         """
         if self.n == 1:
             raise InputError(f"`proxies.n` is 1; {_NEEDS_TWO}", of="data")
-        return _Half(**vars(self)), _Half(**vars(self), second=True)
+        return _Half(**vars(self)), _Half(**{**vars(self), "second": True})
 
 
 _NEEDS_TWO = "a method that sees half of them and is judged by the rest needs 2"

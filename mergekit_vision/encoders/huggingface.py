@@ -172,11 +172,11 @@ def _preprocess_config(directory: Path, side: int) -> dict[str, Any]:
     if mode is None:
         square = {"height": side, "width": side}
         cropped = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
-        squashed = {"size": square, "do_center_crop": False}
+        squashed, where = {"size": square, "do_center_crop": False}, "there" if nested is None else "under `image_processor`"
         raise InputError(
             f"{file}: `size` {brief(processor.size)}, `do_center_crop` {processor.do_center_crop} and `crop_size` "
             f"{brief(processor.crop_size)} together are nothing that open_clip does for a model of {side} pixels a side; "
-            f"write {to_json(cropped, in_order=True)} there or, to squash images, {to_json(squashed, in_order=True)}"
+            f"write {to_json(cropped, in_order=True)} {where} or, to squash images, {to_json(squashed, in_order=True)}"
         )
     return {
         "mean": processor.image_mean if processor.do_normalize else [0.0] * 3,

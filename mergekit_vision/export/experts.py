@@ -110,7 +110,7 @@ def _unpacked(name: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any], 
         up, down, ranks = parts["up"], parts["down"], entry.get("ranks")
         up, down = (up, down) if ranks is None else LowRankExperts.padded(up, down, ranks)
         experts = LowRankExperts(up, down, router, parts.get("bias"), entry["evidence"])
-        experts.try_out()
+        experts.check_router()
     except ValueError as error:
         raise InputError(f"{name}: {error}; {_REMEDY}") from error
     return experts

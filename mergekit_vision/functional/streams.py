@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor, split
 
 STEP, STEP_ELSEWHERE = 1024, 8192
-"""Tokens whose layer inputs are held at once on a CPU and on an accelerator: as many as keep products at full speed."""
+"""Tokens whose layer inputs are held at once, roughly, on a CPU and on an accelerator: as many as keep products at full speed."""
 
 
 class Stream:
@@ -68,8 +68,29 @@ class Updated(Mapping[str, Tensor]):
         return len(self._base)
 
 
+class Remembered(dict[str, Tensor]):
+    """Weights, each of which is made once, when it is first asked for by its key, and held.
+
+    Args:
+        weights: gives them.
+
+    >>> import torch
+    >>> weights = Remembered(Updated({"a": torch.ones(1)}, {"a": torch.ones(1)}))
+    >>> weights["a"] is weights["a"]
+    True
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __missing__(self, key: str) -> Tensor:
+        value = self[key] = self._weights[key]
+        return value
+
+
 def in_steps(*streams: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tokens ``[images, tokens, d]`` of the same images in several models, for some images after the other.
+    """Tokens ``[images, tokens, d]`` of the same images in several models, a few images at a time: as many as make a step.
 
     >>> import torch
     >>> [[len(part) for part in parts] for parts in in_steps(torch.zeros(3, 512, 1), torch.zeros(3, 512, 8))]

@@ -14,7 +14,7 @@ from mergekit_vision.encoders.routed import Route
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.coefficient import Scale, ScaleChoice
-from mergekit_vision.merging.record import citations, merger_record, needs_images, revisable
+from mergekit_vision.merging.record import citations, merger_record, needs_images, parameter_fault, revisable
 from mergekit_vision.merging.scaling import ScaleSearch
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.routers import ExpertDtype, LowRankExperts
@@ -136,10 +136,13 @@ class Recipe:
         """Refuse to keep what no method could use.
 
         Raises:
-            InputError: when the method merges all experts at once, or more experts are to leave than may.
+            InputError: when the method merges all experts at once, a record cannot tell how it was set, or more experts are to
+                leave than may.
         """
         if self.keep_state is None:
             return
+        if (fault := parameter_fault(merger)) is not None:
+            raise InputError(f"`keep_state`: {fault}", of="model")
         if revisable(merger) == "no":
             problem = "merges all experts at once, so that keeping anything of them is of no use; leave it out"
             raise InputError(f"`keep_state`: {merger_record(merger)['recipe']} {problem}", of="model")
@@ -192,7 +195,7 @@ def halves(data: VisionTasks, mergers: Iterable[Merger]) -> tuple[VisionTasks, V
     """The data with the proxy images that some methods see, and with those that they are judged by, which none has seen.
 
     Raises:
-        InputError: when there is only one image a task.
+        InputError: when only one image a task is asked for; a source with one raises it when it is drawn from.
     """
     fits = any(map(needs_images, mergers))
     seen, judged = data.proxies.halves() if fits else (data.proxies, data.proxies)

@@ -61,9 +61,14 @@ def merger_record(merger: Merger) -> dict[str, Any]:
     return {
         "name": type(merger).__name__,
         "recipe": f"{type(merger).__name__}({', '.join(parts)})" if parts else type(merger).__name__,
-        "class_path": f"{type(merger).__module__}.{type(merger).__qualname__}",
+        "class_path": class_path(merger),
         "init_args": {**parameters, **records},
     }
+
+
+def class_path(merger: Merger) -> str:
+    """Where a method's class is imported from."""
+    return f"{type(merger).__module__}.{type(merger).__qualname__}"
 
 
 def composed(merger: Merger) -> Iterator[Merger]:
@@ -92,7 +97,9 @@ def citations(merger: Merger) -> list[str]:
 
 
 def revisable(merger: Merger) -> Revisable:
-    """Whether a method's models can be revised exactly; not where a subclass merges otherwise than what it inherits revises.
+    """Whether a method's models can be revised exactly.
+
+    Not where a subclass merges otherwise than what it inherits revises, nor where a record cannot tell how it was set.
 
     >>> from mergekit_vision.merging.record import revisable
     >>> from mergekit_vision.plugins.ties import TIES
@@ -101,7 +108,7 @@ def revisable(merger: Merger) -> Revisable:
     ('no', 'state')
     """
     merges, revises = (next(cls for cls in type(merger).__mro__ if name in vars(cls)) for name in ("merge", "revise"))
-    return merger.revisable if issubclass(revises, merges) else "no"
+    return merger.revisable if issubclass(revises, merges) and parameter_fault(merger) is None else "no"
 
 
 def _parts(merger: Merger) -> list[Merger]:
@@ -112,7 +119,7 @@ def _parts(merger: Merger) -> list[Merger]:
 def _warn_once(merger: Merger) -> None:
     if (fault := _own_fault(merger)) is not None and fault not in _warned:
         _warned.add(fault)
-        logger.warning("%s. Until then its parameters are not recorded, and its results not remembered", fault)
+        logger.warning("%s. Until then not all of its parameters may be recorded, and its results are not remembered", fault)
 
 
 _warned: set[str] = set()

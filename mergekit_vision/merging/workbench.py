@@ -176,7 +176,7 @@ class Workbench:
         return replace(merged, update=update)
 
     def _check_experts(self, merged: Merged, name: str, tasks: int) -> None:
-        """Refuse routed experts that a model could not run or not be loaded with."""
+        """Refuse routed experts of no layer, of other tasks, or whose router does not score them."""
         layers = [linear.name for linear in self.evaluator.encoder.linears]
         for layer, experts in merged.routed.items():
             if layer not in layers:
@@ -186,7 +186,7 @@ class Workbench:
                     f"{name} returned {len(experts.up)} experts for {layer}, but there are {tasks} tasks, each with one"
                 )
             try:
-                experts.try_out()
+                experts.check_router()
             except ValueError as error:
                 raise InputError(f"{name} returned experts for {layer} that cannot be used: {error}") from error
 

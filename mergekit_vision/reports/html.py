@@ -167,7 +167,8 @@ def _pictures(results: Results) -> dict[str, Picture]:
         layers = results["layers"]
         found["energy"] = _picture(figures.draw_energy(results["energy"], layers), _energy_in_words(results["energy"], layers))
     if sizes := _sizes(results):
-        words = "; ".join(f"{row['name']} {percent(row['mean']['accuracy'])}" for row in sizes)
+        smallest_first = sorted(sizes, key=lambda row: row["extra_parameters"])
+        words = "; ".join(f"{row['name']} {percent(row['mean']['accuracy'])}" for row in smallest_first)
         found["sizes"] = _picture(
             figures.draw_sizes(sizes, results["parameters"]), f"Chart of accuracy by size, smallest first: {words}."
         )

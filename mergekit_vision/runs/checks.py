@@ -58,7 +58,9 @@ def check_merged(directory: Path, suite: Suite, verify: bool = True) -> dict[str
 
 
 def check_same_suite(suite: Suite, former: Suite) -> None:
-    """Refuse a suite with other experts or prompts than that which a model was set up with; the images may be others.
+    """Refuse a suite with another backbone, experts or prompts than that which a model was set up with.
+
+    The images may be others, and tasks may be missing.
 
     Raises:
         InputError: naming what differs.
@@ -67,7 +69,7 @@ def check_same_suite(suite: Suite, former: Suite) -> None:
     known, given = (
         {name: (task.expert, task.classes, task.templates) for name, task in of.tasks.items()} for of in (former, suite)
     )
-    differing += [f"task {name}" for name in {**known, **given} if known.get(name) != given.get(name)]
+    differing += [f"task {name}" for name in given if known.get(name) != given[name]]
     if differing:
         remedy = "make a new `MergedCLIP`; for a model that is saved, with its directory as `merged`"
         problem = f"differs from the suite that the model was set up with in {', '.join(differing)}"

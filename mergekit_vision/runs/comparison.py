@@ -1,7 +1,7 @@
 """Many methods on one suite: each is merged and evaluated once, remembered by content, and shown beside the others."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from statistics import fmean
@@ -111,9 +111,11 @@ class Comparison(LightningModule):
         needs = self.recipe.needs(frozenset({TEST}))
         everywhere = {*needs.everywhere, *(VAL for row in self.rows if row.scale == "search")}
         merged = {*_tasks(self.recipe, data), *(task for row in self.rows for task in self._tasks_of(row, data))}
-        return replace(needs, everywhere=everywhere, proxies=True, merged=merged)
+        seeing = [] if self.lenient else [row for row in self.rows if not row.proxies and row.sees_proxies(self.recipe)]
+        judged = {*(needs.judged or ()), *(task for row in seeing for task in self._tasks_of(row, data))}
+        return replace(needs, everywhere=everywhere, proxies=True, judged=judged, merged=merged)
 
-    def _tasks_of(self, row: Variant, data: VisionTasks) -> Iterable[str]:
+    def _tasks_of(self, row: Variant, data: VisionTasks) -> Collection[str]:
         """The tasks whose experts a row merges; none is opened."""
         return _tasks(row.recipe(self.recipe, data.suite), data)
 
@@ -137,8 +139,7 @@ class Comparison(LightningModule):
             images = row.data(data)
             if row.merger.kind == "dynamic":
                 with _of_variant(row.name) if row.route else nullcontext():
-                    recipe = row.recipe(self.recipe, data.suite)
-                    recipe.check_truth(recipe.chosen(data.suite), images.task_names)
+                    row.recipe(self.recipe, data.suite).check_truth(self._tasks_of(row, data), images.task_names)
         for name, other, needs in self._other_proxies(data):
             with _of_variant(name):
                 other.check(needs)
@@ -220,7 +221,7 @@ class Comparison(LightningModule):
         }
 
 
-def _tasks(recipe: Recipe, data: VisionTasks) -> Iterable[str]:
+def _tasks(recipe: Recipe, data: VisionTasks) -> Collection[str]:
     """The tasks whose experts are merged, by name; what is no task of the suite is found when the experts are opened."""
     return data.suite.tasks if recipe.experts is None else recipe.experts
 

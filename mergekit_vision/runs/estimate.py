@@ -169,17 +169,18 @@ def _normals(streams: int, sizes: Sizes) -> int:
 
 
 def _fits(sizes: Sizes) -> int:
-    """Of one task and block three Linears' inputs, three streams where they are not in files, and two models' weights, float32.
+    """Of one task and block the expert's weights, the merged model's and what is fitted, float32, and three Linears' inputs.
 
-    In float64 the inputs and outputs of one Linear for some tokens, and its normal equations; besides them activations.
+    Three streams where they are not in files. In float64 one Linear's weights, its inputs and outputs for some tokens, and its
+    normal equations; besides them activations.
     """
     held, width = sizes.proxies * sizes.tokens, min(map(min, sizes.linears))
     some, streams = min(held, STEP), 3 if held * width * _NUMBER < LARGE else 1  # one, before it goes to its file
 
     def equations(rows: int, columns: int) -> int:
-        return 8 * (some * (3 * columns + 4 * rows) + 5 * columns**2 + 4 * rows * columns)
+        return 8 * (some * (3 * columns + 4 * rows) + 5 * columns**2 + 6 * rows * columns)
 
-    weights = 4 * sum(rows * columns for rows, columns in sizes.linears[:4])
+    weights = 3 * sum(rows * columns for rows, columns in sizes.linears[:4])
     rows_kept = (3 + streams) * held + 20 * min(held, TOKENS)
     return _NUMBER * (weights + rows_kept * width) + max(equations(*shape) for shape in sizes.linears)
 

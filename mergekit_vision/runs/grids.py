@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merger
-from mergekit_vision.merging.record import merger_record, own_parameters, parameter_fault
+from mergekit_vision.merging.record import class_path, own_parameters, parameter_fault
 from mergekit_vision.runs.building import build_merger
 from mergekit_vision.support.json_files import readable, to_json
 from mergekit_vision.support.schema import brief
@@ -88,8 +88,7 @@ def _with(merger: Merger, values: Mapping[str, Any]) -> Merger:
 
 def as_content(merger: Merger) -> dict[str, Any]:
     """A method as a configuration file names it: ``class_path`` and ``init_args``, those of methods inside it likewise."""
-    record = merger_record(merger)
     arguments = {
         name: as_content(value) if isinstance(value, Merger) else value for name, value in own_parameters(merger).items()
     }
-    return {"class_path": record["class_path"], "init_args": arguments}
+    return {"class_path": class_path(merger), "init_args": arguments}

@@ -23,7 +23,7 @@ from mergekit_vision.export.state import State, read_state
 from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import MergedModel, Recipe, check_usable, expert_paths, expert_sources, hub_datasets
-from mergekit_vision.merging.record import citations, needs_images, revisable
+from mergekit_vision.merging.record import citations, needs_images, parameter_fault, revisable
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.parts import ByParts
 from mergekit_vision.runs.building import recorded_merger
@@ -152,7 +152,7 @@ class Revision(LightningModule):
         how = "no" if any(step.get("rule") == "OPCM" for step in record.get("history", ())) else revisable(merger)
         if how == "model" or (how == "state" and state is not None):
             return _Plan(record, merger, "exact", state)
-        why = f"{record['merger']['name']} merges all experts at once"
+        why = parameter_fault(merger) or f"{record['merger']['name']} merges all experts at once"
         if how == "state":
             why = "nothing was kept of its experts (`keep_state` of merge)"
         if self.leaving:

@@ -25,7 +25,7 @@ _TORCHVISION, _OWN = "torchvision.datasets", "mergekit_vision.demo.tasks"
 _UNPICKLING = {"LSUN", "LSUNClass"}
 """Data sets of torchvision that unpickle a file of the working directory, which may run code."""
 
-_FOLDERS = ("_base_folder", "base_folder", "raw_folder", "_data_dir", "_data_path", "_size_root")
+_FOLDERS = ("_base_folder", "base_folder", "raw_folder", "_data_dir", "_data_path", "_size_root", "root")
 """Where one of torchvision's classes keeps its files or some of them: below ``root``, or relative to it."""
 
 _MOST = 10**8  # images; the largest public sets of labeled ones have a few 10^7
@@ -47,7 +47,7 @@ class TorchvisionImages(ImageSource):
         if self._length > _MOST:
             raise InputError(f"{class_path}: has {self._length} images, and {_MOST} are the limit")
         # OxfordIIITPet's way of telling cats from dogs
-        self._binary = list(getattr(self._data, "_target_types", [])) == ["binary-category"]
+        self._binary = getattr(self._data, "_target_types", None) == ["binary-category"]
         names = getattr(self._data, "bin_classes" if self._binary else "classes", None)
         self.names = tuple(map(_first_name, names)) if names is not None else None
 

@@ -18,7 +18,7 @@ LONGEST = 1000
 
 _RUN_PROGRAMS = {"EPS"}  # Pillow has Ghostscript run what such a file says
 _NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes, and leaves to others to read
-_READ_AS_JPEG = {"MPO"}
+_READ_AS_JPEG = "MPO"
 _OF_16_BITS = {"PNG", "PPM"}  # formats of which Pillow gives 16 bits as 32, in some versions
 
 
@@ -137,7 +137,8 @@ def _gray(values: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> Image.
 @cache
 def suffixes() -> frozenset[str]:
     """Suffixes of files that :func:`decode` reads, in lower case; Pillow has others too, of what it only writes or recognizes."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in {*_formats(), *_READ_AS_JPEG})
+    read = {*_formats(), _READ_AS_JPEG}
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
 
 
 @cache

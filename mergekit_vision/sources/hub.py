@@ -147,7 +147,8 @@ def prepared_folder(dataset: str) -> Path:
     Raises:
         InputError: when it is not installed.
     """
-    datasets, (*owner, name) = _library(), dataset.split("/")
+    datasets = _library()
+    *owner, name = dataset.split("/")
     return Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, datasets.naming.camelcase_to_snakecase(name)])
 
 

@@ -1,12 +1,12 @@
 """Content hashes."""
 
+import errno
 import hashlib
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,14 +80,21 @@ def stamps(directory: Path) -> list[tuple[str, int, int]]:
     """Stamps of all files below a directory, by their paths relative to it; none where there is no such directory.
 
     Links to nothing are left out, and so is what another process removes meanwhile.
+
+    Raises:
+        InputError: when a file cannot be looked at.
     """
     found = []
     for place, _, names in os.walk(directory, followlinks=True):
         for file in (Path(place, name) for name in names):
-            with suppress(OSError):
+            try:
                 status = file.stat()
-                if stat.S_ISREG(status.st_mode):
-                    found.append((str(file.relative_to(directory)), status.st_size, status.st_mtime_ns))
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ELOOP):
+                    continue
+                raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+            if stat.S_ISREG(status.st_mode):
+                found.append((str(file.relative_to(directory)), status.st_size, status.st_mtime_ns))
     return sorted(found)
 
 

@@ -30,13 +30,22 @@ def remove_damaged(folder: Path) -> list[Path]:
     The library names each file by the hub's hash of it: the SHA-256 of a large one, git's SHA-1 of any other. Where the system
     has no symbolic links it does not, and nothing can be told.
     """
-    files = _blobs(folder)
-    damaged = [file for file, status in files.items() if not _is_whole(file, status.st_size, status.st_mtime_ns)]
-    late = time.time() - _SILENCE
-    stale = [file for file, status in files.items() if file.suffix == _PARTIAL and status.st_mtime < late]
-    for file in [*damaged, *stale]:
-        file.unlink(missing_ok=True)
+    damaged, late = [], time.time() - _SILENCE
+    for file, status in _blobs(folder).items():
+        whole = _is_whole(file, status.st_size, status.st_mtime_ns)
+        if not whole:
+            damaged.append(file)
+        if not whole or (file.suffix == _PARTIAL and status.st_mtime < late):
+            _remove(file, status)
     return damaged
+
+
+def _remove(file: Path, seen: os.stat_result) -> None:
+    """Remove a file, unless another process has put a new one in its place since it was looked at."""
+    with suppress(FileNotFoundError):
+        now = file.stat()
+        if (now.st_ino, now.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns):
+            file.unlink()
 
 
 def whole_bytes(folder: Path) -> int:

@@ -32,7 +32,7 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
             removed first and comes last, so that a directory without it is not complete.
 
     Yields:
-        The folder. When the block raises anything, the directory is left as it was; when the folder stays empty, its files are.
+        The folder. When the block raises anything, the directory is left as it was; a folder left empty replaces nothing.
 
     Raises:
         InputError: when another process does not end.

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import pytest
+import yaml
 from spoiled import spoil
 
 from mergekit_vision import InputError, MergedCLIP, MergeInputs, Merger, Proxies, Trainer, VisionTasks
@@ -193,6 +194,17 @@ def test_a_method_that_refuses_the_suite_is_left_out_of_all(
     assert "not this one" in (tmp_path / "report.html").read_text()
     with pytest.raises(InputError, match="not this one"):
         run([f"{__name__}.Shy"])
+
+
+def test_proxy_images_that_a_row_needs_are_looked_for_first(tmp_path: Path, tiny_suite: Path, merges: list[str]) -> None:
+    content = yaml.safe_load(tiny_suite.read_text())
+    del content["tasks"]["grays"]["data"]["val"]
+    suite = tiny_suite.with_name("without_val.yaml")
+    suite.write_text(yaml.safe_dump(content))
+    trainer = Trainer(default_root_dir=str(tmp_path), accelerator="cpu")
+    with pytest.raises(InputError, match=r"tasks\.grays\.data"):
+        trainer.compare(MergedCLIP(), VisionTasks(str(suite)), ["Average", "ESM"])
+    assert merges == []
 
 
 def test_an_unmerged_task_cannot_be_routed_to_its_expert(tmp_path: Path, tiny_suite: Path, merges: list[str]) -> None:

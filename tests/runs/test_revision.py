@@ -213,12 +213,21 @@ def test_mistakes(models: Models, kept: Path, command: str, experts: list[str], 
     assert not Path("out").exists()
 
 
+class Hidden(TSVM):
+    """Keeps a parameter where no record finds it, so that it could not be made again."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "_gain", gain)
+
+
 @pytest.mark.parametrize(
     ("merger", "keep", "message"),
     [
         (TIES(), 0, "`keep_state`: TIES merges all experts at once"),
         (ESM(), 3, "`keep_state` 3: of 3 experts, 2 can leave at most"),
         (ESM(), -1, "`keep_state` is -1"),
+        (Hidden(0.5), 1, "`keep_state`: Hidden does not keep what it was given as gain"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(models: Models, merger: Merger, keep: int, message: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -35,3 +36,22 @@ def test_files_may_vanish_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patched:
             patched.setattr(Path, "stat", vanishing)
             assert act(tmp_path) == expected
+
+
+def test_a_file_that_was_put_in_place_of_a_damaged_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "blobs" / WHOLE
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"damaged")
+    stream = Path.open
+
+    def opened(self: Path, mode: str) -> IO[Any]:
+        found = stream(self, mode)
+        (tmp_path / "new").replace(damaged)
+        return found
+
+    (tmp_path / "new").write_bytes(b"whole")
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert remove_damaged(tmp_path) == [damaged]
+    monkeypatch.undo()
+    assert damaged.read_bytes() == b"whole"
