@@ -135,7 +135,7 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     ("inspect", "", ["file", "empty", "suite/suite.yaml", "suite/data/colors/val.parquet"], "neither safetensors nor"),
     ("inspect", "", ["hf-hub:", "hf-hub:a", "hf-hub:a/b@"], "must be hf-hub:org/name"),
     (INSPECT, "--kind", ["x", ""], "invalid choice"),
-    (INSPECT, "--scale", ["x", ""], "invalid float value"),
+    (INSPECT, "--scale", ["x", "", "nan", "inf"], "but must be a finite number"),
     (INSPECT, "--suite", ["missing", "pipe", "suite"], "suite"),
 ]
 CASES = [

@@ -69,7 +69,7 @@ def test_another_suite_is_refused_for_a_model_that_is_set_up(trainer: Trainer, r
     content["tasks"]["unseen"] = content["tasks"].pop("colors")
     other = VisionTasks(str(write_file(root, content)))
     for use in (trainer.validate, trainer.test, trainer.merge):
-        with pytest.raises(InputError, match=r"differs from the suite .* in task colors, task grays, task unseen; make a new"):
+        with pytest.raises(InputError, match=r"differs from the suite .* in task grays, task unseen; make a new"):
             use(model, other)
 
 
