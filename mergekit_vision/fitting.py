@@ -167,7 +167,7 @@ def evidence_of(method: str, decision: Decision, held_layer: int | None, linears
         linears: the routed layers, in forward order.
 
     Raises:
-        InputError: for an index that is none of a layer.
+        InputError: for an index that "hold" or "once" does not find.
     """
     count = len(linears)
     if decision == "layer":
@@ -177,7 +177,7 @@ def evidence_of(method: str, decision: Decision, held_layer: int | None, linears
     if decision == "branch":
         branches = [None, *((linear.block, linear.kind in ("in_proj", "out_proj")) for linear in linears)]
         return ["hold" if branch == last else "start" for last, branch in pairwise(branches)]
-    if held_layer is not None and held_layer >= count:
+    if held_layer is not None and not 0 <= held_layer < count:
         raise InputError(f"{method}: held_layer is {held_layer}, but there are {count} routed layers, from 0 on")
     if decision == "once":
         return ["ahead" if held_layer in (None, at) else "hold" for at in range(count)]
