@@ -112,7 +112,8 @@ class Comparison(LightningModule):
         everywhere = {*needs.everywhere, *(VAL for row in self.rows if row.scale == "search")}
         merged = {*_tasks(self.recipe, data), *(task for row in self.rows for task in self._tasks_of(row, data))}
         seeing = [] if self.lenient else [row for row in self.rows if not row.proxies and row.sees_proxies(self.recipe)]
-        judged = {*(needs.judged or ()), *(task for row in seeing for task in self._tasks_of(row, data))}
+        sure = data.suite.tasks if needs.judged is None else needs.judged
+        judged = {*sure, *(task for row in seeing for task in self._tasks_of(row, data))}
         return replace(needs, everywhere=everywhere, proxies=True, judged=judged, merged=merged)
 
     def _tasks_of(self, row: Variant, data: VisionTasks) -> Collection[str]:

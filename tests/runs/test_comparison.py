@@ -204,6 +204,8 @@ def test_proxy_images_that_a_row_needs_are_looked_for_first(tmp_path: Path, tiny
     trainer = Trainer(default_root_dir=str(tmp_path), accelerator="cpu")
     with pytest.raises(InputError, match=r"tasks\.grays\.data"):
         trainer.compare(MergedCLIP(), VisionTasks(str(suite)), ["Average", "ESM"])
+    with pytest.raises(InputError, match=r"tasks\.grays\.data"):
+        trainer.compare(MergedCLIP(scale="agreement"), VisionTasks(str(suite)), "all")
     assert merges == []
 
 
