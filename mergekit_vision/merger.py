@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
+from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.support.allocator import release_freed_memory
-from mergekit_vision.support.tensors import largest_magnitude
+from mergekit_vision.support.tensors import FINITE, largest_magnitude
 
 Weights = Mapping[str, Tensor]
 """Key of a parameter of the vision tower (``visual.…``) -> tensor. Lazy: a tensor is read when it is asked for."""
@@ -51,6 +52,9 @@ Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
 
 AT_ONCE = 8
 """Items, roughly, whose parts of a sum are held at once on GPUs; on a CPU each process holds one."""
+
+IN_CACHE = 1 << 16
+"""Entries of a sum that are worked on at once: in float64 they still lie in the processor's cache."""
 
 _NO_PROXIES = "this merging method needs proxy images, but none are configured; give the data module proxies"
 
@@ -217,6 +221,28 @@ class MergeInputs:
             row.copy_(self.delta(task, key))
         return stack
 
+    def total(self, key: str) -> Tensor:
+        """Sum of the task vectors of one parameter: float64, new memory, on ``device``.
+
+        No task vector of whole weights is written out for it.
+
+        Raises:
+            InputError: when an expert holds NaN or infinity there.
+        """
+        whole = [task for task in self.tasks if self.change is None and self._factors(task, key) is None]
+        terms = [self.experts[task][key].to(self.device) for task in whole]
+        terms += [self.delta(task, key) for task in self.tasks if task not in whole]
+        base = self.base[key].to(self.device)
+        total = torch.empty(base.shape, dtype=torch.float64, device=self.device)
+        for entries, start, *parts in zip(*(torch.split(t.reshape(-1), IN_CACHE) for t in (total, base, *terms)), strict=True):
+            entries.copy_(start).mul_(-len(whole))
+            for part in parts:
+                entries.add_(part)
+        if total.numel() and not largest_magnitude(total) <= FINITE:
+            for task in whole:
+                self._expert(task, key)  # names the one that is to blame
+        return total
+
     def factors(self, task: str, key: str) -> Factors | None:
         """A task vector as a product, float32 on ``device``, to be read only; ``None`` where it is not known as one of low rank.
 
@@ -337,6 +363,20 @@ class MergeInputs:
                 release_freed_memory()
 
         return self.share(compute, {item: self._cost(item) for item in items}, description)
+
+    def spread_alike(
+        self, function: Callable[[str], _Result], keys: Iterable[str], description: str, at_once: int
+    ) -> dict[str, _Result]:
+        """:meth:`spread` over parameters, several of them side by side in threads: alike in shape, the largest first.
+
+        Threads do more so than when they share the many small steps of one; but each takes memory of its own.
+        """
+        todo = list(keys)
+        alike = sorted(todo, key=lambda key: self.base[key].shape, reverse=True)
+        groups = {alike[at]: alike[at : at + at_once] for at in range(0, len(alike), at_once)}
+        found = self.spread(lambda first: in_threads(function, groups[first]), groups, description)
+        results = {key: result for first, group in groups.items() for key, result in zip(group, found[first], strict=True)}
+        return {key: results[key] for key in todo}
 
     def spread_sum(
         self, function: Callable[[str], Mapping[str, Parts]], items: Iterable[str], description: str
@@ -607,5 +647,7 @@ def merged_weights(base: Weights, merged: Merged, scale: float | None = None) ->
     weights = {}
     for key, value in base.items():
         update = merged.update.get(key)
-        weights[key] = value if update is None else update.mul(merged.coefficient(key, scale)).add_(value.to(update.device))
+        if update is not None:
+            value = torch.add(value.to(update.device), update, alpha=merged.coefficient(key, scale))
+        weights[key] = value
     return weights

@@ -1,7 +1,6 @@
 """Iso-C and Iso-CTS merging."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,15 +9,12 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
-from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["isotropic", "mean"]
 
 AT_ONCE = 4
 """Parameters that threads merge at once; the same number in all processes, which share out the groups."""
-ROWS = 64
-"""Rows that are added up at once: in float64 they still lie in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +40,14 @@ class _Isotropic(Merger):
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
         flat = inputs.matrices(everywhere=self.other == "isotropic")
 
-        def merged(key: str) -> Tensor:
+        def merged(key: str) -> Tensor | None:
+            if not any(inputs.changed(task, key) for task in inputs.tasks):
+                return None
             return self._merged(inputs, key) if key in flat else inputs.deltas(key).mean(0)
 
-        update = _several_at_once(inputs, merged)
+        found = inputs.spread_alike(merged, inputs.base, "merging", AT_ONCE)
+        update = {key: value for key, value in found.items() if value is not None}
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - flat)
-
-
-def _several_at_once(inputs: MergeInputs, merged: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Merged task vectors of the parameters that some expert changed: several at once, alike in size."""
-
-    def changed(key: str) -> Tensor | None:
-        return merged(key) if any(inputs.changed(task, key) for task in inputs.tasks) else None
-
-    keys = sorted(inputs.base, key=lambda key: tuple(inputs.base[key].shape))
-    groups = {keys[at]: keys[at : at + AT_ONCE] for at in range(0, len(keys), AT_ONCE)}
-    found = inputs.spread(lambda first: in_threads(changed, groups[first]), groups, "merging")
-    updates = {key: update for first, keys in groups.items() for key, update in zip(keys, found[first], strict=True)}
-    return {key: update for key in inputs.base if (update := updates[key]) is not None}
 
 
 @dataclass(frozen=True)
@@ -85,11 +71,7 @@ class IsoC(_Isotropic):
     title: ClassVar[str] = "Iso-C"
 
     def _merged(self, inputs: MergeInputs, key: str) -> Tensor:
-        total = torch.zeros(inputs.base[key].shape, dtype=torch.float64, device=inputs.device)
-        for task in inputs.tasks:
-            for rows, more in zip(torch.split(total, ROWS), torch.split(inputs.delta(task, key), ROWS), strict=True):
-                rows.add_(more)
-        return flat_spectrum(total).float()
+        return flat_spectrum(inputs.total(key), torch.float32)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_vision.functional.eigen import eigh
 from mergekit_vision.functional.gram import gram
+from mergekit_vision.functional.leading import leading_eigenpairs
 from mergekit_vision.functional.linalg import GRAM_TOLERANCE
 
 FLOAT32_TOLERANCE = 1e-6
@@ -93,6 +94,8 @@ class ShiftStatistic:
     def __init__(self, delta: Tensor | Callable[[], Tensor], shape: Sequence[int] | None = None) -> None:
         self._delta = delta
         self._of_inputs = None if shape is None else _wider_out(shape)
+        self._shift_dtype: torch.dtype | None = None
+        """Of the task vector, once shifts are accumulated; then nothing else of it is needed."""
         self.gram = RowGram()
 
     @property
@@ -108,6 +111,7 @@ class ShiftStatistic:
             self.gram(x)
         else:  # float32 will do for the shift itself, as it would for an SVD of it; only a Gram squares the condition number
             delta = self.delta
+            self._shift_dtype = delta.dtype
             self.gram(x.detach().to(delta.dtype) @ delta.T)
 
     def subspace(self, k: int) -> EssentialSubspace:
@@ -116,16 +120,19 @@ class ShiftStatistic:
 
     def compact(self, k: int) -> CompactSubspace:
         """The same without the task vector."""
+        if self._shift_dtype is not None:
+            return _principal(self._checked(), self.gram.rows, k, self._shift_dtype, _tolerance(self._shift_dtype))
         delta = self.delta
         if not delta.any():
             return CompactSubspace(delta.new_zeros(min(delta.shape), 0), delta.new_zeros(0).double(), 0.0)
+        return _through_inputs(delta, self._checked(), self.gram.rows, k, _tolerance(delta.dtype))
+
+    def _checked(self) -> Tensor:
         if self.gram.matrix is None:
             raise ValueError("no layer inputs were observed")
         if not self.gram.matrix.diagonal().isfinite().all():
             raise ValueError("its inputs, or their products with the task vector, hold NaN or infinity")
-        if _wider_out(delta.shape):
-            return _through_inputs(delta, self.gram.matrix, self.gram.rows, k, _tolerance(delta))
-        return _principal(self.gram.matrix, self.gram.rows, k, delta.dtype, _tolerance(delta))
+        return self.gram.matrix
 
 
 def essential_subspace(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: float | None = None) -> EssentialSubspace:
@@ -154,7 +161,7 @@ def essential_subspace(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: fl
     d_in = delta.shape[1]
     if inputs.shape != (d_in, d_in):
         raise ValueError(f"a Gram matrix of shape {tuple(inputs.shape)} does not fit a task vector of shape {tuple(delta.shape)}")
-    tol = _tolerance(delta) if tol is None else tol
+    tol = _tolerance(delta.dtype) if tol is None else tol
     if _wider_out(delta.shape):
         return _through_inputs(delta, inputs.double(), rows, k, tol).of(delta)
     D = delta.double()
@@ -166,25 +173,24 @@ def _through_inputs(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: float
     _check_rows(rows)
     R = _root(inputs)
     A = (delta @ R.to(delta.dtype)).double()
-    values, vectors = eigh(gram(A))
-    total = float(values.sum())
-    values, vectors = _leading(values, vectors, min(k, rows), tol)
-    return CompactSubspace((R @ (vectors / values.sqrt())).to(delta.dtype), values / (rows - 1), total / (rows - 1))
+    shifts = gram(A)
+    values, vectors = _leading(shifts, min(k, rows), tol)
+    basis = (R @ (vectors / values.sqrt())).to(delta.dtype)
+    return CompactSubspace(basis, values / (rows - 1), float(shifts.trace()) / (rows - 1))
 
 
 def _principal(shifts: Tensor, rows: int, k: int, dtype: torch.dtype, tol: float) -> CompactSubspace:
     """Leading eigenpairs of a Gram matrix of output shifts, ``[d_out, d_out]``."""
     _check_rows(rows)
-    values, vectors = eigh(shifts)
-    values, vectors = _leading(values, vectors, min(k, rows), tol)
+    values, vectors = _leading(shifts, min(k, rows), tol)
     return CompactSubspace(vectors.to(dtype), values / (rows - 1), float(shifts.trace()) / (rows - 1))
 
 
-def _leading(values: Tensor, vectors: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
+def _leading(shifts: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
     """The ``k`` largest eigenpairs, largest first, without null directions."""
-    top = values.flip(0)[:k]
-    top = top[top > tol**2 * values[-1].clamp(min=0)]
-    return top, vectors.flip(1)[:, : len(top)]
+    values, vectors = leading_eigenpairs(shifts, k)
+    values = values[values > tol**2 * values[:1].clamp(min=0)]
+    return values, vectors[:, : len(values)]
 
 
 def _root(G: Tensor) -> Tensor:
@@ -201,8 +207,8 @@ def _wider_out(shape: Sequence[int]) -> bool:
     return shape[0] > shape[1]
 
 
-def _tolerance(delta: Tensor) -> float:
-    return FLOAT32_TOLERANCE if delta.dtype == torch.float32 else GRAM_TOLERANCE
+def _tolerance(dtype: torch.dtype) -> float:
+    return FLOAT32_TOLERANCE if dtype == torch.float32 else GRAM_TOLERANCE
 
 
 def _check_rows(rows: int) -> None:

@@ -85,18 +85,17 @@ def esm_merge_of(
     norm: TaskNorm = "delta",
 ) -> Tensor:
     """:func:`esm_merge` by the tasks' parts, which is all that it needs of the task vectors."""
-    bases, coordinates, norms = [], [], []
-    for E, eigenvalues, C, whole in parts:
-        norms.append(whole if norm == "delta" else torch.linalg.vector_norm(C, dtype=torch.float64))
-        weights = eigenvalue_weights(eigenvalues, eigenvalue_power).to(C.dtype)
-        bases.append(E * weights)
-        coordinates.append(weights[:, None] * C)
-    factors = _relative_power(torch.stack(norms), inter_task).to(parts[0].coordinates.dtype)
-    C = torch.cat([factor * C for factor, C in zip(factors, coordinates, strict=True)])
+    norms = torch.stack(
+        [part.norm if norm == "delta" else torch.linalg.vector_norm(part.coordinates, dtype=torch.float64) for part in parts]
+    )
+    weights = [eigenvalue_weights(part.eigenvalues, eigenvalue_power).to(part.coordinates.dtype) for part in parts]
+    factors = _relative_power(norms, inter_task).to(parts[0].coordinates.dtype)
+    scales = [factor * weight for factor, weight in zip(factors, weights, strict=True)]
+    C = torch.cat([scale[:, None] * part.coordinates for scale, part in zip(scales, parts, strict=True)])
     if not C.any():
         return C.new_zeros(len(parts[0].directions), C.shape[1])
     C *= _relative_power(C.norm(dim=0), inter_dimension)
-    merged = polar_product(torch.cat(bases, 1), C)
+    merged = polar_product(torch.cat([part.directions * weight for part, weight in zip(parts, weights, strict=True)], 1), C)
     return merged.product * (gain * merged.left_mean * merged.right_mean)
 
 

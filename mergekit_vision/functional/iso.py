@@ -11,7 +11,7 @@ from mergekit_vision.functional.linalg import GRAM_TOLERANCE, TopSVD, polar, pol
 from mergekit_vision.functional.threads import in_threads
 
 
-def flat_spectrum(M: Tensor) -> Tensor:
+def flat_spectrum(M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The matrix with the singular vectors of ``M`` and the mean of its singular values for each of them (Iso-C).
 
     The mean is over all ``min(m, n)`` singular values, null ones included; null directions, whose vectors are arbitrary, stay
@@ -19,19 +19,17 @@ def flat_spectrum(M: Tensor) -> Tensor:
 
     Args:
         M: ``[m, n]``, float32 or float64.
+        dtype: as for :func:`~mergekit_vision.functional.linalg.polar`.
 
     Returns:
-        ``[m, n]``, in the dtype of ``M``.
+        ``[m, n]``, in that dtype.
 
     >>> flat_spectrum(torch.tensor([[0.0, 1.0], [5.0, 0.0]]))
     tensor([[0., 3.],
             [3., 0.]])
     """
-    matrix = M.double()
-    factor = polar(matrix).factor
-    # the sum of the singular values, without the round-off that the Gram matrix has for null ones
-    nuclear_norm = float(torch.dot(factor.flatten(), matrix.flatten()))
-    return factor.mul_(nuclear_norm / min(M.shape)).to(M.dtype)
+    found = polar(M, dtype=dtype)
+    return found.factor.mul_(found.nuclear_norm / min(M.shape))
 
 
 def subspace_sizes(rank: int, tasks: int, common: float) -> tuple[int, int]:

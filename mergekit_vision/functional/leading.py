@@ -12,7 +12,7 @@ from mergekit_vision.functional.eigen import eigh
 SIDE = 512
 """Side from which this pays, for at most a sixth of the eigenpairs."""
 SHARE = 6
-SMALLEST = 1e-5
+SMALLEST, GAP = 1e-5, 1e-6
 """Least size, over the largest, of eigenvalues and of the gap below them that float32 tells from its rounding errors."""
 STEPS = 2
 ERROR = 1e-6
@@ -47,7 +47,7 @@ def _refined(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     values, vectors = (part.double() for part in eigh((G / scale).float()))
     rest, top, largest = values[:-k] * scale, values[-k:], values[-1]
     gap = float((top[0] - values[-k - 1]) / largest)
-    if not (gap > SMALLEST and float(top[0] / largest) > SMALLEST):
+    if not (gap > GAP and float(top[0] / largest) > SMALLEST):
         return None
     others, X = vectors[:, :-k], vectors[:, -k:]
     for _ in range(STEPS):

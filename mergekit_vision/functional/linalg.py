@@ -20,6 +20,10 @@ GRAM_TOLERANCE = 1e-7
 """Singular values below this share of the largest are round-off when they come from a float64 Gram matrix."""
 
 
+MILD = 100.0
+"""Condition number up to which float32 products give a polar factor to 1e-5 in every direction."""
+
+
 class PolarProduct(NamedTuple):
     """Product of two polar factors.
 
@@ -64,8 +68,15 @@ class _Whitener(NamedTuple):
         wide = M.shape[0] < M.shape[1]
         values, vectors = eigh(gram(M.T if wide else M))
         s = values.clamp(min=0).sqrt()
-        kept = (s > tol * s.amax()) if s.numel() else s.bool()
-        return cls(vectors[:, kept], s[kept].reciprocal(), wide, float(s.sum()))
+        null = int((s <= tol * s[-1:]).sum())  # the first ones: they ascend
+        s = s[null:]
+        return cls(vectors[:, null:], s.reciprocal(), wide, float(s.sum()))
+
+    def rounded(self, dtype: torch.dtype) -> "_Whitener":
+        """The same in that dtype, or as it is where a polar factor would suffer from it."""
+        if len(self.gains) and float(self.gains[0] / self.gains[-1]) > MILD:
+            return self
+        return self._replace(vectors=self.vectors.to(dtype), gains=self.gains.to(dtype))
 
     @property
     def root(self) -> Tensor:
@@ -80,10 +91,11 @@ class _Whitener(NamedTuple):
 
     def polar(self, M: Tensor) -> Tensor:
         """Polar factor of the matrix ``M`` that this was made of."""
+        M = M.to(self.vectors)
         return self.times(M) if self.wide else self.times(M.T).T
 
 
-def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
+def polar(M: Tensor, tol: float = GRAM_TOLERANCE, dtype: torch.dtype | None = None) -> Polar:
     """Polar factor and nuclear norm of a matrix, mostly by an eigendecomposition of its smaller Gram matrix.
 
     The error is about ``1e-16 * cond(M)**2``; on a GPU with fast float64, where Halley's iteration takes its place, less. Null
@@ -92,25 +104,27 @@ def polar(M: Tensor, tol: float = GRAM_TOLERANCE) -> Polar:
     Args:
         M: ``[m, n]``, float32 or float64.
         tol: singular values up to this share of the largest count as zero.
+        dtype: of the factor and, where the condition number is no more than :data:`MILD`, of the last products, which are
+            otherwise made in float64. ``None`` rounds to the dtype of ``M`` in the end.
 
     Returns:
-        The factor in the dtype of ``M``, and the nuclear norm.
+        The factor, and the nuclear norm without null directions.
 
     >>> polar(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
     Polar(factor=tensor([[1., 0.],
             [0., 1.],
             [0., 0.]]), nuclear_norm=5.0)
     """
-    found = _polar(M.double(), tol)
-    return Polar(found.factor.to(M.dtype), found.nuclear_norm)
+    found = _polar(M.double(), tol, dtype or torch.float64)
+    return Polar(found.factor.to(dtype or M.dtype), found.nuclear_norm)
 
 
-def _polar(M: Tensor, tol: float) -> Polar:
-    """The same of a float64 matrix."""
+def _polar(M: Tensor, tol: float, dtype: torch.dtype = torch.float64) -> Polar:
+    """The same of a float64 matrix, the last products in a dtype."""
     if pays(M) and (found := polar_by_halley(M, tol)) is not None:
         return found
     whitener = _Whitener.of(M, tol)
-    return Polar(whitener.polar(M), whitener.nuclear_norm)
+    return Polar(whitener.rounded(dtype).polar(M), whitener.nuclear_norm)
 
 
 def polar_product(left: Tensor, right: Tensor, diagonal: Tensor | None = None, tol: float = GRAM_TOLERANCE) -> PolarProduct:

@@ -148,7 +148,7 @@ def test_what_cannot_be_decomposed_is_refused() -> None:
         essential_subspace(delta, torch.eye(72), 10, 3)
 
 
-@pytest.mark.parametrize(("shape", "calls"), [((24, 12), 1), ((12, 24), 4)])
+@pytest.mark.parametrize(("shape", "calls"), [((24, 12), 1), ((12, 24), 3)])
 def test_a_task_vector_is_made_only_where_it_is_needed(shape: tuple[int, int], calls: int) -> None:
     delta, x = layer(*shape)
     made: list[int] = []
@@ -156,5 +156,5 @@ def test_a_task_vector_is_made_only_where_it_is_needed(shape: tuple[int, int], c
     for part in x.split(-(-len(x) // 3)):
         statistic(part)
     found = statistic.compact(3)
-    assert len(made) == calls, "once a batch where the shift itself is observed, and once at the end"
+    assert len(made) == calls, "once a batch where the shift itself is observed, and else once at the end"
     torch.testing.assert_close(found.eigenvalues, statistic_of(delta, x, len(x)).compact(3).eigenvalues)
