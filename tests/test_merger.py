@@ -64,12 +64,39 @@ def test_whether_an_expert_changed_a_parameter(zoo: Zoo) -> None:
     assert [inputs.changed(task, "visual.proj") for task in inputs.tasks] == [True, False, True]
 
 
+class Adapter(dict[str, Tensor]):
+    """An expert whose change of a matrix is known as a product."""
+
+    def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
+        return (torch.ones(len(self[key]), 1), 0.5 * torch.ones(1, self[key].shape[1])) if self[key].dim() == 2 else None
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (300, 500)])  # more numbers than are added up at once, and fewer
+def test_the_total_is_the_sum_of_the_task_vectors(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, a, b, c = (torch.randn(shape, generator=generator) for _ in range(4))
+    experts = {"a": {"w": a}, "b": {"w": b.bfloat16()}, "c": Adapter(w=c)}
+    inputs = MergeInputs({"w": base}, experts)
+    expected = a.double() + b.bfloat16().double() - 2 * base.double() + (0.5 if len(shape) == 2 else c.double() - base.double())
+    assert inputs.total("w").dtype == torch.float64
+    torch.testing.assert_close(inputs.total("w"), expected, rtol=0, atol=16 * 2.0**-52 * 8)
+    view = inputs.view(lambda task, key, delta: delta.neg_())
+    torch.testing.assert_close(view.total("w"), -expected, rtol=0, atol=16 * 2.0**-24)
+    same = replace(inputs, experts=dict.fromkeys("abc", {"w": base}))
+    assert not same.total("w").any(), "what no expert changed is zero, not round-off"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_expert_that_is_not_finite_is_named(zoo: Zoo, value: float) -> None:
     spoiled = zoo.experts["task1"]["visual.proj"].clone()
     spoiled[1, 2] = value
     inputs = replace(zoo.inputs(), experts={**zoo.experts, "task1": {**zoo.experts["task1"], "visual.proj": spoiled}})
-    for ask in (lambda: inputs.delta("task1", "visual.proj"), lambda: inputs.deltas("visual.proj")):
+    asks = (
+        lambda: inputs.delta("task1", "visual.proj"),
+        lambda: inputs.deltas("visual.proj"),
+        lambda: inputs.total("visual.proj"),
+    )
+    for ask in asks:
         with pytest.raises(InputError, match=r"the expert of task task1 holds NaN or infinity in visual\.proj"):
             ask()
     assert inputs.delta("task0", "visual.proj").isfinite().all()
@@ -148,6 +175,22 @@ def test_work_is_shared_out_by_size() -> None:
     inputs = MergeInputs(base, {"task": base}, share=share)
     assert inputs.spread(len, [*base, "task"], "counting") == {"visual.proj": 11, "visual.bias": 11, "task": 4}
     assert seen == {"visual.proj": 36, "visual.bias": 5, "task": 1}
+
+
+def test_parameters_alike_are_merged_together() -> None:
+    shapes = {"b1": (3,), "w1": (4, 2), "b2": (3,), "w2": (4, 2), "w3": (4, 2), "v": (2, 4)}
+    base = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    groups: list[list[str]] = []
+
+    def share(function: Callable[[str], list[str]], items: Mapping[str, int], description: str) -> dict[str, Any]:
+        found = {first: function(first) for first in items}
+        groups.extend(found.values())
+        return found
+
+    inputs = MergeInputs(base, {"task": base}, share=share)
+    found = inputs.spread_alike(lambda key: key, base, "naming", 2)
+    assert groups == [["w1", "w2"], ["w3", "b1"], ["b2", "v"]]
+    assert list(found.items()) == [(key, key) for key in base]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 100])

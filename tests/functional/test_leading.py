@@ -39,6 +39,13 @@ def test_agree_with_the_whole(k: int, low: float, scale: float) -> None:
     assert_leading(scale * spectrum(torch.logspace(0, torch.tensor(low).log10().item(), 64, dtype=torch.float64)), k)
 
 
+@pytest.mark.parametrize("gap", [1e-4, 5e-6])
+def test_a_narrow_gap_is_refined_in_float64(gap: float) -> None:
+    G = spectrum(torch.tensor([*torch.linspace(1, 0.1, 8), *torch.linspace(0.1 - gap, 0.01, 56)], dtype=torch.float64))
+    assert leading._refined(G, 8) is not None
+    assert_leading(G, 8)
+
+
 def test_eigenvalues_that_coincide_among_the_leading_ones() -> None:
     assert_leading(spectrum(torch.tensor([5.0] * 6 + [4.0] * 2 + [1.0] * 40 + [0.0] * 16, dtype=torch.float64)), 8)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from formulas import exact_polar, matrix
-from tolerances import assert_near, eps, from_gram, sum_from_gram, summed
+from tolerances import assert_near, direct, eps, from_gram, sum_from_gram, summed
 
 from mergekit_vision.functional.gram import GRAM_BLOCK, gram
-from mergekit_vision.functional.linalg import polar, polar_product, top_svd, top_svd_of_product
+from mergekit_vision.functional.linalg import MILD, polar, polar_product, top_svd, top_svd_of_product
 
 
 @pytest.mark.parametrize(("m", "n"), [(64, 24), (24, 64), (40, 40)])
@@ -35,6 +35,19 @@ def test_polar_keeps_float32_and_computes_in_float64() -> None:
     found, expected = polar(M).factor, exact_polar(M.double())
     assert found.dtype == torch.float32
     assert (found - expected).norm() / expected.norm() < eps(torch.float32), "rounded once"
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 24), (24, 64), (40, 40)])
+@pytest.mark.parametrize("cond", [2.0, 90.0, 1e4])
+def test_polar_in_float32_is_as_accurate_as_a_float32_svd_and_from_ill_conditioned_matrices_more(
+    m: int, n: int, cond: float
+) -> None:
+    M = matrix(m, n, cond)
+    found, nuclear = polar(M, dtype=torch.float32)
+    assert found.dtype == torch.float32
+    error = float((found - exact_polar(M)).norm() / min(m, n) ** 0.5)
+    assert error <= (direct(min(m, n), cond) if cond <= MILD else eps() + from_gram(cond))
+    assert nuclear == pytest.approx(float(torch.linalg.svdvals(M).sum()), rel=sum_from_gram(min(m, n), cond))
 
 
 @pytest.mark.parametrize("side", [5, 2 * GRAM_BLOCK + 3])
