@@ -54,10 +54,20 @@ def _is_ours(place: Path) -> bool:
         return place.parent.name == "backbones" and bool(_BACKBONE.fullmatch(place.name))
     if not (place.is_file() and _VALUE.fullmatch(place.name)):
         return False
-    with place.open("rb") as stream:
-        return stream.read(len(KIND)) == KIND.encode()
+    try:
+        with place.open("rb") as stream:
+            return stream.read(len(KIND)) == KIND.encode()
+    except FileNotFoundError:  # another process has removed it
+        return False
 
 
 def _size(place: Path) -> int:
-    files = place.rglob("*") if place.is_dir() else [place]
-    return sum(file.lstat().st_size for file in files if file.is_file())
+    return sum(map(_length, place.rglob("*") if place.is_dir() else [place]))
+
+
+def _length(file: Path) -> int:
+    """Bytes of a file; 0 of what is none, or has just been removed."""
+    try:
+        return file.lstat().st_size if file.is_file() else 0
+    except FileNotFoundError:
+        return 0

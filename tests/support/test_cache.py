@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spoiled import spoil
 
+from mergekit_vision.support import cache_contents
 from mergekit_vision.support.cache import Cache, json_form, tensor_form
 from mergekit_vision.support.team import Team
 
@@ -182,3 +183,21 @@ def test_all_processes_take_the_first_ones_value(cache: Path) -> None:
     assert second.recall(["key"], lambda: pytest.fail("the first process has it")) == 0.25
     assert not file.exists()
     assert sent == []
+
+
+def test_what_another_process_removes_while_it_is_counted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a file was looked at, and before."""
+
+    class Removing:
+        def fullmatch(self, name: str) -> bool:
+            (cache / "shares" / name).unlink()
+            return True
+
+    SHARES.recall(["a"], lambda: 0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_contents, "_is_ours", lambda place: place.unlink() is None)
+        assert [found.size for found in cache_contents.kept()] == [0]
+    SHARES.recall(["a"], lambda: 0.5)
+    assert cache_contents.kept()[0].size > 0
+    monkeypatch.setattr(cache_contents, "_VALUE", Removing())
+    assert cache_contents.kept() == []
