@@ -16,7 +16,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.support.allocator import release_freed_memory
-from mergekit_vision.support.tensors import FINITE, largest_magnitude
+from mergekit_vision.support.tensors import largest_magnitude
 
 Weights = Mapping[str, Tensor]
 """Key of a parameter of the vision tower (``visual.…``) -> tensor. Lazy: a tensor is read when it is asked for."""
@@ -49,6 +49,9 @@ what the model's weights hold; or with :attr:`Merged.kept` besides."""
 
 _Result = TypeVar("_Result")
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
+
+ALIKE = 4
+"""Matrices that methods merge at once by :meth:`MergeInputs.spread_alike`."""
 
 AT_ONCE = 8
 """Items, roughly, whose parts of a sum are held at once on GPUs; on a CPU each process holds one."""
@@ -224,21 +227,17 @@ class MergeInputs:
     def total(self, key: str) -> Tensor:
         """Sum of the task vectors of one parameter: float64, new memory, on ``device``.
 
-        No task vector of whole weights is written out for it.
-
         Raises:
             InputError: when an expert holds NaN or infinity there.
         """
+        total = torch.zeros(self.base[key].shape, dtype=torch.float64, device=self.device)
         whole = [task for task in self.tasks if self.change is None and self._factors(task, key) is None]
-        terms = [self.experts[task][key].to(self.device) for task in whole]
-        terms += [self.delta(task, key) for task in self.tasks if task not in whole]
-        base = self.base[key].to(self.device)
-        total = torch.empty(base.shape, dtype=torch.float64, device=self.device)
-        for entries, start, *parts in zip(*(torch.split(t.reshape(-1), IN_CACHE) for t in (total, base, *terms)), strict=True):
-            entries.copy_(start).mul_(-len(whole))
-            for part in parts:
-                entries.add_(part)
-        if total.numel() and not largest_magnitude(total) <= FINITE:
+        for task in self.tasks:
+            # of whole weights no task vector is written out: the backbone is subtracted in the end
+            _add_up(total, self.experts[task][key].to(self.device, torch.float32) if task in whole else self.delta(task, key))
+        if whole:
+            total.sub_(self.base[key].to(self.device, torch.float32), alpha=len(whole))
+        if total.numel() and not math.isfinite(largest_magnitude(total)):
             for task in whole:
                 self._expert(task, key)  # names the one that is to blame
         return total
@@ -367,13 +366,21 @@ class MergeInputs:
     def spread_alike(
         self, function: Callable[[str], _Result], keys: Iterable[str], description: str, at_once: int
     ) -> dict[str, _Result]:
-        """:meth:`spread` over parameters, several of them side by side in threads: alike in shape, the largest first.
+        """:meth:`spread` over parameters, several at once in threads: alike in shape, the dearest first.
 
-        Threads do more so than when they share the many small steps of one; but each takes memory of its own.
+        Threads get more done so than when they share the many small steps of one; but each takes memory of its own. ``function``
+        must not call :meth:`observe`, :meth:`differentiate` or :attr:`blocks`, which use the one encoder there is, nor write to
+        what it shares with others. Gradients are not recorded.
+
+        Args:
+            function: of a parameter's key; as for :meth:`spread`.
+            keys: keys of :attr:`base`.
+            description: what the progress bar says.
+            at_once: how many at once, at least 1; several processes share them out.
         """
-        todo = list(keys)
-        alike = sorted(todo, key=lambda key: self.base[key].shape, reverse=True)
-        groups = {alike[at]: alike[at : at + at_once] for at in range(0, len(alike), at_once)}
+        todo, size = list(keys), max(1, at_once // self.processes)
+        alike = sorted(todo, key=lambda key: (-self._cost(key), self.base[key].shape))
+        groups = {alike[at]: alike[at : at + size] for at in range(0, len(alike), size)}
         found = self.spread(lambda first: in_threads(function, groups[first]), groups, description)
         results = {key: result for first, group in groups.items() for key, result in zip(group, found[first], strict=True)}
         return {key: results[key] for key in todo}
@@ -401,13 +408,22 @@ class MergeInputs:
         value = self.base[item]
         return value.numel() * (len(value) if value.dim() == 2 else 1)
 
-    def spread_changed(self, function: Callable[[str], _Result], keys: Iterable[str], description: str) -> dict[str, _Result]:
-        """:meth:`spread` over the parameters among ``keys`` that some expert changed; the others are left out of the result."""
+    def spread_changed(
+        self, function: Callable[[str], _Result], keys: Iterable[str], description: str, at_once: int = 1
+    ) -> dict[str, _Result]:
+        """The parameters among ``keys`` that some expert changed, by :meth:`spread`, or several at once by :meth:`spread_alike`.
+
+        The others are left out of the result.
+        """
 
         def changed(key: str) -> _Result | None:
             return function(key) if any(self.changed(task, key) for task in self.tasks) else None
 
-        return {key: value for key, value in self.spread(changed, keys, description).items() if value is not None}
+        if at_once == 1:
+            found = self.spread(changed, keys, description)
+        else:
+            found = self.spread_alike(changed, keys, description, at_once)
+        return {key: value for key, value in found.items() if value is not None}
 
     def matrices(self, everywhere: bool = True) -> frozenset[str]:
         """Keys of the matrices: the weights of :attr:`linears` and, ``everywhere``, those outside of the blocks."""
@@ -636,6 +652,12 @@ def settled(inputs: MergeInputs, merged: Merged) -> Merged:
     return Merged(update, scale, fixed=frozenset(update))
 
 
+def _add_up(total: Tensor, more: Tensor) -> None:
+    """Add a tensor to a float64 one of its shape."""
+    for entries, part in zip(*(torch.split(tensor.reshape(-1), IN_CACHE) for tensor in (total, more)), strict=True):
+        entries.add_(part)
+
+
 def merged_weights(base: Weights, merged: Merged, scale: float | None = None) -> dict[str, Tensor]:
     """The merged model's weights, ``W_0 + c * update`` with ``c`` the scale, or 1 for fixed keys; float32.
 
@@ -647,7 +669,5 @@ def merged_weights(base: Weights, merged: Merged, scale: float | None = None) ->
     weights = {}
     for key, value in base.items():
         update = merged.update.get(key)
-        if update is not None:
-            value = torch.add(value.to(update.device), update, alpha=merged.coefficient(key, scale))
-        weights[key] = value
+        weights[key] = value if update is None else update.mul(merged.coefficient(key, scale)).add_(value.to(update.device))
     return weights

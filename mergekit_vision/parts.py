@@ -17,10 +17,7 @@ from mergekit_vision.functional.linalg import TopSVD
 from mergekit_vision.functional.ranks import shared_ranks
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge_of
-from mergekit_vision.merger import Factors, Former, Merged, MergeInputs, Merger, Revisable, Weights
-
-AT_ONCE = 4
-"""Parameters that threads merge at once on a CPU; the same number in all processes, which share out the groups."""
+from mergekit_vision.merger import ALIKE, Factors, Former, Merged, MergeInputs, Merger, Revisable, Weights
 
 _FEWEST, _WHOLE = "fewest", "whole"
 _Found = TypeVar("_Found")
@@ -129,7 +126,7 @@ class ByParts(Merger):
             kept = _named(key, parts) if keeping else {}
             return self._combined(inputs, key, list(parts.values())), kept
 
-        at_once = 1 if inputs.device.type == "cuda" else AT_ONCE  # experts are read ahead of one parameter
+        at_once = 1 if inputs.device.type == "cuda" else ALIKE  # experts are read ahead of one parameter
         results = inputs.spread_alike(merged, inputs.base, "merging", at_once)
         found = {key: result for key, result in results.items() if result is not None}
         model = self.finished(inputs, {key: update for key, (update, _) in found.items()})

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
+from mergekit_vision.merger import ALIKE, Merged, MergeInputs, Merger, check_options
 
 Other = Literal["isotropic", "mean"]
-
-AT_ONCE = 4
-"""Parameters that threads merge at once; the same number in all processes, which share out the groups."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,10 @@ class _Isotropic(Merger):
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
         flat = inputs.matrices(everywhere=self.other == "isotropic")
 
-        def merged(key: str) -> Tensor | None:
-            if not any(inputs.changed(task, key) for task in inputs.tasks):
-                return None
+        def merged(key: str) -> Tensor:
             return self._merged(inputs, key) if key in flat else inputs.deltas(key).mean(0)
 
-        found = inputs.spread_alike(merged, inputs.base, "merging", AT_ONCE)
-        update = {key: value for key, value in found.items() if value is not None}
+        update = inputs.spread_changed(merged, inputs.base, "merging", ALIKE)
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - flat)
 
 
@@ -71,7 +65,7 @@ class IsoC(_Isotropic):
     title: ClassVar[str] = "Iso-C"
 
     def _merged(self, inputs: MergeInputs, key: str) -> Tensor:
-        return flat_spectrum(inputs.total(key), torch.float32)
+        return flat_spectrum(inputs.total(key), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.functional.linalg import polar, top_svd
+from mergekit_vision.functional.iso import flat_spectrum
+from mergekit_vision.functional.linalg import top_svd
 from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options, static_base
 
 Other = Literal["same", "keep"]
@@ -82,11 +84,7 @@ class Isotropize(Merger):
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge the base, then flatten it matrix by matrix; what the base holds fixed stays fixed."""
-        return _reshaped(inputs, static_base(inputs, self.base), self._flat, self.other)
-
-    def _flat(self, M: Tensor) -> Tensor:
-        found = polar(M, ROUND_OFF)
-        return found.factor * (found.nuclear_norm / min(M.shape))
+        return _reshaped(inputs, static_base(inputs, self.base), partial(flat_spectrum, tol=ROUND_OFF), self.other)
 
 
 def _reshaped(inputs: MergeInputs, merged: Merged, function: Callable[[Tensor], Tensor], other: Other) -> Merged:

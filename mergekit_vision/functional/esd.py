@@ -120,12 +120,15 @@ class ShiftStatistic:
 
     def compact(self, k: int) -> CompactSubspace:
         """The same without the task vector."""
-        if self._shift_dtype is not None:
-            return _principal(self._checked(), self.gram.rows, k, self._shift_dtype, _tolerance(self._shift_dtype))
-        delta = self.delta
-        if not delta.any():
-            return CompactSubspace(delta.new_zeros(min(delta.shape), 0), delta.new_zeros(0).double(), 0.0)
-        return _through_inputs(delta, self._checked(), self.gram.rows, k, _tolerance(delta.dtype))
+        if self._shift_dtype is None:
+            delta = self.delta
+            if not delta.any():
+                return _nothing(min(delta.shape), delta)
+            return _through_inputs(delta, self._checked(), self.gram.rows, k, _tolerance(delta.dtype))
+        shifts, dtype = self._checked(), self._shift_dtype
+        if not shifts.any():
+            return _nothing(len(shifts), shifts.to(dtype))
+        return _principal(shifts, self.gram.rows, k, dtype, _tolerance(dtype))
 
     def _checked(self) -> Tensor:
         if self.gram.matrix is None:
@@ -166,6 +169,10 @@ def essential_subspace(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: fl
         return _through_inputs(delta, inputs.double(), rows, k, tol).of(delta)
     D = delta.double()
     return _principal(D @ inputs.double() @ D.T, rows, k, delta.dtype, tol).of(delta)
+
+
+def _nothing(side: int, like: Tensor) -> CompactSubspace:
+    return CompactSubspace(like.new_zeros(side, 0), like.new_zeros(0).double(), 0.0)
 
 
 def _through_inputs(delta: Tensor, inputs: Tensor, rows: int, k: int, tol: float) -> CompactSubspace:

@@ -11,7 +11,7 @@ from mergekit_vision.functional.linalg import GRAM_TOLERANCE, TopSVD, polar, pol
 from mergekit_vision.functional.threads import in_threads
 
 
-def flat_spectrum(M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def flat_spectrum(M: Tensor, tol: float = GRAM_TOLERANCE, dtype: torch.dtype | None = None) -> Tensor:
     """The matrix with the singular vectors of ``M`` and the mean of its singular values for each of them (Iso-C).
 
     The mean is over all ``min(m, n)`` singular values, null ones included; null directions, whose vectors are arbitrary, stay
@@ -19,7 +19,8 @@ def flat_spectrum(M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         M: ``[m, n]``, float32 or float64.
-        dtype: as for :func:`~mergekit_vision.functional.linalg.polar`.
+        tol: as for :func:`~mergekit_vision.functional.linalg.polar`.
+        dtype: likewise.
 
     Returns:
         ``[m, n]``, in that dtype.
@@ -28,7 +29,7 @@ def flat_spectrum(M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     tensor([[0., 3.],
             [3., 0.]])
     """
-    found = polar(M, dtype=dtype)
+    found = polar(M, tol, dtype)
     return found.factor.mul_(found.nuclear_norm / min(M.shape))
 
 

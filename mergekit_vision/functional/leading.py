@@ -12,8 +12,10 @@ from mergekit_vision.functional.eigen import eigh
 SIDE = 512
 """Side from which this pays, for at most a sixth of the eigenpairs."""
 SHARE = 6
-SMALLEST, GAP = 1e-5, 1e-6
+SMALLEST, GAP = 1e-5, 5e-6
 """Least size, over the largest, of eigenvalues and of the gap below them that float32 tells from its rounding errors."""
+NEXT = 8
+"""Eigenvectors behind the leading ones that are looked at again: float32 may have taken one of them for another."""
 STEPS = 2
 ERROR = 1e-6
 """Bound of the angle between what is found and the space of the leading eigenvectors, by the residual; one step nearly always
@@ -54,10 +56,19 @@ def _refined(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         GX = G @ X
         rates = (X * GX).sum(0) / X.square().sum(0)
         X = X + others @ ((others.T @ (GX - X * rates)) / (rates - rest[:, None]))
+        if not X.isfinite().all():
+            return None
         Q = torch.linalg.qr(X).Q
         GQ = G @ Q
         found, turn = eigh(Q.T @ GQ)
         X = Q @ turn
-        if float((GQ @ turn - X * found).norm()) <= ERROR * gap * float(found[-1]):
+        gap = float(found[0] - _largest_outside(G, X, others[:, -NEXT:]))
+        if gap > 0 and float((GQ @ turn - X * found).norm()) <= ERROR * gap:
             return found.flip(0), X.flip(1)
     return None
+
+
+def _largest_outside(G: Tensor, X: Tensor, near: Tensor) -> Tensor:
+    """The largest eigenvalue of ``G`` outside of the span of ``X``, as vectors ``near`` its eigenvector have it."""
+    Q = torch.linalg.qr(near - X @ (X.T @ near)).Q
+    return eigh(Q.T @ G @ Q)[0][-1]

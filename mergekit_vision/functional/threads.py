@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
+from threading import local
 from typing import TypeVar
 
 import torch
@@ -13,18 +14,22 @@ Result = TypeVar("Result")
 MOST = 8
 """Workers at most: each holds matrices of its own."""
 
+_this = local()
+
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """``function`` of every item, in order, the processor's threads divided among several workers.
 
-    Gradients are not recorded. Where CUDA is in use all workers give their work to the caller's stream, so that each may use what
-    another one made before; :func:`~mergekit_vision.functional.eigen.eigh` leaves it for the time of a decomposition.
+    Within one of the workers it is a plain loop. Gradients are not recorded. Where CUDA is in use all workers give their work to
+    the caller's stream, so that each may use what another one made before;
+    :func:`~mergekit_vision.functional.eigen.eigh` leaves it for the time of a decomposition.
 
     >>> in_threads(lambda n: n * n, [1, 2, 3])
     [1, 4, 9]
     """
     items, threads = list(items), torch.get_num_threads()
-    workers = min(threads, MOST, len(items))
+    # torch has one number of threads for all: workers that changed it would change how sums are rounded in the others
+    workers = 1 if hasattr(_this, "is_worker") else min(threads, MOST, len(items))
     stream = _stream()
 
     @torch.no_grad()  # a thread's own setting, as is the stream
@@ -36,7 +41,7 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
         return [run(item) for item in items]
     torch.set_num_threads(threads // workers)
     try:
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers, initializer=partial(setattr, _this, "is_worker", True)) as pool:
             return list(pool.map(run, items))
     finally:
         torch.set_num_threads(threads)

@@ -126,6 +126,15 @@ def test_nothing_moves_without_a_task_vector() -> None:
     assert found.total == 0
 
 
+@pytest.mark.parametrize("shape", [(72, 24), (24, 72)])
+def test_nor_where_its_inputs_were_seen(shape: tuple[int, int]) -> None:
+    statistic = ShiftStatistic(torch.zeros(shape))
+    statistic(torch.ones(1, shape[1]))
+    found = statistic.subspace(6)
+    assert (found.directions.shape, found.eigenvalues.shape, found.total) == ((shape[0], 0), (0,), 0)
+    assert found.directions.dtype == torch.float32
+
+
 def test_observed_rows_are_not_changed_and_leave_the_graph() -> None:
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     before = x.detach().clone()

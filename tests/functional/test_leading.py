@@ -39,11 +39,28 @@ def test_agree_with_the_whole(k: int, low: float, scale: float) -> None:
     assert_leading(scale * spectrum(torch.logspace(0, torch.tensor(low).log10().item(), 64, dtype=torch.float64)), k)
 
 
-@pytest.mark.parametrize("gap", [1e-4, 5e-6])
-def test_a_narrow_gap_is_refined_in_float64(gap: float) -> None:
-    G = spectrum(torch.tensor([*torch.linspace(1, 0.1, 8), *torch.linspace(0.1 - gap, 0.01, 56)], dtype=torch.float64))
+@pytest.mark.parametrize("gap", [1e-4, 1e-5, 1e-6, 1e-8])
+def test_narrow_gaps(gap: float) -> None:
+    """Whether float32 is refined or float64 does it all."""
+    values = [*torch.linspace(1, 0.1, 80).double(), *torch.linspace(0.1 - gap, 0.01, 432).double()]
+    G = spectrum(torch.tensor(values, dtype=torch.float64))
+    assert (leading._refined(G, 80) is not None) or gap < 1e-4
+    assert_leading(G, 80)
+
+
+def test_what_float32_takes_for_another_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the last leading eigenvector and the next one swapped, both would solve the same equations."""
+
+    def swapped(G: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(G)
+        if len(G) == 64:
+            vectors[:, [-9, -8]] = vectors[:, [-8, -9]]
+        return values, vectors
+
+    G = spectrum(torch.logspace(0, -2, 64, dtype=torch.float64))
     assert leading._refined(G, 8) is not None
-    assert_leading(G, 8)
+    monkeypatch.setattr(leading, "eigh", swapped)
+    assert leading._refined(G, 8) is None
 
 
 def test_eigenvalues_that_coincide_among_the_leading_ones() -> None:

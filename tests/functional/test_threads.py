@@ -34,3 +34,17 @@ def test_keeps_the_order_and_passes_errors_on(threads: int) -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda n: 1 / n, [1, 0])
     assert torch.get_num_threads() == threads
+
+
+def test_within_a_worker_it_is_a_plain_loop(threads: int) -> None:
+    """The number of threads is torch's for all: workers must not change it while others sum."""
+
+    def inner(_: int) -> tuple[int, int]:
+        return threading.get_ident(), torch.get_num_threads()
+
+    def outer(_: int) -> bool:
+        return in_threads(inner, range(5)) == [(threading.get_ident(), 1)] * 5
+
+    assert all(in_threads(outer, range(4)))
+    assert torch.get_num_threads() == threads
+    assert len({ident for ident, _ in in_threads(inner, range(100))}) <= threads, "outside of workers it is none"
