@@ -51,7 +51,8 @@ def _shift(x: Matrix, k: int) -> Work:
 
 
 def _iso_c(x: Matrix) -> Work:
-    return polar(x.rows, x.columns, x.length)
+    applied = product(x.side, x.side, x.side, "float32") + product(x.side, x.side, x.length, "float32")
+    return gram(x.length, x.side) + eigh(x.side) + applied + Work({"calls": 120})
 
 
 def _iso_cts(x: Matrix) -> Work:
@@ -221,10 +222,10 @@ METHODS: Mapping[str, Method] = {
     "EnergyRank": Method(lambda x: _truncated(x, 0.9), outside=False, passes=0.2, base="TaskArithmetic"),
     "SVC": Method(_calibrated, base="TaskArithmetic"),
     "SubspaceBoosting": Method(_reshaped, passes=0.1, base="TaskArithmetic"),
-    "Isotropize": Method(_iso_c, passes=0.1, base="TaskArithmetic"),
+    "Isotropize": Method(lambda x: polar(x.rows, x.columns, x.length), passes=0.1, base="TaskArithmetic"),
     "LiNeS": Method(visits=0.5, base="TaskArithmetic"),
     "TSVM": Method(_tsvm),
-    "IsoC": Method(_iso_c),
+    "IsoC": Method(_iso_c, passes=0.6, visits=1.0),
     "IsoCTS": Method(_iso_cts),
     "DCMerge": Method(_dc),
     "OPCM": Method(_opcm, outside=False, passes=1.5),
