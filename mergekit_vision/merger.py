@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.routers import LowRankExperts
 from mergekit_vision.support.allocator import release_freed_memory
 from mergekit_vision.support.tensors import largest_magnitude
@@ -49,9 +48,6 @@ what the model's weights hold; or with :attr:`Merged.kept` besides."""
 
 _Result = TypeVar("_Result")
 Parts = TypeVar("Parts", bound=tuple[Tensor, ...])
-
-ALIKE = 4
-"""Matrices that methods merge at once by :meth:`MergeInputs.spread_alike`."""
 
 AT_ONCE = 8
 """Items, roughly, whose parts of a sum are held at once on GPUs; on a CPU each process holds one."""
@@ -364,24 +360,25 @@ class MergeInputs:
         return self.share(compute, {item: self._cost(item) for item in items}, description)
 
     def spread_alike(
-        self, function: Callable[[str], _Result], keys: Iterable[str], description: str, at_once: int
+        self, function: Callable[[list[str]], list[_Result]], keys: Iterable[str], description: str, at_once: int
     ) -> dict[str, _Result]:
-        """:meth:`spread` over parameters, several at once in threads: alike in shape, the dearest first.
+        """:meth:`spread` over groups of parameters alike in shape, the dearest first, for a function that merges several at once.
 
-        Threads get more done so than when they share the many small steps of one; but each takes memory of its own. ``function``
-        must not call :meth:`observe`, :meth:`differentiate` or :attr:`blocks`, which use the one encoder there is, nor write to
-        what it shares with others. Gradients are not recorded.
+        Threads get more done on several matrices than when they share the many small steps of one; but each takes memory.
 
         Args:
-            function: of a parameter's key; as for :meth:`spread`.
+            function: of some parameters' keys, giving as many results; else as for :meth:`spread`.
             keys: keys of :attr:`base`.
             description: what the progress bar says.
             at_once: how many at once, at least 1; several processes share them out.
+
+        Returns:
+            The result of each key, in the order of the keys.
         """
         todo, size = list(keys), max(1, at_once // self.processes)
         alike = sorted(todo, key=lambda key: (-self._cost(key), self.base[key].shape))
         groups = {alike[at]: alike[at : at + size] for at in range(0, len(alike), size)}
-        found = self.spread(lambda first: in_threads(function, groups[first]), groups, description)
+        found = self.spread(lambda first: function(groups[first]), groups, description)
         results = {key: result for first, group in groups.items() for key, result in zip(group, found[first], strict=True)}
         return {key: results[key] for key in todo}
 
@@ -408,22 +405,13 @@ class MergeInputs:
         value = self.base[item]
         return value.numel() * (len(value) if value.dim() == 2 else 1)
 
-    def spread_changed(
-        self, function: Callable[[str], _Result], keys: Iterable[str], description: str, at_once: int = 1
-    ) -> dict[str, _Result]:
-        """The parameters among ``keys`` that some expert changed, by :meth:`spread`, or several at once by :meth:`spread_alike`.
-
-        The others are left out of the result.
-        """
+    def spread_changed(self, function: Callable[[str], _Result], keys: Iterable[str], description: str) -> dict[str, _Result]:
+        """:meth:`spread` over the parameters among ``keys`` that some expert changed; the others are left out of the result."""
 
         def changed(key: str) -> _Result | None:
             return function(key) if any(self.changed(task, key) for task in self.tasks) else None
 
-        if at_once == 1:
-            found = self.spread(changed, keys, description)
-        else:
-            found = self.spread_alike(changed, keys, description, at_once)
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in self.spread(changed, keys, description).items() if value is not None}
 
     def matrices(self, everywhere: bool = True) -> frozenset[str]:
         """Keys of the matrices: the weights of :attr:`linears` and, ``everywhere``, those outside of the blocks."""

@@ -7,6 +7,7 @@ merged again. Directions are ordered by what they hold: what a larger model take
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,10 @@ from mergekit_vision.functional.linalg import TopSVD
 from mergekit_vision.functional.ranks import shared_ranks
 from mergekit_vision.functional.threads import in_threads
 from mergekit_vision.functional.tsvm import tsvm_merge_of
-from mergekit_vision.merger import ALIKE, Factors, Former, Merged, MergeInputs, Merger, Revisable, Weights
+from mergekit_vision.merger import Factors, Former, Merged, MergeInputs, Merger, Revisable, Weights
+
+AT_ONCE = 2
+"""Parameters whose parts are held at once, and that threads merge at once, on a CPU."""
 
 _FEWEST, _WHOLE = "fewest", "whole"
 _Found = TypeVar("_Found")
@@ -118,15 +122,17 @@ class ByParts(Merger):
         """The model of the experts of which parts are ``known`` and those of ``inputs``, with what is kept of all."""
         find = self.finder(inputs, fewest)
 
-        def merged(key: str) -> tuple[Tensor, Weights] | None:
-            parts = {task: known.get((task, key)) for task in staying}
-            parts |= dict(zip(inputs.tasks, self._found(inputs, find, key, fewest), strict=True))
+        def combined(place: tuple[str, list[Known]]) -> tuple[Tensor, Weights] | None:
+            key, own = place
+            parts = {task: known.get((task, key)) for task in staying} | dict(zip(inputs.tasks, own, strict=True))
             if all(part is None for part in parts.values()):
                 return None
-            kept = _named(key, parts) if keeping else {}
-            return self._combined(inputs, key, list(parts.values())), kept
+            return self._combined(inputs, key, list(parts.values())), _named(key, parts) if keeping else {}
 
-        at_once = 1 if inputs.device.type == "cuda" else ALIKE  # experts are read ahead of one parameter
+        def merged(keys: list[str]) -> list[tuple[Tensor, Weights] | None]:
+            return in_threads(combined, zip(keys, self._found(inputs, find, keys, fewest), strict=True))
+
+        at_once = 1 if inputs.device.type == "cuda" else AT_ONCE  # experts are read ahead of one parameter
         results = inputs.spread_alike(merged, inputs.base, "merging", at_once)
         found = {key: result for key, result in results.items() if result is not None}
         model = self.finished(inputs, {key: update for key, (update, _) in found.items()})
@@ -134,16 +140,19 @@ class ByParts(Merger):
         kept |= {_FEWEST: torch.tensor(fewest)} if keeping else {}
         return Merged(model.update, model.scale, model.fixed, kept=kept)
 
-    def _found(self, inputs: MergeInputs, find: Finder, key: str, tasks: int) -> list[Known]:
-        """What is known of one parameter of each expert of ``inputs``, in their order."""
-        count = self.directions_of(inputs, key, tasks)
-        if count is None:
-            found: dict[str, Known] = dict(_changes(inputs, key, inputs.delta))
-        else:
-            changes = _changes(inputs, key, partial(self.change_of, inputs))
-            parts = in_threads(lambda task: find(task, key, changes[task], count), changes)
-            found = dict(zip(changes, parts, strict=True))
-        return [found.get(task) for task in inputs.tasks]
+    def _found(self, inputs: MergeInputs, find: Finder, keys: list[str], tasks: int) -> list[list[Known]]:
+        """What is known of each parameter, of each expert of ``inputs`` in their order."""
+
+        def known(place: tuple[str, str]) -> Known:
+            key, task = place
+            count = self.directions_of(inputs, key, tasks)
+            if count is None:
+                return _change(inputs, task, key, inputs.delta)
+            change = _change(inputs, task, key, partial(self.change_of, inputs))
+            return None if change is None else find(task, key, change, count)
+
+        found = iter(in_threads(known, product(keys, inputs.tasks)))
+        return [[next(found) for _ in inputs.tasks] for _ in keys]
 
     def _combined(self, inputs: MergeInputs, key: str, known: Sequence[Known]) -> Tensor:
         count = self.directions_of(inputs, key, len(known))
@@ -155,12 +164,12 @@ class ByParts(Merger):
         return self.combined(inputs, key, [part.leading(count) if isinstance(part, Part) else nothing() for part in known])
 
 
-def _changes(inputs: MergeInputs, key: str, of: Callable[[str, str], _Found]) -> dict[str, _Found]:
-    """Task -> what ``of`` gives for its task vector of one parameter, where that is not all zero."""
+def _change(inputs: MergeInputs, task: str, key: str, of: Callable[[str, str], _Found]) -> _Found | None:
+    """What ``of`` gives for the task vector of one parameter; ``None`` where that is all zero."""
     if inputs.change is None:
-        return {task: of(task, key) for task in inputs.tasks if inputs.changed(task, key)}
-    changes = {task: of(task, key) for task in inputs.tasks}  # a view may decompose it: once, not also to see whether it is zero
-    return {task: change for task, change in changes.items() if not isinstance(change, Tensor) or change.any()}
+        return of(task, key) if inputs.changed(task, key) else None
+    change = of(task, key)  # a view may decompose it: once, not also to see whether it is zero
+    return None if isinstance(change, Tensor) and not change.any() else change
 
 
 def merged_triplets(parts: Sequence[Part]) -> Tensor:

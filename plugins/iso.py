@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.iso import flat_spectrum, iso_cts_merge
-from mergekit_vision.merger import ALIKE, Merged, MergeInputs, Merger, check_options
+from mergekit_vision.functional.threads import in_threads
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
 
 Other = Literal["isotropic", "mean"]
+
+AT_ONCE = 4
+"""Parameters that are merged at once."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,13 @@ class _Isotropic(Merger):
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""
         flat = inputs.matrices(everywhere=self.other == "isotropic")
 
-        def merged(key: str) -> Tensor:
+        def merged(key: str) -> Tensor | None:
+            if not any(inputs.changed(task, key) for task in inputs.tasks):
+                return None
             return self._merged(inputs, key) if key in flat else inputs.deltas(key).mean(0)
 
-        update = inputs.spread_changed(merged, inputs.base, "merging", ALIKE)
+        found = inputs.spread_alike(partial(in_threads, merged), inputs.base, "merging", AT_ONCE)
+        update = {key: value for key, value in found.items() if value is not None}
         return Merged(update, fixed=frozenset() if self.scale_average else frozenset(update) - flat)
 
 

@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms it may import from; everythi
     "functional": set(),
     "support": {"version"},
     "routers": {"functional"},
-    "merger": {"routers", "functional", "support"},
+    "merger": {"routers", "support"},
     "parts": {"merger", "functional"},
     "fitting": {"merger", "routers", "functional"},
     "plugins": {"parts", "fitting", "merger", "routers", "functional"},

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from threading import Barrier
 from typing import Any
 from weakref import WeakSet
 
@@ -187,24 +186,13 @@ def test_parameters_alike_are_merged_together(processes: int, groups: list[list[
     base = {key: torch.zeros(shape) for key, shape in shapes.items()}
     seen: list[list[str]] = []
 
-    def share(function: Callable[[str], list[str]], items: Mapping[str, int], description: str) -> dict[str, Any]:
-        found = {first: function(first) for first in items}
-        seen.extend(found.values())
-        return found
+    def merge(keys: list[str]) -> list[str]:
+        seen.append(keys)
+        return keys
 
-    inputs = MergeInputs(base, {"task": base}, share=share, processes=processes)
-    found = inputs.spread_alike(lambda key: key, base, "naming", 2)
+    found = MergeInputs(base, {"task": base}, processes=processes).spread_alike(merge, base, "naming", 2)
     assert seen[: len(groups)] == groups
     assert list(found.items()) == [(key, key) for key in base]
-
-
-def test_parameters_alike_are_merged_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    base = {"a": torch.zeros(2, 2), "b": torch.ones(2, 2)}
-    inputs, met = MergeInputs(base, {"task": {"a": base["b"], "b": base["a"]}}), Barrier(2)
-    found = inputs.spread_changed(lambda key: met.wait(timeout=30) >= 0, base, "meeting", at_once=2)  # else each waits alone
-    assert found == {"a": True, "b": True}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 100])
