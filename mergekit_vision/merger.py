@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
@@ -415,9 +416,11 @@ class MergeInputs:
 
     def matrices(self, everywhere: bool = True) -> frozenset[str]:
         """Keys of the matrices: the weights of :attr:`linears` and, ``everywhere``, those outside of the blocks."""
-        if everywhere:
-            return frozenset(key for key, value in self.base.items() if value.dim() == 2)
-        return frozenset(linear.weight for linear in self.linears)
+        return self._matrices if everywhere else frozenset(linear.weight for linear in self.linears)
+
+    @cached_property
+    def _matrices(self) -> frozenset[str]:
+        return frozenset(key for key, value in self.base.items() if value.dim() == 2)
 
     def coefficient(self, merged: "Merged") -> float:
         """The scaling coefficient at which ``merged`` is to be used: the user's number, the searched one, or its own."""

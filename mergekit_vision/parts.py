@@ -142,11 +142,11 @@ class ByParts(Merger):
 
     def _found(self, inputs: MergeInputs, find: Finder, keys: list[str], tasks: int) -> list[list[Known]]:
         """What is known of each parameter, of each expert of ``inputs`` in their order."""
+        counts = {key: self.directions_of(inputs, key, tasks) for key in keys}
 
         def known(place: tuple[str, str]) -> Known:
             key, task = place
-            count = self.directions_of(inputs, key, tasks)
-            if count is None:
+            if (count := counts[key]) is None:
                 return _change(inputs, task, key, inputs.delta)
             change = _change(inputs, task, key, partial(self.change_of, inputs))
             return None if change is None else find(task, key, change, count)
