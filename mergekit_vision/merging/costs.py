@@ -225,7 +225,7 @@ METHODS: Mapping[str, Method] = {
     "Isotropize": Method(lambda x: polar(x.rows, x.columns, x.length), passes=0.1, base="TaskArithmetic"),
     "LiNeS": Method(visits=0.5, base="TaskArithmetic"),
     "TSVM": Method(_tsvm),
-    "IsoC": Method(_iso_c, passes=0.6, visits=1.0),
+    "IsoC": Method(_iso_c, passes=0.9, visits=1.0),
     "IsoCTS": Method(_iso_cts),
     "DCMerge": Method(_dc),
     "OPCM": Method(_opcm, outside=False, passes=1.5),
