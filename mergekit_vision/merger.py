@@ -32,7 +32,8 @@ GradientObserver = Callable[[Tensor, Tensor], None]
 ``[images, tokens, d_out]``, float32, on the merging device."""
 
 Change = Callable[[str, str, Tensor], Tensor]
-"""Turns the task vector of a task's parameter, float32 in memory of its own, into the one that is merged instead."""
+"""Turns the task vector of a task's parameter, float32 in memory of its own, into the one that is merged instead; called in several
+threads at once."""
 
 Spread = Callable[[Callable[[str], Any], Mapping[str, int], str], dict[str, Any]]
 """Computes a function of named items of known cost, with a description of the work, and returns all results."""
@@ -228,10 +229,15 @@ class MergeInputs:
             InputError: when an expert holds NaN or infinity there.
         """
         total = torch.zeros(self.base[key].shape, dtype=torch.float64, device=self.device)
-        whole = [task for task in self.tasks if self.change is None and self._factors(task, key) is None]
+        whole = []
         for task in self.tasks:
-            # of whole weights no task vector is written out: the backbone is subtracted in the end
-            _add_up(total, self.experts[task][key].to(self.device, torch.float32) if task in whole else self.delta(task, key))
+            if (factors := self.factors(task, key)) is not None:
+                _add_up(total, factors[0] @ factors[1])
+            elif self.change is not None:
+                _add_up(total, self.delta(task, key))
+            else:  # no task vector is written out: the backbone is subtracted in the end
+                _add_up(total, self.experts[task][key].to(self.device, torch.float32))
+                whole.append(task)
         if whole:
             total.sub_(self.base[key].to(self.device, torch.float32), alpha=len(whole))
         if total.numel() and not math.isfinite(largest_magnitude(total)):
@@ -363,7 +369,7 @@ class MergeInputs:
     def spread_alike(
         self, function: Callable[[list[str]], list[_Result]], keys: Iterable[str], description: str, at_once: int
     ) -> dict[str, _Result]:
-        """:meth:`spread` over groups of parameters alike in shape, the dearest first, for a function that merges several at once.
+        """:meth:`spread` over groups of parameters of like shapes, the dearest first, for a function that merges several at once.
 
         Threads get more done on several matrices than when they share the many small steps of one; but each takes memory.
 
@@ -371,14 +377,14 @@ class MergeInputs:
             function: of some parameters' keys, giving as many results; else as for :meth:`spread`.
             keys: keys of :attr:`base`.
             description: what the progress bar says.
-            at_once: how many at once, at least 1; several processes share them out.
+            at_once: how many make a group, at least 1; the same in all processes, which share out the groups.
 
         Returns:
             The result of each key, in the order of the keys.
         """
-        todo, size = list(keys), max(1, at_once // self.processes)
+        todo = list(keys)
         alike = sorted(todo, key=lambda key: (-self._cost(key), self.base[key].shape))
-        groups = {alike[at]: alike[at : at + size] for at in range(0, len(alike), size)}
+        groups = {alike[at]: alike[at : at + at_once] for at in range(0, len(alike), at_once)}
         found = self.spread(lambda first: function(groups[first]), groups, description)
         results = {key: result for first, group in groups.items() for key, result in zip(group, found[first], strict=True)}
         return {key: results[key] for key in todo}
@@ -644,7 +650,10 @@ def settled(inputs: MergeInputs, merged: Merged) -> Merged:
 
 
 def _add_up(total: Tensor, more: Tensor) -> None:
-    """Add a tensor to a float64 one of its shape."""
+    """Add a tensor to a float64 one of its shape; on a CPU piece by piece."""
+    if more.shape != total.shape or total.device.type != "cpu":
+        total.add_(more)
+        return
     for entries, part in zip(*(torch.split(tensor.reshape(-1), IN_CACHE) for tensor in (total, more)), strict=True):
         entries.add_(part)
 

@@ -21,7 +21,7 @@ from mergekit_vision.functional.tsvm import tsvm_merge_of
 from mergekit_vision.merger import Factors, Former, Merged, MergeInputs, Merger, Revisable, Weights
 
 AT_ONCE = 2
-"""Parameters whose parts are held at once, and that threads merge at once, on a CPU."""
+"""Parameters whose parts are held at once, and that are merged at once, on a CPU."""
 
 _FEWEST, _WHOLE = "fewest", "whole"
 _Found = TypeVar("_Found")

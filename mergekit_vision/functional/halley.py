@@ -37,8 +37,8 @@ class Polar(NamedTuple):
     """Polar factor of a matrix.
 
     Attributes:
-        factor: ``U Vᵀ`` of the thin SVD ``U Σ Vᵀ``, without the null directions; shape and dtype of the matrix.
-        nuclear_norm: sum of the singular values.
+        factor: ``U Vᵀ`` of the thin SVD ``U Σ Vᵀ``, without the null directions; in the shape of the matrix.
+        nuclear_norm: sum of the singular values, without null ones.
     """
 
     factor: Tensor

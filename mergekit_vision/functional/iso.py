@@ -23,7 +23,7 @@ def flat_spectrum(M: Tensor, tol: float = GRAM_TOLERANCE, dtype: torch.dtype | N
         dtype: likewise.
 
     Returns:
-        ``[m, n]``, in that dtype.
+        ``[m, n]``, in that dtype or, where it is ``None``, that of ``M``.
 
     >>> flat_spectrum(torch.tensor([[0.0, 1.0], [5.0, 0.0]]))
     tensor([[0., 3.],

@@ -12,10 +12,13 @@ from mergekit_vision.functional.eigen import eigh
 SIDE = 512
 """Side from which this pays, for at most a sixth of the eigenpairs."""
 SHARE = 6
-SMALLEST, GAP = 1e-5, 5e-6
-"""Least size, over the largest, of eigenvalues and of the gap below them that float32 tells from its rounding errors."""
+SMALLEST = 1e-5
+"""Least size, over the largest, of eigenvalues that float32 tells from its rounding errors."""
+GAP = 5e-6
+"""Least gap below them, likewise: ten times the float32 entries that LAPACK takes for zero. With a smaller one the steps below
+seldom suffice, and cost more than they save."""
 NEXT = 8
-"""Eigenvectors behind the leading ones that are looked at again: float32 may have taken one of them for another."""
+"""Eigenvectors behind the leading ones that are looked at again: where gaps are small float32 may have put one of them there."""
 STEPS = 2
 ERROR = 1e-6
 """Bound of the angle between what is found and the space of the leading eigenvectors, by the residual; one step nearly always

@@ -22,8 +22,8 @@ GRAM_TOLERANCE = 1e-7
 
 
 MILD = 100.0
-"""Condition number up to which a polar factor may be multiplied out in float32: that costs its weakest direction about
-``6e-8 * cond``, no more than rounding the matrix to float32 would."""
+"""Condition number up to which a polar factor may be multiplied out in float32: it is as exact then as by a singular value
+decomposition in float32, whose error grows with the condition number too."""
 
 
 class PolarProduct(NamedTuple):
@@ -106,7 +106,7 @@ def polar(M: Tensor, tol: float = GRAM_TOLERANCE, dtype: torch.dtype | None = No
     Args:
         M: ``[m, n]``, float32 or float64.
         tol: singular values up to this share of the largest count as zero.
-        dtype: of the factor and, where the condition number is no more than :data:`MILD`, of the last products, which are
+        dtype: float32 or float64, of the factor and, where the condition number is no more than :data:`MILD`, of the last products, which are
             otherwise made in float64. ``None`` rounds to the dtype of ``M`` in the end.
 
     Returns:

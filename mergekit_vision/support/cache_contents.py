@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ def kept() -> list[Kept]:
     """What can be computed again. Neither data sets that were downloaded nor anything of others is among it."""
     root = cache_dir()
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink()) if root.is_dir() else []
-    found = [(folder.name, [place for place in sorted(folder.iterdir()) if _is_ours(place)]) for folder in folders]
+    found = [(folder.name, [place for place in _listed(folder.iterdir()) if _is_ours(place)]) for folder in folders]
     return [Kept(name, places, sum(map(_size, places))) for name, places in found if places]
 
 
@@ -41,7 +42,8 @@ def clear_cache() -> Iterator[Kept]:
     for found in kept():
         for place in found.places:
             if place.is_dir():
-                shutil.rmtree(place)
+                with suppress(FileNotFoundError):  # another process removes it too
+                    shutil.rmtree(place)
             else:
                 place.unlink(missing_ok=True)
         yield found
@@ -62,7 +64,16 @@ def _is_ours(place: Path) -> bool:
 
 
 def _size(place: Path) -> int:
-    return sum(map(_length, place.rglob("*") if place.is_dir() else [place]))
+    return sum(map(_length, _listed(place.rglob("*")) if place.is_dir() else [place]))
+
+
+def _listed(places: Iterator[Path]) -> list[Path]:
+    """Paths in order; those that were found before another process removed the directory."""
+    found = []
+    with suppress(FileNotFoundError):
+        for place in places:
+            found.append(place)  # noqa: PERF402
+    return sorted(found)
 
 
 def _length(file: Path) -> int:

@@ -5,6 +5,7 @@ import torch
 from tolerances import assert_near, direct, from_gram, subspace, summed
 from torch import Tensor
 
+from mergekit_vision.functional import leading
 from mergekit_vision.functional.esd import RowGram, ShiftStatistic, essential_subspace
 
 SHAPES = [(72, 24), (24, 24), (24, 96)]
@@ -70,6 +71,19 @@ def test_batches_do_not_change_the_result(shape: tuple[int, int]) -> None:
     of_values, of_projector = bounds(delta, x, 6)
     torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=of_values, atol=0)
     assert (a.directions @ a.directions.T - b.directions @ b.directions.T).norm() < of_projector
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_directions_start_from_float32(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    delta, x = layer(*shape)
+    exact = statistic_of(delta.double(), x, 200).subspace(4)
+    monkeypatch.setattr(leading, "SIDE", 24)
+    found = statistic_of(delta.double(), x, 200).subspace(4)
+    assert found.total == exact.total
+    assert not found.directions.equal(exact.directions)
+    torch.testing.assert_close(found.eigenvalues, exact.eigenvalues, rtol=bounds(delta, x, 4)[0] + leading.ERROR**2, atol=0)
+    off = (found.directions @ found.directions.T - exact.directions @ exact.directions.T).norm()
+    assert off < 2 * leading.ERROR + bounds(delta, x, 4)[1]
 
 
 @pytest.mark.parametrize(("shape", "side"), [((72, 24), 24), ((24, 96), 24), ((24, 24), 24)])

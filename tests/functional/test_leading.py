@@ -49,17 +49,15 @@ def test_narrow_gaps(gap: float) -> None:
 
 
 def test_what_float32_takes_for_another_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were the last leading eigenvector and the next one swapped, both would solve the same equations."""
-
-    def swapped(G: Tensor) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(G)
-        if len(G) == 64:
-            vectors[:, [-9, -8]] = vectors[:, [-8, -9]]
-        return values, vectors
-
+    """With the next eigenvector in place of the last leading one, residuals would be as small."""
     G = spectrum(torch.logspace(0, -2, 64, dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(G)
+    leading_ones, others = vectors[:, -8:], vectors[:, :-8]
+    torch.testing.assert_close(leading._largest_outside(G, leading_ones, others[:, -8:]), values[-9])
+    swapped = torch.cat([vectors[:, -9:-8], vectors[:, -7:]], 1)
+    torch.testing.assert_close(leading._largest_outside(G, swapped, vectors[:, [-12, -11, -10, -8]]), values[-8])
     assert leading._refined(G, 8) is not None
-    monkeypatch.setattr(leading, "eigh", swapped)
+    monkeypatch.setattr(leading, "_largest_outside", lambda G, X, near: values[-8])
     assert leading._refined(G, 8) is None
 
 
