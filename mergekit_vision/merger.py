@@ -32,7 +32,7 @@ GradientObserver = Callable[[Tensor, Tensor], None]
 ``[images, tokens, d_out]``, float32, on the merging device."""
 
 Change = Callable[[str, str, Tensor], Tensor]
-"""Turns the task vector of a task's parameter, float32 in memory of its own, into the one that is merged instead; called in several
+"""Turns the task vector of a task's parameter, float32 in memory of its own, into the one that is merged instead; in several
 threads at once."""
 
 Spread = Callable[[Callable[[str], Any], Mapping[str, int], str], dict[str, Any]]
@@ -56,6 +56,8 @@ AT_ONCE = 8
 
 IN_CACHE = 1 << 16
 """Entries of a sum that are worked on at once: in float64 they still lie in the processor's cache."""
+FEW = 4
+"""Experts whose values are added up at once; those that no file maps are in memory meanwhile."""
 
 _NO_PROXIES = "this merging method needs proxy images, but none are configured; give the data module proxies"
 
@@ -229,17 +231,19 @@ class MergeInputs:
             InputError: when an expert holds NaN or infinity there.
         """
         total = torch.zeros(self.base[key].shape, dtype=torch.float64, device=self.device)
-        whole = []
+        whole = list[str]()
         for task in self.tasks:
             if (factors := self.factors(task, key)) is not None:
-                _add_up(total, factors[0] @ factors[1])
+                total += factors[0] @ factors[1]
             elif self.change is not None:
-                _add_up(total, self.delta(task, key))
-            else:  # no task vector is written out: the backbone is subtracted in the end
-                _add_up(total, self.experts[task][key].to(self.device, torch.float32))
+                total += self.delta(task, key)
+            else:
                 whole.append(task)
+        # of whole weights no task vector is written out: the backbone is subtracted in the end
+        for at in range(0, len(whole), FEW):
+            _add_up(total, [self.experts[task][key].to(self.device, torch.float32) for task in whole[at : at + FEW]])
         if whole:
-            total.sub_(self.base[key].to(self.device, torch.float32), alpha=len(whole))
+            _add_up(total, [self.base[key].to(self.device, torch.float32)], -len(whole))
         if total.numel() and not math.isfinite(largest_magnitude(total)):
             for task in whole:
                 self._expert(task, key)  # names the one that is to blame
@@ -649,13 +653,11 @@ def settled(inputs: MergeInputs, merged: Merged) -> Merged:
     return Merged(update, scale, fixed=frozenset(update))
 
 
-def _add_up(total: Tensor, more: Tensor) -> None:
-    """Add a tensor to a float64 one of its shape; on a CPU piece by piece."""
-    if more.shape != total.shape or total.device.type != "cpu":
-        total.add_(more)
-        return
-    for entries, part in zip(*(torch.split(tensor.reshape(-1), IN_CACHE) for tensor in (total, more)), strict=True):
-        entries.add_(part)
+def _add_up(total: Tensor, terms: Sequence[Tensor], scale: int = 1) -> None:
+    """Add float32 tensors of the shape of a float64 one to it, times ``scale``, piece by piece."""
+    for entries, *parts in zip(*(torch.split(tensor.reshape(-1), IN_CACHE) for tensor in (total, *terms)), strict=True):
+        for part in parts:
+            entries.add_(part, alpha=scale)
 
 
 def merged_weights(base: Weights, merged: Merged, scale: float | None = None) -> dict[str, Tensor]:

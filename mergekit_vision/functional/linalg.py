@@ -106,8 +106,8 @@ def polar(M: Tensor, tol: float = GRAM_TOLERANCE, dtype: torch.dtype | None = No
     Args:
         M: ``[m, n]``, float32 or float64.
         tol: singular values up to this share of the largest count as zero.
-        dtype: float32 or float64, of the factor and, where the condition number is no more than :data:`MILD`, of the last products, which are
-            otherwise made in float64. ``None`` rounds to the dtype of ``M`` in the end.
+        dtype: float32 or float64: of the factor and, where the condition number is no more than :data:`MILD`, of the last
+            products, which are otherwise made in float64. ``None`` rounds to the dtype of ``M`` in the end.
 
     Returns:
         The factor, and the nuclear norm without null directions.

@@ -72,7 +72,7 @@ def _listed(places: Iterator[Path]) -> list[Path]:
     found = []
     with suppress(FileNotFoundError):
         for place in places:
-            found.append(place)  # noqa: PERF402
+            found.append(place)
     return sorted(found)
 
 
