@@ -51,8 +51,7 @@ def _refined(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     scale = G.diagonal().max().clamp(min=torch.finfo(G.dtype).tiny)  # float32 overflows where float64 does not
     values, vectors = (part.double() for part in eigh((G / scale).float()))
     rest, top, largest = values[:-k] * scale, values[-k:], values[-1]
-    gap = float((top[0] - values[-k - 1]) / largest)
-    if not (gap > GAP and float(top[0] / largest) > SMALLEST):
+    if not (float((top[0] - values[-k - 1]) / largest) > GAP and float(top[0] / largest) > SMALLEST):
         return None
     others, X = vectors[:, :-k], vectors[:, -k:]
     for _ in range(STEPS):

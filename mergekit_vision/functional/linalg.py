@@ -19,8 +19,6 @@ from mergekit_vision.functional.threads import in_threads
 
 GRAM_TOLERANCE = 1e-7
 """Singular values below this share of the largest are round-off when they come from a float64 Gram matrix."""
-
-
 MILD = 100.0
 """Condition number up to which a polar factor may be multiplied out in float32: it is as exact then as by a singular value
 decomposition in float32, whose error grows with the condition number too."""

@@ -124,10 +124,10 @@ def svd(m: int, n: int, k: int) -> Work:
     return gram(length, side) + eigh(side) + product(length, side, k) + Work({"calls": 120})
 
 
-def polar(m: int, n: int, columns: int) -> Work:
-    """Inverse root of the smaller Gram matrix of ``[m, n]``, times a matrix of so many columns; float64."""
+def polar(m: int, n: int, columns: int, unit: Unit = "float64") -> Work:
+    """Inverse root of the smaller Gram matrix of ``[m, n]``, times a matrix of so many columns; the products in a precision."""
     side, length = sorted((m, n))
-    applied = product(side, side, side) + product(side, side, columns)
+    applied = product(side, side, side, unit) + product(side, side, columns, unit)
     return gram(length, side) + eigh(side) + applied + Work({"calls": 120})
 
 

@@ -42,11 +42,16 @@ def clear_cache() -> Iterator[Kept]:
     for found in kept():
         for place in found.places:
             if place.is_dir():
-                with suppress(FileNotFoundError):  # another process removes it too
-                    shutil.rmtree(place)
+                _remove(place)
             else:
                 place.unlink(missing_ok=True)
         yield found
+
+
+def _remove(directory: Path) -> None:
+    while directory.is_dir():
+        with suppress(FileNotFoundError):  # of a file that another process removes too; the others are still to be removed
+            shutil.rmtree(directory)
 
 
 def _is_ours(place: Path) -> bool:

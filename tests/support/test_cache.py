@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -183,6 +184,23 @@ def test_all_processes_take_the_first_ones_value(cache: Path) -> None:
     assert second.recall(["key"], lambda: pytest.fail("the first process has it")) == 0.25
     assert not file.exists()
     assert sent == []
+
+
+def test_a_directory_that_another_process_removes_too_is_removed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is gone ends the removal of the others, which the other process may have given up for the same reason."""
+    remove, calls = shutil.rmtree, list[Path]()
+
+    def disturbed(place: Path) -> None:
+        calls.append(place)
+        if len(calls) == 1:
+            raise FileNotFoundError(place / "gone")
+        remove(place)
+
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "left").touch()
+    monkeypatch.setattr(shutil, "rmtree", disturbed)
+    cache_contents._remove(tmp_path / "backbone")
+    assert not (tmp_path / "backbone").exists()
 
 
 def test_what_another_process_removes_while_it_is_counted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
