@@ -81,7 +81,7 @@ class _Whitener(NamedTuple):
     @property
     def root(self) -> Tensor:
         """The inverse root itself."""
-        return (self.vectors * self.gains) @ self.vectors.T
+        return gram((self.vectors * self.gains.sqrt()).T)
 
     def times(self, X: Tensor) -> Tensor:
         """The inverse root times ``X``, in the cheaper order."""
@@ -92,7 +92,7 @@ class _Whitener(NamedTuple):
     def polar(self, M: Tensor) -> Tensor:
         """Polar factor of the matrix ``M`` that this was made of."""
         M = M.to(self.vectors)
-        return self.times(M) if self.wide else self.times(M.T).T
+        return self.root @ M if self.wide else M @ self.root
 
 
 def polar(M: Tensor, tol: float = GRAM_TOLERANCE, dtype: torch.dtype | None = None) -> Polar:
