@@ -99,7 +99,7 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
             encoder(batch)
 
     inputs = MergeInputs(base, experts, encoder.linears, device, run_proxies, share=share)
-    return merged_weights(base, get(case.method)().merge(inputs))
+    return merged_weights(base, get(case.method)().merge(inputs), release=True)
 
 
 def timed(observer: Observer, forward: Stopwatch) -> Observer:

@@ -264,6 +264,10 @@ class MergeInputs:
         expert, base = (weights[key].to(self.device, torch.float32) for weights in (self.experts[task], self.base))
         return not torch.equal(expert, base)
 
+    def any_changed(self, key: str) -> bool:
+        """Whether some expert changed a parameter."""
+        return any(self.changed(task, key) for task in self.tasks)
+
     def pair(self, task: str, key: str) -> tuple[Tensor, Tensor]:
         """Two tensors whose difference is a task vector: mapped from files where they can be, of any dtype and device."""
         if self.change is None and self._factors(task, key) is None:
@@ -420,7 +424,7 @@ class MergeInputs:
         """:meth:`spread` over the parameters among ``keys`` that some expert changed; the others are left out of the result."""
 
         def changed(key: str) -> _Result | None:
-            return function(key) if any(self.changed(task, key) for task in self.tasks) else None
+            return function(key) if self.any_changed(key) else None
 
         return {key: value for key, value in self.spread(changed, keys, description).items() if value is not None}
 
@@ -660,16 +664,20 @@ def _add_up(total: Tensor, terms: Sequence[Tensor], scale: int = 1) -> None:
             entries.add_(part, alpha=scale)
 
 
-def merged_weights(base: Weights, merged: Merged, scale: float | None = None) -> dict[str, Tensor]:
+def merged_weights(base: Weights, merged: Merged, scale: float | None = None, release: bool = False) -> dict[str, Tensor]:
     """The merged model's weights, ``W_0 + c * update`` with ``c`` the scale, or 1 for fixed keys; float32.
 
     Args:
         base: pre-trained weights.
         merged: what a merger returned.
         scale: scaling coefficient; ``None`` takes the merger's own.
+        release: take each task vector out of ``merged.update``, where that is a dict, once it is added: memory for one model is
+            enough then.
     """
     weights = {}
     for key, value in base.items():
         update = merged.update.get(key)
         weights[key] = value if update is None else update.mul(merged.coefficient(key, scale)).add_(value.to(update.device))
+        if release and isinstance(merged.update, dict):
+            merged.update.pop(key, None)
     return weights

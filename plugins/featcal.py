@@ -107,7 +107,7 @@ class FeatCal(Merger):
         """Updates of a layer's weight and bias; what no expert changed stays as it is."""
         rho = self.rho if self.rho is not None else 2.2 if self.base is None else 1.0
         parameters = (layers[key].weight, layers[key].bias)
-        keys = [k for k in parameters if k is not None and any(inputs.changed(task, k) for task in inputs.tasks)]
+        keys = [k for k in parameters if k is not None and inputs.any_changed(k)]
         if key not in keys:
             return {}
         anchor = [rho * update[k] if k in update else inputs.delta(inputs.tasks[0], k).zero_() for k in keys]

@@ -49,7 +49,7 @@ class _Isotropic(Merger):
         flat = inputs.matrices(everywhere=self.other == "isotropic")
 
         def merged(key: str) -> Tensor | None:
-            if not any(inputs.changed(task, key) for task in inputs.tasks):
+            if not inputs.any_changed(key):
                 return None
             return self._merged(inputs, key) if key in flat else inputs.deltas(key).mean(0)
 

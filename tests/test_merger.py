@@ -34,6 +34,8 @@ def test_merged_weights_scale_all_but_the_fixed_keys() -> None:
     assert merged_weights(base, merged, 3.0)["visual.a"].item() == 7.0
     assert base["visual.a"].item() == 1.0
     assert merged.update["visual.a"].item() == 2.0
+    assert merged_weights(base, merged, 3.0, release=True)["visual.a"].item() == 7.0
+    assert not merged.update, "its memory is free"
 
 
 def test_fixed_keys_must_be_updated() -> None:
@@ -63,6 +65,8 @@ def test_whether_an_expert_changed_a_parameter(zoo: Zoo) -> None:
     frozen = {**zoo.experts, "task1": {**zoo.experts["task1"], "visual.proj": zoo.base["visual.proj"].clone()}}
     inputs = replace(zoo.inputs(), experts=frozen)
     assert [inputs.changed(task, "visual.proj") for task in inputs.tasks] == [True, False, True]
+    assert inputs.any_changed("visual.proj")
+    assert not replace(inputs, experts={"task1": frozen["task1"]}).any_changed("visual.proj")
 
 
 class Adapter(dict[str, Tensor]):

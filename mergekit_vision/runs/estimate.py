@@ -77,8 +77,8 @@ def estimate(
 def peak_bytes(merger: Merger, backbone: Backbone, held: int, sizes: Sizes, images: Images, batch_size: int, cache: int) -> int:
     """Memory at the peak of a run that merges, searches and evaluates, without files that are mapped.
 
-    It is that of Python and the libraries, of what is ``held`` of the backbone, of the update and the merged weights, of decoded
-    pixels, and of what merging or an evaluation takes, whichever is more.
+    It is that of Python and the libraries, of what is ``held`` of the backbone, of decoded pixels and of the update, and of what
+    merging takes, or an evaluation and the weights at a coefficient, whichever is more.
     """
     side = backbone.tower["image_size"]
     pixels = 3 * (side * side if isinstance(side, int) else math.prod(side))
@@ -86,7 +86,8 @@ def peak_bytes(merger: Merger, backbone: Backbone, held: int, sizes: Sizes, imag
     width = max(min(pair) for pair in sizes.linears)
     batch = min(batch_size, max(images.test or batch_size, 1))
     evaluating = batch * (_NUMBER * _ACTIVATIONS * width * sizes.tokens + 2 * _NUMBER * pixels)
-    return _IDLE + held + 2 * sizes.parameters * _NUMBER + kept + max(_merging(merger, sizes), evaluating)
+    model = sizes.parameters * _NUMBER
+    return _IDLE + held + kept + model + max(_merging(merger, sizes), model + evaluating)
 
 
 def parameters(backbone: Backbone) -> int:

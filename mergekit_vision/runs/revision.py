@@ -222,7 +222,7 @@ class Revision(LightningModule):
             name = plan.record["merger"]["name"]
             raise InputError(f"`scale` {self.scale:g}: a model of {name} has no coefficient", of="command")
         scale = scale if self.scale is None else self.scale
-        weights = merged_weights(bench.base, merged, scale if plan.rule == "exact" else 1.0)
+        weights = merged_weights(bench.base, merged, scale if plan.rule == "exact" else 1.0, release=True)
         check_usable(weights, {}, f"{plan.record['merger']['name']} at coefficient {scale:g}")
         step = {
             **({"joined": self.joining} if self.joining else {}),

@@ -66,7 +66,7 @@ class Isotropic(Merger):
         blocks = {linear.weight for linear in inputs.linears}
 
         def merged(key: str) -> Tensor | None:
-            if not any(inputs.changed(task, key) for task in inputs.tasks):
+            if not inputs.any_changed(key):
                 return None
             deltas = inputs.deltas(key)  # [T, *shape]
             flat = deltas.dim() == 3 and (key in blocks or self.other == "isotropic")
