@@ -8,7 +8,7 @@
     ]}]}
 
 A value is the median of its repeats, and its spread their least and greatest. A row replaces one of the same case on the same
-device, whatever that was measured on; all others stay, with what they were measured on.
+machine, whatever the versions and the commit; all others stay, with what they were measured on.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def read_all(place: Path) -> dict[str, list[Run]]:
 
 
 def keep(path: Path, here: Run, rows: Iterable[Row]) -> None:
-    """Add rows to a file, that of the benchmark with its name, where they replace those of the same cases.
+    """Add rows to a file, that of the benchmark with its name, where they replace those of the same cases and machine.
 
     Args:
         path: of the file; whole at any moment.
@@ -150,7 +150,7 @@ def keep(path: Path, here: Run, rows: Iterable[Row]) -> None:
     fresh = [row.case for row in rows]
 
     def stay(run: Run) -> list[Row]:
-        return [row for row in run.rows if row.case not in fresh or run.machine["device"] != here.machine["device"]]
+        return [row for row in run.rows if row.case not in fresh or run.machine != here.machine]
 
     runs = [replace(run, rows=stay(run)) for run in read(path)]
     same = next((run for run in runs if replace(run, rows=[]) == replace(here, rows=[])), None)

@@ -29,12 +29,12 @@ def test_a_row_replaces_its_own_case_and_no_other(tmp_path: Path) -> None:
     later = replace(HERE, commit="def", rows=[])
     keep(path, later, [row(2, threads=2)])
     keep(path, later, [Row({"method": "TIES"}, failed="no memory")])
-    gpu = replace(HERE, machine={**HERE.machine, "device": "GPU"})
-    keep(path, gpu, [row(1, threads=2)])
-    first, second, third = read(path)
+    for part in ("device", "processor"):
+        keep(path, replace(HERE, machine={**HERE.machine, part: "another"}), [row(1, threads=2)])
+    first, second, *others = read(path)
     assert first == replace(HERE, rows=[row(5, threads=1)])
     assert second == replace(later, rows=[row(2, threads=2), Row({"method": "TIES"}, failed="no memory")])
-    assert third.rows == [row(1, threads=2)], "another device is another case"
+    assert [run.rows for run in others] == [[row(1, threads=2)]] * 2, "another machine is another case"
     content = json.loads(path.read_text())
     assert (content["schema"], content["benchmark"], content["units"]) == (1, "merging", {"seconds": "s"})
 

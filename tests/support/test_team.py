@@ -1,11 +1,14 @@
 """Work shared among processes: real processes and real messages, without a model."""
 
+import os
+import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, multiprocessing
-from torch.distributed import broadcast_object_list, destroy_process_group, init_process_group
+from torch.distributed import broadcast_object_list, init_process_group
 
 from mergekit_vision.errors import EvaluationError, InputError
 from mergekit_vision.support.cache import Cache, json_form
@@ -75,7 +78,9 @@ def work(rank: int, place: str) -> None:
         },
         f"{place}/{rank}.pt",
     )
-    destroy_process_group()
+    while not all(Path(place, f"{other}.pt").exists() for other in range(2)):
+        time.sleep(0.01)  # the other one still talks to this one
+    os._exit(0)  # the destructor of torch 2.4's group may wait for a thread that waits for Python's lock
 
 
 @pytest.fixture(scope="module")
