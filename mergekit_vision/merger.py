@@ -678,6 +678,7 @@ def merged_weights(base: Weights, merged: Merged, scale: float | None = None, re
     for key, value in base.items():
         update = merged.update.get(key)
         weights[key] = value if update is None else update.mul(merged.coefficient(key, scale)).add_(value.to(update.device))
-        if release and isinstance(merged.update, dict):
-            merged.update.pop(key, None)
+        if release and update is not None and isinstance(merged.update, dict):
+            del update, merged.update[key]
+            release_freed_memory()  # other threads made it, from whose memory none is taken here
     return weights

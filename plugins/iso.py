@@ -17,8 +17,8 @@ Other = Literal["isotropic", "mean"]
 
 AT_ONCE = 4
 """Parameters that are merged at once."""
-ALONE = 16
-"""The same of Iso-C on the CPU by one process: threads wait for each other less often, and sums take little memory."""
+SUMS_AT_ONCE = 8
+"""The same of Iso-C on a CPU, where threads wait for each other less often: of whole experts, sums take little memory."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class IsoC(_Isotropic):
         return flat_spectrum(inputs.total(key), dtype=torch.float32)
 
     def _at_once(self, inputs: MergeInputs) -> int:
-        return ALONE if inputs.processes == 1 and inputs.device.type == "cpu" else AT_ONCE
+        return SUMS_AT_ONCE if inputs.device.type == "cpu" and inputs.change is None else AT_ONCE
 
 
 @dataclass(frozen=True)

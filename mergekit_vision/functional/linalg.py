@@ -85,14 +85,21 @@ class _Whitener(NamedTuple):
 
     def times(self, X: Tensor) -> Tensor:
         """The inverse root times ``X``, in the cheaper order."""
-        if X.shape[1] > len(self.vectors):
+        if self._forms_root(X.shape[1]):
             return self.root @ X
         return self.vectors @ (self.gains[:, None] * (self.vectors.T @ X))
+
+    def _forms_root(self, columns: int) -> bool:
+        """Whether so many columns are multiplied by the root with fewer operations, those that form it included."""
+        n, k = self.vectors.shape
+        return n * k + 2 * n * columns < 4 * k * columns
 
     def polar(self, M: Tensor) -> Tensor:
         """Polar factor of the matrix ``M`` that this was made of."""
         M = M.to(self.vectors)
-        return self.root @ M if self.wide else M @ self.root
+        if self.wide:
+            return self.times(M)
+        return M @ self.root if self._forms_root(len(M)) else self.times(M.T).T
 
 
 def polar(M: Tensor, tol: float = GRAM_TOLERANCE, dtype: torch.dtype | None = None) -> Polar:

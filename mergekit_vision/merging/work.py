@@ -108,9 +108,9 @@ def product(m: int, k: int, n: int, unit: Unit = "float64") -> Work:
     return Work({unit: 2 * m * k * n, "calls": 1})
 
 
-def gram(rows: int, side: int) -> Work:
-    """``Aᵀ A`` of ``A [rows, side]``, of which little more than one triangle is computed; float64."""
-    return Work({"float64": rows * side * (side + min(side, GRAM_BLOCK)), "calls": 2 * math.ceil(side / GRAM_BLOCK)})
+def gram(rows: int, side: int, unit: Unit = "float64") -> Work:
+    """``Aᵀ A`` of ``A [rows, side]``, of which little more than one triangle is computed."""
+    return Work({unit: rows * side * (side + min(side, GRAM_BLOCK)), "calls": 2 * math.ceil(side / GRAM_BLOCK)})
 
 
 def eigh(side: int) -> Work:
@@ -127,7 +127,7 @@ def svd(m: int, n: int, k: int) -> Work:
 def polar(m: int, n: int, columns: int, unit: Unit = "float64") -> Work:
     """Inverse root of the smaller Gram matrix of ``[m, n]``, times a matrix of so many columns; the products in a precision."""
     side, length = sorted((m, n))
-    applied = product(side, side, side, unit) + product(side, side, columns, unit)
+    applied = gram(side, side, unit) + product(side, side, columns, unit)
     return gram(length, side) + eigh(side) + applied + Work({"calls": 120})
 
 

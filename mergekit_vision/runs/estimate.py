@@ -87,7 +87,7 @@ def peak_bytes(merger: Merger, backbone: Backbone, held: int, sizes: Sizes, imag
     batch = min(batch_size, max(images.test or batch_size, 1))
     evaluating = batch * (_NUMBER * _ACTIVATIONS * width * sizes.tokens + 2 * _NUMBER * pixels)
     model = sizes.parameters * _NUMBER
-    return _IDLE + held + kept + model + max(_merging(merger, sizes), model + evaluating)
+    return _IDLE + held + kept + model + max(_merging(merger, sizes) + _built_on(merger) * model, model + evaluating)
 
 
 def parameters(backbone: Backbone) -> int:
@@ -119,6 +119,13 @@ def _merging(merger: Merger, sizes: Sizes) -> int:
         kept = _KEPT.get((method_of(merger) or Method()).base)
         below = matrices + (0 if kept is None else kept(sizes))
     return max(below, _BLOCK_BY_BLOCK[name](sizes))  # one after the other
+
+
+def _built_on(merger: Merger) -> int:
+    """Models that a method holds besides its own while it merges."""
+    if type(merger).__name__ == "FisherFit":
+        return 3  # the base, the same shrunk, and the weights that run
+    return int(isinstance(getattr(merger, "base", None), Merger) or bool((method_of(merger) or Method()).base))
 
 
 def _statistics(merger: Merger, sizes: Sizes) -> int:

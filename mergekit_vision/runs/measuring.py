@@ -103,8 +103,8 @@ class Measuring:
         """What is found of compressed experts, each on the images of its own task; the backbone on those without one."""
         start, accuracy = time.perf_counter(), {}
         for task in track(bench.evaluator.data.task_names, f"evaluating on {TEST}"):
-            update = merged.experts[task].update() if task in merged.experts else {}
-            with bench.evaluator.with_weights(merged_weights(bench.base, Merged(update))) as evaluator:
+            expert = Merged(dict(merged.experts[task].update()) if task in merged.experts else {})
+            with bench.evaluator.with_weights(merged_weights(bench.base, expert, release=True)) as evaluator:
                 accuracy[task] = evaluator.accuracy(task, TEST)
         sizes = [expert.bytes for expert in merged.experts.values()]
         return {
