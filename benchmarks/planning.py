@@ -58,7 +58,7 @@ def measured(suite: str, method: str, parts: list[str], clock: str) -> Found:
         experts = {task: bench.evaluator.expert(task) for task in tasks}
         start = now()
         merged = bench.merge(default_mergers([method])[method], experts)
-        weights = merged_weights(bench.base, merged, release=parts == ["merge"])
+        weights = merged_weights(bench.base, merged, release=not merged.experts and "search" not in parts)
         row["merge"] = now() - start
         if "search" in parts:
             _warm(bench, "val")

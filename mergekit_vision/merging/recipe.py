@@ -180,7 +180,7 @@ class Recipe:
             "seconds": {"merge": round(seconds, 3), "search": round(choice.seconds, 3)},
             "versions": versions(),
         }
-        weights = merged_weights(bench.base, merged, scale, release=not merged.experts)  # an oracle's share the update
+        weights = merged_weights(bench.base, merged, scale, release=not merged.experts)  # an oracle is kept whole
         check_usable(weights, merged.routed, f"{type(merger).__name__} at coefficient {scale:g}")
         kept = None if self.keep_state is None else merged.kept
         return MergedModel(weights, merged.routed, record, merged if merged.experts else None, kept)
