@@ -32,7 +32,7 @@ test-kernels: .venv/ready
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/$(PYTEST)
 
-# every figure that README and docs state, in under an hour; then the page docs/benchmarks.md
+# the figures of README and docs for the demo and ViT-B/32, in under an hour; then the page docs/benchmarks.md
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
 

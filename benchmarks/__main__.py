@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other: every figure of README and docs, or as a quick look.
+"""All benchmarks, one after the other: figures of README and docs for the demo and ViT-B/32, or as a quick look.
 
     python -m benchmarks              # make bench: under an hour on two cores
     python -m benchmarks --quick      # make bench-quick: a small encoder and little of everything; under five minutes

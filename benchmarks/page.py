@@ -19,7 +19,7 @@ make bench-quick
 python -m benchmarks --only routing reading
 ```
 
-`make bench` measures what the README and these pages state, in under an hour on two cores, and refreshes the page; other rows, as
+`make bench` measures the demo and ViT-B/32, in under an hour on two cores, and refreshes the page; other rows, as
 those of ViT-L/14, come from single programs with other arguments. `make bench-quick` takes less than five minutes with a small
 encoder; its results stay in `runs/benchmarks`. Both end with the cases that got worse than before by more than the noise, on the
 same machine; rows of other machines stay beside the new ones. `python -m benchmarks.compare OLD NEW` compares any two files or

@@ -13,6 +13,7 @@ import yaml
 from mergekit_vision import registry
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import closest
+from mergekit_vision.support.paths import expanded
 from mergekit_vision.support.yaml_files import parse_yaml, read_yaml
 
 _FREE = {"help", "class_path", "init_args", "dict_kwargs"}  # the parser's own words in a path
@@ -130,7 +131,7 @@ def import_mergers(names: Sequence[str]) -> None:
 def _named_in_variants(file: str) -> Iterator[str]:
     """Names of methods in a file of variants; none where it cannot be read, which is said when it is needed."""
     try:
-        for variant in read_yaml(Path(file)):
+        for variant in read_yaml(expanded(file)):
             yield from _class_paths(variant["merger"])
     except (ValueError, KeyError, TypeError):
         return

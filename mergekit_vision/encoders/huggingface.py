@@ -21,6 +21,7 @@ from mergekit_vision.support.schema import Schema, brief, faults
 from mergekit_vision.support.switching import replacing_set
 
 _FORMAT = 2  # of what is kept in the cache
+_CONVERSION = 600.0  # seconds that another process may take to convert a large model on a slow disk
 WEIGHTS = "open_clip_model.safetensors"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first where it has an image processor, as transformers
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
@@ -201,7 +202,7 @@ def _weights(file: Path) -> CheckpointWeights:
 def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], weights: CheckpointWeights) -> None:
     """Write the whole directory, or nothing of it, unless another process has done so while this one waited for it."""
     try:
-        with replacing_set(place, lambda: [CONFIG, WEIGHTS], deciding=CONFIG) as draft:
+        with replacing_set(place, lambda: [CONFIG, WEIGHTS], deciding=CONFIG, seconds=_CONVERSION) as draft:
             if not (place / CONFIG).is_file():
                 save_safetensors(draft / WEIGHTS, weights)
                 write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})

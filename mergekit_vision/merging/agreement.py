@@ -99,9 +99,15 @@ class ExpertTeachers:
 
 @torch.inference_mode()
 def _opinion(evaluator: Evaluator, task: str) -> _Opinion:
-    encoder, heads, device = evaluator.encoder, evaluator.heads(), evaluator.runtime.device
+    heads, device = evaluator.heads(), evaluator.runtime.device
+
+    def embedded(images: Tensor) -> Tensor:
+        evaluator.tell(task, images)
+        embeddings: Tensor = evaluator.encoder(images)
+        return embeddings
+
     try:
-        embeddings = torch.cat([encoder(images.to(device)) for images in evaluator.data.proxy_loader(task)])
+        embeddings = torch.cat([embedded(images.to(device)) for images in evaluator.data.proxy_loader(task)])
     except InputError as error:
         raise InputError(f"{error}; a coefficient chosen by agreement needs proxy images of every merged task") from error
     return _Opinion(F.normalize(embeddings.float(), dim=-1), heads(embeddings, task).log_softmax(-1))

@@ -117,11 +117,11 @@ class Recipe:
         judged = self.experts if proxies else ()
         return Needs(evaluated, everywhere=self.searched, proxies=proxies, judged=judged, merged=self.experts)
 
-    def chosen(self, suite: Suite) -> dict[str, Expert]:
-        """The experts that are merged, by task; lazy.
+    def tasks(self, suite: Suite) -> list[str]:
+        """The tasks whose experts are merged.
 
         Raises:
-            InputError: when a task is not the suite's, or an expert cannot be opened.
+            InputError: when one is not the suite's, or is named twice.
         """
         names = list(suite.tasks) if self.experts is None else list(self.experts)
         unknown = [name for name in names if name not in suite.tasks]
@@ -130,7 +130,15 @@ class Recipe:
             raise InputError(f"`experts` {unknown or names}: {remedy}", of="model")
         if twice := repeated(names):
             raise InputError(f"`experts`: {twice[0]} is named twice; no expert can be merged with itself", of="model")
-        return {name: suite.experts[name] for name in names}
+        return names
+
+    def chosen(self, suite: Suite) -> dict[str, Expert]:
+        """The experts that are merged, by task; lazy.
+
+        Raises:
+            InputError: as :meth:`tasks`, or when an expert cannot be opened.
+        """
+        return {name: suite.experts[name] for name in self.tasks(suite)}
 
     def check_keeping(self, suite: Suite, merger: Merger) -> None:
         """Refuse to keep what no method could use.
@@ -146,7 +154,7 @@ class Recipe:
         if revisable(merger) == "no":
             problem = "merges all experts at once, so that keeping anything of them is of no use; leave it out"
             raise InputError(f"`keep_state`: {merger_record(merger)['recipe']} {problem}", of="model")
-        if self.keep_state >= (count := len(self.chosen(suite))):
+        if self.keep_state >= (count := len(self.tasks(suite))):
             problem = f"of {count} experts, {count - 1} can leave at most"
             raise InputError(f"`keep_state` {self.keep_state}: {problem}", of="model")
 

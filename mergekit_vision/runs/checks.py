@@ -10,6 +10,7 @@ from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.manifest import read_record
+from mergekit_vision.merger import Merger
 from mergekit_vision.sources.config import kind_of
 from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.fingerprints import fingerprint
@@ -32,6 +33,17 @@ def check_place(directory: str | os.PathLike[str]) -> None:
         raise InputError("`default_root_dir` is empty; name a directory", of="trainer")
     if fault := place_fault(Path(directory), _WRITTEN):
         raise InputError(f"`default_root_dir` {os.fspath(directory)}: {fault}", of="trainer")
+
+
+def check_is_merge(merger: Merger) -> None:
+    """Refuse a method that keeps something of each expert instead of merging them.
+
+    Raises:
+        InputError: for an oracle.
+    """
+    if merger.kind == "oracle":
+        problem = "is no merge: it must be told each image's task; the command compare shows it beside merges"
+        raise InputError(f"`merger` {type(merger).__name__} {problem}", of="model")
 
 
 def check_merged(directory: Path, suite: Suite, verify: bool = True) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from mergekit_vision.reports.style import save_png
 from mergekit_vision.reports.summary import own_expert_shares, summarize
 from mergekit_vision.reports.tables import results_table
 from mergekit_vision.routers import ExpertDtype
-from mergekit_vision.runs.checks import check_alike, check_merged, check_processes, check_same_suite
+from mergekit_vision.runs.checks import check_alike, check_is_merge, check_merged, check_processes, check_same_suite
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.runtime import data_of, runtime_of
 from mergekit_vision.suites.expectations import departures
@@ -124,13 +124,13 @@ class MergedCLIP(LightningModule):
 
     def prepare_data(self) -> None:
         """Download what will be read, in one process of each machine before the others look for it."""
+        self._check_arguments()
         split = EVALUATED.get(str(self.trainer.state.fn))
         self.data.fetch(self._needs(split, experts=self.merger is not None))
 
     def setup(self, stage: str) -> None:
         """Check the suite whole, then merge (or load), and measure the experts on the split that is evaluated."""
-        if self.merger is None and self.merged is None:
-            raise InputError(_ONE_OF, of="model")
+        self._check_arguments()
         if self._evaluator is not None:  # whose heads and experts stay
             check_same_suite(self.data.suite, self._evaluator.data.suite)
         split = EVALUATED.get(stage)
@@ -146,6 +146,18 @@ class MergedCLIP(LightningModule):
         evaluated = frozenset({split} if split else ())
         return Needs(evaluated, experts=experts) if self.merger is None else self.recipe.needs(evaluated, [self.merger])
 
+    def _check_arguments(self) -> None:
+        """Refuse what needs no download to be found wrong."""
+        if self.merger is not None:
+            check_is_merge(self.merger)
+            self.recipe.tasks(self.data.suite)
+            self.recipe.check_keeping(self.data.suite, self.merger)
+            self.recipe.check_routed(dynamic=self.merger.kind == "dynamic")
+        elif self.merged is None:
+            raise InputError(_ONE_OF, of="model")
+        else:
+            read_record(self.merged, verify=False)
+
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""
         data, merging = self.data, self.merger is not None
@@ -158,13 +170,7 @@ class MergedCLIP(LightningModule):
         data.check(needs)
         check_alike(data, needs, runtime_of(self.trainer).team)
         if self.merger is not None:
-            if self.merger.kind == "oracle":
-                problem = "is no merge: it must be told each image's task; the command compare shows it beside merges"
-                raise InputError(f"`merger` {type(self.merger).__name__} {problem}", of="model")
-            self.recipe.check_keeping(data.suite, self.merger)
-            chosen = self.recipe.chosen(data.suite)
-            self.recipe.check_routed(dynamic=self.merger.kind == "dynamic")
-            self.recipe.check_truth(chosen, evaluated)
+            self.recipe.check_truth(self.recipe.tasks(data.suite), evaluated)
         elif self.merged is not None:
             record = check_merged(self.merged, data.suite, self.verify)
             if ROUTERS in record.get("files", {}):

@@ -36,6 +36,7 @@ from mergekit_vision.runs.variant_files import read_variants
 from mergekit_vision.sources.folder import FlatFolder
 from mergekit_vision.support.console import console, logger, quiet_lightning
 from mergekit_vision.support.faults import closest
+from mergekit_vision.support.paths import expanded
 
 Accuracies = list[Mapping[str, float]]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -202,7 +203,7 @@ class Trainer(lightning.Trainer):
             raise InputError(f"`task` {task}: not in the suite{closest(task, tasks)}; it has {', '.join(tasks)}", of="command")
         if top < 1:
             raise InputError(f"`top` {top}: at least one class must be written", of="command")
-        folder = FlatFolder(images)
+        folder = FlatFolder(expanded(images))
         predictions = Predictions(task, tasks[task].classes, folder.paths, top)
         model.predict_for(predictions)
         datamodule.predict_on(folder)
@@ -243,7 +244,7 @@ class Trainer(lightning.Trainer):
             raise InputError("`variants` is empty; name a file", of="command")
         chosen = "all" if mergers is None and variants is None else mergers
         methods = {} if chosen is None else default_mergers(chosen)
-        rows = [] if variants is None else read_variants(Path(variants))
+        rows = [] if variants is None else read_variants(expanded(variants))
         comparison = Comparison(model.recipe, methods, lenient=chosen in ("all", ["all"]), variants=rows, seeds=seeds)
         with self._explained("comparing", comparison, datamodule):
             self._set_up_only(comparison, datamodule)

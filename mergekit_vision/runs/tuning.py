@@ -16,7 +16,7 @@ from mergekit_vision.merging.lineage import check_lineage
 from mergekit_vision.merging.recipe import Recipe, expert_paths, halves
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.runs import conditions, entries
-from mergekit_vision.runs.checks import check_alike
+from mergekit_vision.runs.checks import check_alike, check_is_merge
 from mergekit_vision.runs.entries import Entry
 from mergekit_vision.runs.grids import Grid, as_content, grid_rows
 from mergekit_vision.runs.runtime import data_of, runtime_of
@@ -41,21 +41,24 @@ class Tuning(LightningModule):
         results: what ``results.json`` holds, once all combinations have been judged; the best combination comes first.
 
     Raises:
-        InputError: when the grid is not one of the method.
+        InputError: when the grid is not one of the method, or that is no merge.
     """
 
     def __init__(self, recipe: Recipe, merger: Merger, grid: Grid) -> None:
         super().__init__()
         self.recipe, self.grid, self.rows = recipe, grid, grid_rows(merger, grid)
         self.results: dict[str, Any] = {}
+        for row in self.rows:
+            check_is_merge(row.merger)
 
     def prepare_data(self) -> None:
         """Download what will be read, in one process of each machine."""
+        self._check_arguments()
         data_of(self.trainer).fetch(self._needs())
 
     def setup(self, stage: str) -> None:
         """Judge every combination."""
-        self.recipe.check_routed(dynamic=any(row.merger.kind == "dynamic" for row in self.rows))
+        self._check_arguments()
         data, runtime = data_of(self.trainer), runtime_of(self.trainer)
         seen, judging = halves(data, [row.merger for row in self.rows])
         judging.check(self._needs())
@@ -74,6 +77,11 @@ class Tuning(LightningModule):
 
     def predict_step(self, *args: Any) -> None:
         """Nothing, as a :class:`~mergekit_vision.runs.comparison.Comparison`'s."""
+
+    def _check_arguments(self) -> None:
+        """Refuse what needs no download to be found wrong."""
+        self.recipe.tasks(data_of(self.trainer).suite)
+        self.recipe.check_routed(dynamic=any(row.merger.kind == "dynamic" for row in self.rows))
 
     def _needs(self) -> Needs:
         return replace(self.recipe.needs(), proxies=True, judged=self.recipe.experts)

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mergekit_vision.checkpoints import SUFFIXES, ExpertSource
+from mergekit_vision.checkpoints import ExpertSource
 from mergekit_vision.checkpoints.hub import cached_snapshot, named_shards
+from mergekit_vision.checkpoints.opening import weights_file
 from mergekit_vision.errors import InputError
 from mergekit_vision.sources.class_path import is_downloaded
 from mergekit_vision.sources.config import SourceConfig, kind_of
@@ -13,8 +14,6 @@ from mergekit_vision.sources.footer import matching
 from mergekit_vision.sources.hub import prepared_files
 from mergekit_vision.sources.part import val_size
 from mergekit_vision.suites.catalog import expert_bytes, published_images
-
-_INDEX = "*.index.json"
 
 
 class Presence(NamedTuple):
@@ -83,14 +82,13 @@ def known_images(config: SourceConfig) -> int | None:
 
 
 def _weights(place: Path) -> list[Path]:
-    """The files of weights in a file or directory; none where one that an index names is missing."""
-    if not place.is_dir():
-        files = [place] if place.is_file() else []
-    else:
-        files = [file for file in _files(place) if file.suffix in SUFFIXES]
-    indices = place.rglob(_INDEX) if place.is_dir() else [file for file in files if file.match(_INDEX)]
-    parts = {index.parent / shard for index in indices for shard in named_shards(index)}
-    return [] if any(not part.is_file() for part in parts) else list({*files, *parts})
+    """The files that hold the weights in a file or directory; none where one that an index names is missing."""
+    try:
+        file = weights_file(place)
+    except InputError:
+        return []
+    files = [file.parent / shard for shard in sorted(named_shards(file))] or [file]
+    return files if all(part.is_file() for part in files) else []
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -68,7 +68,8 @@ def readable(value: Any) -> str:
     'folder photos/, skip 2'
     """
     if isinstance(value, Mapping) and "init_args" in value:
-        return f"{value['name']}({', '.join(f'{key}={readable(item)}' for key, item in value['init_args'].items())})"
+        name = value.get("name") or value["class_path"]
+        return f"{name}({', '.join(f'{key}={readable(item)}' for key, item in value['init_args'].items())})"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {readable(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -15,12 +15,16 @@ from pathlib import Path
 from mergekit_vision.support.files import WORK, remove_abandoned, remove_work
 from mergekit_vision.support.locks import locked
 
+PATIENCE = 60.0
+"""Seconds to wait for another process that writes into the same directory."""
 _WORK = Path(WORK, "set")
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without symbolic links answer
 
 
 @contextmanager
-def replacing_set(directory: Path, former: Callable[[], Collection[str]], deciding: str) -> Iterator[Path]:
+def replacing_set(
+    directory: Path, former: Callable[[], Collection[str]], deciding: str, seconds: float = PATIENCE
+) -> Iterator[Path]:
     """Write files into an empty folder, and put all of them into a directory in one step when they are complete.
 
     Other files of the directory stay as they are. One process at a time does this; another waits.
@@ -30,6 +34,7 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
         former: paths, from the directory, of the files to replace; those that are not written anew are gone after the same step.
         deciding: one of the files. Where the file system has no symbolic links, files are renamed one by one: this one is
             removed first and comes last, so that a directory without it is not complete.
+        seconds: how long to wait for another process.
 
     Yields:
         The folder. When the block raises anything, the directory is left as it was; a folder left empty replaces nothing.
@@ -48,7 +53,7 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
     """
     new, work = not directory.exists(), directory / _WORK
     try:
-        with _settling(directory):
+        with _settling(directory, seconds):
             (work / "new").mkdir()
             yield work / "new"
             if any((work / "new").iterdir()):
@@ -61,10 +66,10 @@ def replacing_set(directory: Path, former: Callable[[], Collection[str]], decidi
 
 
 @contextmanager
-def _settling(directory: Path) -> Iterator[None]:
+def _settling(directory: Path, seconds: float = PATIENCE) -> Iterator[None]:
     """Hold a directory; what a killed process left there is put in order before, and all that is temporary removed after."""
     work = directory / _WORK
-    with locked(work, seconds=60):
+    with locked(work, seconds):
         try:
             remove_abandoned(work.parent)
             _settle(directory)

@@ -43,6 +43,10 @@ def test_a_directory_without_one_of_its_parts_is_not_here(tmp_path: Path) -> Non
     assert not expert_presence(ExpertSource(tmp_path)).here
     (tmp_path / "model-2.safetensors").write_bytes(WEIGHTS)
     assert expert_presence(ExpertSource(tmp_path)).bytes == 2 * len(WEIGHTS)
+    inner = tmp_path / "checkpoint-100"
+    inner.mkdir()
+    (inner / "model.safetensors").write_bytes(WEIGHTS)  # which opening the directory does not look at
+    assert expert_presence(ExpertSource(tmp_path)).bytes == 2 * len(WEIGHTS)
 
 
 def test_experts_on_the_hub(hub: LoopbackHub) -> None:
