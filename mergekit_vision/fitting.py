@@ -1,5 +1,6 @@
 """What methods with routed experts share: routers fitted to proxy images or task vectors, and which layers decide."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,10 +67,10 @@ class RouterFit:
 
     def __post_init__(self) -> None:
         name, pooling = self.method, tuple(self.pooling)
-        if not (0 < self.shrinkage <= 1 and (self.temperature is None or self.temperature > 0)):
+        if not (0 < self.shrinkage <= 1 and (self.temperature is None or 0 < self.temperature < math.inf)):
             raise InputError(
                 f"{name}: shrinkage is {self.shrinkage} and temperature {self.temperature}, "
-                "but shrinkage must be above 0 and at most 1, temperature above 0"
+                "but shrinkage must be above 0 and at most 1, temperature a finite number above 0"
             )
         if self.temperature is None and self.rule != "discriminant":
             raise InputError(f"{name}: temperature null is for rule discriminant; give a number")

@@ -103,8 +103,12 @@ def linears_of_kind(linears: Iterable[LinearInfo], kinds: Sequence[LinearKind]) 
         raise InputError("the inputs have no Linear layers, which this merging method needs; give MergeInputs their `linears`")
     chosen = [linear for linear in known if linear.kind in kinds]
     if not chosen or not set(kinds) <= set(get_args(LinearKind)):
-        raise InputError(f"layers is {list(kinds)}, but must name some of {', '.join(get_args(LinearKind))}")
+        raise InputError(_not_kinds(kinds))
     return chosen
+
+
+def _not_kinds(kinds: Sequence[LinearKind]) -> str:
+    return f"layers is {list(kinds)}, but must name some of {', '.join(get_args(LinearKind))}"
 
 
 class NormInfo(NamedTuple):
@@ -608,6 +612,35 @@ def check_options(merger: Merger, **options: Any) -> None:
             raise InputError(f"{type(merger).__name__}: {name} is {value!r}, but must be one of {', '.join(get_args(words))}")
 
 
+def check_whole(merger: Merger, least: int, *names: str, others: str = "") -> None:
+    """Check parameters that must be whole numbers.
+
+    Args:
+        merger: whose parameters they are.
+        least: the least number that is allowed.
+        names: of the parameters.
+        others: what ``None`` stands for, where that is allowed too.
+
+    Raises:
+        InputError: for the first that is anything else.
+    """
+    for name in names:
+        value = getattr(merger, name)
+        if not (type(value) is int and value >= least) and not (others and value is None):
+            more = f", or null for {others}" if others else ""
+            raise InputError(f"{type(merger).__name__}: {name} is {value!r}, but must be a whole number, {least} or more{more}")
+
+
+def check_kinds(merger: Merger, kinds: Sequence[LinearKind]) -> None:
+    """Check a parameter that names kinds of Linear layers, at least one.
+
+    Raises:
+        InputError: when there is none, or a kind is unknown.
+    """
+    if not kinds or not set(kinds) <= set(get_args(LinearKind)):
+        raise InputError(f"{type(merger).__name__}: {_not_kinds(kinds)}")
+
+
 def check_rank(merger: Merger, others: str, rank: int | str | None, floor: float = 0.0) -> None:
     """Check a parameter ``rank`` that may be "energy" besides a number, and the ``floor`` of ranks by energy.
 
@@ -622,7 +655,7 @@ def check_rank(merger: Merger, others: str, rank: int | str | None, floor: float
     """
     name = type(merger).__name__
     if not (rank == "energy" or (rank is None and "null" in others) or (type(rank) is int and rank >= 1)):
-        raise InputError(f"{name}: rank is {rank!r}, but must be at least 1, or {others}")
+        raise InputError(f"{name}: rank is {rank!r}, but must be a whole number, 1 or more, or {others}")
     if not 0 <= floor <= 1:
         raise InputError(f"{name}: floor is {floor}, but must be a share of the default rank in [0, 1]")
 

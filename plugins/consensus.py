@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merged, MergeInputs, Merger, static_base
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_whole, static_base
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class ConsensusTA(Merger):
 
     Args:
         threshold: the higher, the fewer entries a task needs; 0 or more.
-        agreeing: tasks that must need an entry, at most as many as there are. Published: 2. With 1, entries that nobody needs are
-            removed; with 0, none.
+        agreeing: tasks that must need an entry; more than there are count as all of them. Published: 2. With 1, entries that
+            nobody needs are removed; with 0, none.
         base: merges the task vectors into ``τ``; their sum where ``None``. Published too, as Consensus TIES: TIES with aggregate
             "sum". Its scaling coefficient and fixed keys are taken over.
     """
@@ -43,8 +43,7 @@ class ConsensusTA(Merger):
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
             raise InputError(f"ConsensusTA: threshold is {self.threshold}, but must be a finite number, 0 or more")
-        if self.agreeing < 0:
-            raise InputError(f"ConsensusTA: agreeing is {self.agreeing}, but must be a number of tasks, 0 or more")
+        check_whole(self, 0, "agreeing")
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Merge parameter by parameter; one that no expert changed keeps its pre-trained value."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.dc import dc_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options, check_whole
 
 Other = Literal["dc", "mean"]
 
@@ -49,8 +49,7 @@ class DCMerge(Merger):
     scale_average: bool = True
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"DCMerge: rank is {self.rank}, but must be at least 1, or null for min(d_out, d_in) // T")
+        check_whole(self, 1, "rank", others="min(d_out, d_in) // T")
         if not 0 < self.density <= 1:
             raise InputError(
                 f"DCMerge: density is {self.density}, but must be a share of the coordinates in (0, 1], such as 0.001"

@@ -25,8 +25,10 @@ from mergekit_vision.merger import (
     Merger,
     ModelKind,
     Observer,
+    check_kinds,
     check_options,
     check_rank,
+    check_whole,
     linears_of_kind,
     settled,
     static_base,
@@ -108,10 +110,9 @@ class ESMPP(Merger):
             raise InputError(
                 f"{name}: megabytes is {self.megabytes}, but must be above 0 and below 1e12, and goes with rank energy only"
             )
-        for argument, least in (("top_k", 1), ("gate_rank", 1)):
-            value = getattr(self, argument)
-            if value is not None and value < least:
-                raise InputError(f"{name}: {argument} is {value}, but must be at least {least}")
+        check_whole(self, 1, "top_k")
+        check_whole(self, 1, "gate_rank", others="min(d_out, d_in) // T")
+        check_kinds(self, self.layers)
         check_options(self, rule=Rule, statistics=Statistics, decision=Decision)
         check_held_layer(name, self.decision, self.held_layer)
         self._fit()

@@ -25,6 +25,8 @@ from mergekit_vision.merger import (
     Merger,
     ModelKind,
     Weights,
+    check_kinds,
+    check_whole,
     linears_of_kind,
     settled,
     static_base,
@@ -69,9 +71,8 @@ class ESMPPFit(Merger):
     top_k: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("rank", "top_k"):
-            if getattr(self, name) < 1:
-                raise InputError(f"ESMPPFit: {name} is {getattr(self, name)}, but must be at least 1")
+        check_whole(self, 1, "rank", "top_k")
+        check_kinds(self, self.layers)
         if not 0 < self.ridge < 1e6:
             raise InputError(f"ESMPPFit: ridge is {self.ridge}, but must be above 0 and below 1e6")
         if not 0 <= self.patches <= 1:

@@ -23,7 +23,8 @@ class FeatCal(Merger):
 
     Source: "FeatCal" (2026, arXiv 2605.13030), in the form of the authors' code. Each layer of the blocks is fitted by ridge
     regression, at the calibrated model's own inputs ``x``, to the expert's outputs at ``x + alpha (x' - x)`` with ``x'`` its own,
-    and drawn to an anchor. No coefficient scales the result; the base is taken at the one that is set or searched.
+    and drawn to an anchor; one whose weight no expert changed stays as it is, with its bias, where the authors' code fits it too.
+    No coefficient scales the result; the base is taken at the one that is set or searched.
 
     Args:
         base: merges what is calibrated; the sum of the task vectors where ``None``.

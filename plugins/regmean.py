@@ -40,8 +40,9 @@ class RegMean(Merger):
     """Each Linear layer's least squares fit to the outputs of all experts on their inputs; all else is averaged.
 
     ``W = W_0 + (Σ_t Δ_t G_t) (Σ_t G_t)⁻¹``, without a coefficient; ``G_t`` is the Gram matrix of the layer's inputs on
-    task ``t``'s proxies. Source: Jin et al., "Dataless Knowledge Fusion" (ICLR 2023). RegMean++ (2025) is ``gram="merged"``, LOT
-    Merging (NeurIPS 2025) is ``shrink=1``, and the Gram matrices of the data-free methods (WUDI, ACE) are ``gram="delta"``.
+    task ``t``'s proxies. Source: Jin et al., "Dataless Knowledge Fusion" (ICLR 2023). RegMean++ (2025) is ``gram="merged"``, the
+    least squares of LOT Merging (NeurIPS 2025) are ``shrink=1``, and the Gram matrices of the data-free methods (WUDI, ACE) are
+    ``gram="delta"`` with ``shrink=1``.
 
     Args:
         gram: inputs that count: the "experts"' own (published); those of the expert's block behind the "merged" blocks before

@@ -7,11 +7,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mergekit_vision.errors import InputError
 from mergekit_vision.fitting import RouterFit, check_held_layer, deciding, evidence_of, routed
 from mergekit_vision.functional.linalg import pad_rank, top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import DataNeeds, LinearKind, Merged, MergeInputs, Merger, ModelKind, check_options, linears_of_kind
+from mergekit_vision.merger import (
+    DataNeeds,
+    LinearKind,
+    Merged,
+    MergeInputs,
+    Merger,
+    ModelKind,
+    check_kinds,
+    check_options,
+    check_whole,
+    linears_of_kind,
+)
 from mergekit_vision.routers import ProjectionRouter, Router, SubspaceRouter
 
 Rule = Literal["projection", "mass", "sim"]
@@ -58,9 +68,8 @@ class SMILE(Merger):
     held_layer: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "gate_rank", "top_k"):
-            if getattr(self, name) < 1:
-                raise InputError(f"SMILE: {name} is {getattr(self, name)}, but must be at least 1")
+        check_whole(self, 1, "rank", "gate_rank", "top_k")
+        check_kinds(self, self.layers)
         check_options(self, rest=Literal["base", "mean"], rule=Rule, decision=Decision)
         check_held_layer("SMILE", self.decision, self.held_layer)
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.functional.ties import Aggregate, TiesMerge, magnitude_threshold, ties_merge
-from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options
+from mergekit_vision.merger import Merged, MergeInputs, Merger, check_options, check_whole
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class TIES(Merger):
                 f"TIES: density is {self.density}, but must be a share of the entries in (0, 1], such as 0.2 for 20 %"
             )
         check_options(self, aggregate=Aggregate)
-        if self.count_frozen < 0:
-            raise InputError(f"TIES: count_frozen is {self.count_frozen}, but must be a number of entries, 0 or more")
+        check_whole(self, 0, "count_frozen")
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Find each task's threshold, then merge tensor by tensor; no task vector is ever held in one piece."""
@@ -73,5 +73,8 @@ class TIES(Merger):
 
     def _merge_tensor(self, inputs: MergeInputs, key: str, thresholds: Sequence[float], tie_sign: int = 1) -> TiesMerge:
         """Merge one parameter of all tasks."""
+        if any(inputs.factors(task, key) is not None for task in inputs.tasks):  # whole weights beside them start elsewhere
+            deltas = inputs.deltas(key)
+            return ties_merge(list(deltas), torch.zeros_like(deltas[0]), thresholds, self.aggregate, tie_sign, inputs.device)
         pairs = [inputs.pair(task, key) for task in inputs.tasks]
         return ties_merge([expert for expert, _ in pairs], pairs[0][1], thresholds, self.aggregate, tie_sign, inputs.device)

@@ -6,10 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mergekit_vision.errors import InputError
 from mergekit_vision.functional.linalg import top_svd
 from mergekit_vision.functional.threads import in_threads
-from mergekit_vision.merger import CompressedExpert, Merged, MergeInputs, Merger, ModelKind
+from mergekit_vision.merger import CompressedExpert, Merged, MergeInputs, Merger, ModelKind, check_whole
 
 Pair = tuple[Tensor, Tensor]
 """``U Σ [m, k]`` and ``Vᵀ [k, n]``."""
@@ -38,8 +37,7 @@ class TSVC(Merger):
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"TSVC: rank is {self.rank}, but must be at least 1, or null")
+        check_whole(self, 1, "rank", others="min(d_out, d_in) // T")
 
     def merge(self, inputs: MergeInputs) -> Merged:
         """Decompose the matrices, average the rest."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,6 +75,19 @@ def _spectral(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return noise
     U, S, Vh = torch.linalg.svd(noise, full_matrices=False)
     return U @ torch.diag(torch.logspace(0, -1.5, len(S))) @ Vh * 4
+
+
+class Adapter(dict[str, Tensor]):
+    """Weights of an expert whose Linear layers change by products of factors."""
+
+    def __init__(self, base: Weights, seed: int) -> None:
+        super().__init__(base)
+        random = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        self.pairs = {x.weight: (0.03 * random(len(base[x.weight]), 2), random(2, base[x.weight].shape[1])) for x in INFOS}
+        self.update({key: base[key] + up @ down for key, (up, down) in self.pairs.items()})
+
+    def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
+        return self.pairs.get(key)
 
 
 @dataclass

@@ -261,3 +261,11 @@ def merge_work(merger: Merger, sizes: Sizes) -> Work | None:
     if isinstance(base, Merger):
         below = merge_work(base, sizes)
     return None if below is None else method.work(sizes) + below
+
+
+def is_scaled(merger: Merger) -> bool:
+    """Whether a coefficient is searched: that of the method, or of one that it builds on; of an unknown method, its own."""
+    method, base = method_of(merger) or Method(), getattr(merger, "base", None)
+    if isinstance(base, Merger):
+        return method.scaled or is_scaled(base)
+    return method.scaled or (method.base != "" and METHODS[method.base].scaled)

@@ -282,4 +282,5 @@ def _seconds(value: float | None) -> str:
         return "–"
     if value < 10:
         return f"{value:.2g} s"
-    return f"{value:.0f} s" if value < 120 else f"{value // 60:.0f} min {value % 60:.0f} s"
+    seconds = round(value)
+    return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min {seconds % 60} s"

@@ -96,10 +96,11 @@ def count(number: int) -> str:
     """A large number with three digits.
 
     >>> from mergekit_vision.reports.tables import count
-    >>> count(0), count(950), count(35_200), count(86_000_000)
-    ('0', '950', '35.2 k', '86 M')
+    >>> count(0), count(950), count(35_200), count(999_600), count(86_000_000)
+    ('0', '950', '35.2 k', '1 M', '86 M')
     """
+    rounded = float(f"{number:.3g}")  # 999 600 are 1 M
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
+        if number >= 1000 and rounded >= size:
+            return f"{rounded / size:.3g}{unit}"
     return str(number)

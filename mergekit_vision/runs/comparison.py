@@ -71,6 +71,7 @@ class Comparison(LightningModule):
     def prepare_data(self) -> None:
         """Download what will be read, in one process of each machine."""
         data = data_of(self.trainer)
+        self._check_rows(data)
         data.fetch(self._needs(data))
         for name, other, needs in self._other_proxies(data):
             with _of_variant(name):
@@ -110,7 +111,7 @@ class Comparison(LightningModule):
         """What the run reads; proxy images of variants apart. The analysis looks at some, if there are any."""
         needs = self.recipe.needs(frozenset({TEST}))
         everywhere = {*needs.everywhere, *(VAL for row in self.rows if row.scale == "search")}
-        merged = {*_tasks(self.recipe, data), *(task for row in self.rows for task in self._tasks_of(row, data))}
+        merged = {*self.recipe.tasks(data.suite), *(task for row in self.rows for task in self._tasks_of(row, data))}
         seeing = [] if self.lenient else [row for row in self.rows if not row.proxies and row.sees_proxies(self.recipe)]
         sure = data.suite.tasks if needs.judged is None else needs.judged
         judged = {*sure, *(task for row in seeing for task in self._tasks_of(row, data))}
@@ -118,16 +119,21 @@ class Comparison(LightningModule):
 
     def _tasks_of(self, row: Variant, data: VisionTasks) -> Collection[str]:
         """The tasks whose experts a row merges; none is opened."""
-        return _tasks(row.recipe(self.recipe, data.suite), data)
+        return row.recipe(self.recipe, data.suite).tasks(data.suite)
 
     def _other_proxies(self, data: VisionTasks) -> Iterable[tuple[str, VisionTasks, Needs]]:
         """The data of variants whose proxy images are others than the run's, each once, with the first such variant's name."""
-        others: dict[str, tuple[str, VisionTasks, set[str]]] = {}
+        others: dict[str, tuple[str, VisionTasks, set[str], set[str]]] = {}
         for row in self.rows:
             if row.proxies:
                 other = row.data(data)
-                others.setdefault(repr(other.proxies), (row.name, other, set()))[2].update(self._tasks_of(row, data))
-        return [(name, other, Needs(experts=False, proxies=True, merged=merged)) for name, other, merged in others.values()]
+                *_, merged, judged = others.setdefault(repr(other.proxies), (row.name, other, set(), set()))
+                merged.update(self._tasks_of(row, data))
+                judged.update(self._tasks_of(row, data) if row.sees_proxies(self.recipe) and not self.lenient else ())
+        return [
+            (name, other, Needs(experts=False, proxies=True, judged=judged, merged=merged))
+            for name, other, merged, judged in others.values()
+        ]
 
     def _check(self, data: VisionTasks, team: Team) -> None:
         """Find what is wrong with the suite and with single rows before any long work starts."""
@@ -135,15 +141,19 @@ class Comparison(LightningModule):
         data.check(needs)
         check_alike(data, needs, team)
         self._merged_experts(data)
+        self._check_rows(data)
+        for name, other, needs in self._other_proxies(data):
+            with _of_variant(name):
+                other.check(needs)
+
+    def _check_rows(self, data: VisionTasks) -> None:
+        """Refuse what needs no download to be found wrong."""
         self.recipe.check_routed(dynamic=not self.rows or any(row.merger.kind == "dynamic" for row in self.rows))
         for row in self.rows:
             images = row.data(data)
             if row.merger.kind == "dynamic":
                 with _of_variant(row.name) if row.route else nullcontext():
                     row.recipe(self.recipe, data.suite).check_truth(self._tasks_of(row, data), images.task_names)
-        for name, other, needs in self._other_proxies(data):
-            with _of_variant(name):
-                other.check(needs)
 
     def _with_papers(self, data: VisionTasks, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with the papers' numbers, which are of all experts of a published suite."""
@@ -153,7 +163,7 @@ class Comparison(LightningModule):
 
     def _merged_experts(self, data: VisionTasks) -> dict[str, Expert]:
         """The experts that some row merges."""
-        merged = {task for row in self.rows for task in row.recipe(self.recipe, data.suite).chosen(data.suite)}
+        merged = {task for row in self.rows for task in self._tasks_of(row, data)}
         return {task: data.suite.experts[task] for task in data.suite.tasks if task in merged}
 
     def _methods(self, measuring: Measuring) -> tuple[list[Measured], dict[str, str]]:
@@ -220,11 +230,6 @@ class Comparison(LightningModule):
             "processes": runtime.team.size,
             "versions": versions(),
         }
-
-
-def _tasks(recipe: Recipe, data: VisionTasks) -> Collection[str]:
-    """The tasks whose experts are merged, by name; what is no task of the suite is found when the experts are opened."""
-    return data.suite.tasks if recipe.experts is None else recipe.experts
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit_vision.encoders.backbone import Backbone, stored_weights
 from mergekit_vision.merger import Merger
-from mergekit_vision.merging.costs import Method, merge_work, method_of
+from mergekit_vision.merging.costs import Method, is_scaled, merge_work, method_of
 from mergekit_vision.merging.speed import Speed
 from mergekit_vision.merging.work import CURVATURES, STEP, Matrix, Sizes
 from mergekit_vision.merging.workbench import GRAPH, TOKENS
@@ -66,7 +66,7 @@ def estimate(
         work, method = merge_work(merger, sizes), method_of(merger) or Method()
         found[name] = {
             "merge": None if work is None else speed.of(work),
-            "search": passes(TRIED, images.val) if method.scaled else 0.0,
+            "search": passes(TRIED, images.val) if is_scaled(merger) else 0.0,
             "evaluation": passes(method.slower(sizes), images.test),
             "peak_bytes": peak_bytes(merger, backbone, held, sizes, images, batch_size, cache) if work is not None else None,
         }

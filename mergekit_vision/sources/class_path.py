@@ -17,6 +17,7 @@ from mergekit_vision.support.files import WORK, draft_folder, move_into
 from mergekit_vision.support.fingerprints import digest, stamps
 from mergekit_vision.support.imports import import_by_path, registered
 from mergekit_vision.support.memory import is_spent
+from mergekit_vision.support.source_code import code_fingerprint
 
 GROUP = "mergekit_vision.datasets"
 """Entry points of data set classes."""
@@ -69,14 +70,15 @@ class TorchvisionImages(ImageSource):
         return self._labels
 
     def fingerprint(self) -> str:
-        """Hash of the class path, the arguments, all labels, and the paths, sizes and modification times under ``root``.
+        """Hash of the class, its arguments, all labels, and the paths, sizes and modification times under ``root``.
 
         Of a class of torchvision that has a folder of its own there, it is that folder's files: data sets may share a ``root``.
         Without a directory ``root`` among the arguments, the data set is taken for what its class always yields.
         """
         root = self._args.get("root")
         files = stamps(self._folder(Path(root))) if isinstance(root, str) else []
-        return digest(self._where, sorted(self._args.items()), self.labels(), files)
+        code = None if self._where.startswith(f"{_TORCHVISION}.") else code_fingerprint([type(self._data)])
+        return digest(self._where, code, sorted(self._args.items()), self.labels(), files)
 
     def _folder(self, root: Path) -> Path:
         """The folder in ``root`` with all files of a class of torchvision that names one, else ``root``."""

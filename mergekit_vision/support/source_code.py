@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mergekit_vision.version import __version__
 
+_BY_VERSION = ("builtins", "abc", "typing", "torch", "torchvision")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -21,15 +22,15 @@ def code_fingerprint(classes: Iterable[type]) -> str | None:
     What a module does is hashed, not how it is written: comments, docstrings and layout do not count.
 
     Imports are followed, inside of functions too, into modules of the same package and into modules that are not installed, such
-    as files beside the user. Other libraries, also torch where a class derives from it, are known by their versions, which are
-    not part of the hash.
+    as files beside the user. Other libraries are known by their versions, which are not part of the hash; so are torch and
+    torchvision where a class derives from one of theirs.
 
     Returns:
         ``None`` where a class has no source file: defined in an interactive session, or compiled.
     """
     parts: dict[str, str] = {}
     modules = {base.__module__ for cls in classes for base in cls.__mro__}
-    for module in (name for name in modules if name.partition(".")[0] not in ("builtins", "abc", "typing", "torch")):
+    for module in (name for name in modules if name.partition(".")[0] not in _BY_VERSION):
         if (file := _source(module)) is None:
             return None
         _follow(module, file, parts)
@@ -38,7 +39,7 @@ def code_fingerprint(classes: Iterable[type]) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that results depend on."""
-    packages = ("torch", "torchvision", "lightning", "open_clip_torch")
+    packages = ("torch", "torchvision", "lightning", "open_clip_torch", "pillow")
     return {"mergekit_vision": __version__, **{name: version(name) for name in packages}}
 
 

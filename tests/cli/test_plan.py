@@ -95,6 +95,14 @@ def test_a_suite_on_this_machine(root: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("measured")
+def test_the_search_of_a_base_is_counted(root: Path, tmp_path: Path) -> None:
+    found = planned(tmp_path, "-s", root / "suite.yaml", "--mergers", "[ESM, ESMPP, SMILE, FeatCal, RegMean]")
+    searches = {name: costs["search"] for name, costs in found["estimate"]["methods"].items()}
+    assert searches["ESM"] == searches["ESMPP"] == searches["FeatCal"] > 0
+    assert searches["SMILE"] == searches["RegMean"] == 0
+
+
+@pytest.mark.usefixtures("measured")
 def test_every_fault_is_told_at_once_and_what_can_be_is_planned(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,6 +151,21 @@ def test_an_experts_accuracy_is_measured_once_for_the_same_content(
     assert len(measured) == 6, "other code"
 
 
+@pytest.mark.parametrize("kind", ["delta", "auto"])
+def test_an_expert_that_is_based_on_the_backbone_is_measured_again_on_another(
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    expert = {"path": "experts/colors.safetensors", "kind": kind}
+    data = VisionTasks(changed(root, lambda tasks: tasks["colors"].update(expert=expert)))
+    measured: list[str] = []
+    monkeypatch.setattr(Evaluator, "accuracy", lambda self, task, split: measured.append(task) or 0.5)
+    here = Workbench.open(data, Runtime(CPU)).evaluator
+    other = replace(here, pretrained={key: value + 1 for key, value in here.pretrained.items()})
+    for evaluator in (here, replace(here), other, other):
+        evaluator.expert_accuracy("colors", "val")
+    assert len(measured) == (2 if kind == "delta" else 1)
+
+
 def test_a_damaged_image_is_an_evaluation_error(root: Path) -> None:
     for name in ("a", "b", "c"):  # one directory a class
         (root / "photos" / name).mkdir(parents=True)

@@ -39,7 +39,7 @@ ROWS: list[tuple[str, str, list[str], str]] = [
     (MERGE, "-m", ["a.b.c", "é.b", "TIES.", "mergekit_vision.plugins.ties.TIES.x"], "cannot be imported"),
     (MERGE, "-m", ["", "...", "3", "[TIES]", "{class_path: os.system}", "{class_path: TIES, init_args: 3}"], "--merger"),
     (TSVM, "--merger.rank", NO_NUMBERS, "--merger.rank must be a whole number"),
-    (TSVM, "--merger.rank", ["-1", "0"], "must be at least 1"),
+    (TSVM, "--merger.rank", ["-1", "0"], "must be a whole number, 1 or more"),
     (
         AVERAGE,
         "--scale",

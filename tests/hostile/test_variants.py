@@ -106,7 +106,7 @@ GRIDS: list[tuple[Any, str]] = [
     ({"rank.x": [1]}, "rank is no method that has parameters"),
     ({"__class__": [1]}, "unknown key `__class__`"),
     *(({"rank": [value]}, "grid: rank: must be a whole number") for value in ("a", True, 1.5, float("nan"), [1], {"a": 1})),
-    ({"rank": [-1]}, "rank is -1, but must be at least 1"),
+    ({"rank": [-1]}, "rank is -1, but must be a whole number, 1 or more"),
 ]
 
 

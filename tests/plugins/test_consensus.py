@@ -101,6 +101,7 @@ def test_a_base_with_routed_experts_is_refused() -> None:
         (lambda: ConsensusTA(threshold=-0.1), "threshold is -0.1"),
         (lambda: ConsensusTA(threshold=float("nan")), "threshold is nan"),
         (lambda: ConsensusTA(agreeing=-1), "agreeing is -1"),
+        (lambda: ConsensusTA(agreeing=float("nan")), "agreeing is nan"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Callable[[], Merger], named: str) -> None:

@@ -146,6 +146,7 @@ def test_smoothing_keeps_the_sum_and_never_steepens() -> None:
     ("make", "named"),
     [
         (lambda: DCMerge(rank=0), "rank is 0"),
+        (lambda: DCMerge(rank=2.5), "rank is 2.5"),
         (lambda: DCMerge(density=0), "density is 0"),
         (lambda: DCMerge(density=1.5), "density is 1.5"),
         (lambda: DCMerge(smoothing=0.5), "smoothing is 0.5"),

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from plain import Counted, Plain, Subject, Weights, added, together
-from synthetic import INFOS, TOKENS, Zoo, weight_key
+from synthetic import INFOS, TOKENS, Adapter, Zoo, weight_key
 from tolerances import eps
 from torch import Tensor
 
@@ -155,19 +155,6 @@ def test_a_base_of_any_scale_and_with_fixed_parameters(base: Merger) -> None:
     given = {key: value.double() for key, value in merged.update.items()}
     fitted = partial(formula, linears=INFOS, norms=subject.norms, **CHOSEN, update=lambda plain: given)
     subject.check(changes(merged, subject.inputs.tasks), fitted, most=1e-3)
-
-
-class Adapter(dict[str, Tensor]):
-    """Weights of an expert whose Linear layers change by products of factors."""
-
-    def __init__(self, base: Weights, seed: int) -> None:
-        super().__init__(base)
-        random = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-        self.pairs = {x.weight: (0.03 * random(len(base[x.weight]), 2), random(2, base[x.weight].shape[1])) for x in INFOS}
-        self.update({key: base[key] + up @ down for key, (up, down) in self.pairs.items()})
-
-    def factors(self, key: str) -> tuple[Tensor, Tensor] | None:
-        return self.pairs.get(key)
 
 
 def test_adapters_are_fitted_as_whole_experts_are() -> None:

@@ -1,6 +1,6 @@
 """Every plugin against its published formula in float64, on whole (small) models."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import formulas
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import INFOS, LINEARS, Zoo, relative_error, weight_key
+from synthetic import INFOS, LINEARS, Adapter, Zoo, relative_error, weight_key
 from tolerances import of_formula, of_model, summed
 from updates import esm_formula, is_matrix, tsvm_formula, uneven
 
@@ -79,6 +79,16 @@ def test_ties_gives_exact_cancellations_the_majority_sign_of_the_whole_model(sig
     assert (expected[zero_sum] * sign > 0).any(), "nothing cancels: the test tests nothing"
     found = torch.cat([value.flatten() for value in TIES(density=1.0).merge(zoo.inputs()).update.values()])
     assert relative_error(found, expected) < summed(zoo.tasks)
+
+
+@pytest.mark.parametrize("adapters", [("task0",), ("task2",), ("task0", "task1", "task2")])
+def test_ties_of_adapters_beside_whole_weights(adapters: Sequence[str]) -> None:
+    zoo = Zoo(tasks=3)
+    for task in adapters:
+        zoo.experts[task] = Adapter(zoo.base, 0)
+    inputs = zoo.inputs()
+    expected = TIES().merge(inputs.view(lambda task, key, delta: delta)).update  # all as task vectors
+    assert all(torch.equal(update, expected[key]) for key, update in TIES().merge(inputs).update.items())
 
 
 def test_ties_counts_frozen_entries() -> None:
@@ -293,6 +303,7 @@ def test_task_arithmetic_of_identical_experts_is_their_multiple() -> None:
         (lambda: TIES(density=20), "density"),
         (lambda: TIES(aggregate="median"), "aggregate"),
         (lambda: TIES(count_frozen=-1), "count_frozen"),
+        (lambda: TIES(count_frozen=float("nan")), "count_frozen"),
         (lambda: TSVM(rank=0), "rank"),
         (lambda: TSVM(rank="all"), "rank"),
         (lambda: TSVM(rank="energy", floor=1.5), "floor"),

@@ -1,6 +1,7 @@
 """The LightningModule used from Python."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
@@ -19,11 +20,15 @@ from mergekit_vision.merger import Merged
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.average import Average
+from mergekit_vision.plugins.emr import EMR
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.esmpp import ESMPP
 from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
+from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.plugins.trim import Trim
+from mergekit_vision.runs.comparison import Comparison
+from mergekit_vision.runs.tuning import Tuning
 from mergekit_vision.sources.folder import FlatFolder
 
 
@@ -96,6 +101,31 @@ def test_proxies_run_in_batches_and_only_as_many_as_asked_for(trainer: Trainer, 
     merger = Counting(observe=True)
     trainer.test(MergedCLIP(merger), VisionTasks(str(tiny_suite), batch_size=4, proxies=Proxies(n=10)))
     assert set(merger._rows.values()) == {10}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MergedCLIP(), "give one of"),
+        (lambda: MergedCLIP(merged="nowhere"), "nowhere"),
+        (lambda: MergedCLIP(EMR()), "is no merge"),
+        (lambda: MergedCLIP(Average(), experts=["gray"]), "name some of the suite's tasks"),
+        (lambda: MergedCLIP(Average(), route="oracle"), "a static model has no routed experts"),
+        (lambda: Comparison(Recipe(experts=("gray",)), {"Average": Average()}), "name some of the suite's tasks"),
+        (lambda: Comparison(Recipe(route="oracle"), {"Average": Average()}), "a static model has no routed experts"),
+        (lambda: Tuning(Recipe(experts=("gray",)), TIES(), {"density": [0.1]}), "name some of the suite's tasks"),
+    ],
+)
+def test_what_is_wrong_without_any_data_is_told_before_a_download(
+    trainer: Trainer,
+    tiny_suite: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], lightning.LightningModule],
+    message: str,
+) -> None:
+    monkeypatch.setattr(VisionTasks, "fetch", lambda *_: pytest.fail("something was downloaded"))
+    with pytest.raises(InputError, match=message):
+        lightning.Trainer.predict(trainer, make(), datamodule=VisionTasks(str(tiny_suite)))
 
 
 def test_only_images_that_will_be_seen_are_downloaded(trainer: Trainer, root: Path) -> None:

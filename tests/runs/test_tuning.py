@@ -18,6 +18,7 @@ from mergekit_vision.merging.agreement import ExpertTeachers
 from mergekit_vision.merging.recipe import Recipe
 from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.esmpp import ESMPP
+from mergekit_vision.plugins.tall import TALLMasks
 from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.runs.tuning import Tuning
 
@@ -41,6 +42,19 @@ def command(tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def results(place: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((place / "results.json").read_text())
     return content
+
+
+def test_what_is_no_merge_is_not_tuned() -> None:
+    with pytest.raises(InputError, match="TALLMasks is no merge"):
+        Tuning(Recipe(), TALLMasks(), {"threshold": [0.2, 0.4]})
+
+
+def test_an_oracle_of_routing_is_told_the_task(command: Command, tmp_path: Path) -> None:
+    options = ("-m", "SMILE", "--merger.top_k", "1", "--grid", "{rank: [1, 8]}", *COARSE)
+    assert command("tune", "--route", "oracle", *options) == 0
+    oracle = results(tmp_path / "out")["rows"]
+    assert command("tune", *options) == 0
+    assert {row["distance"] for row in oracle} != {row["distance"] for row in results(tmp_path / "out")["rows"]}
 
 
 def test_the_best_of_all_combinations_is_merged_from_its_file(

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import pytest
+from loading import changed
 
 from mergekit_vision import InputError, Merger, Proxies, VisionTasks
 from mergekit_vision.merging.recipe import Recipe
@@ -148,6 +149,14 @@ def test_images_of_tasks_that_no_row_merges_are_not_looked_at(compare: Compare, 
         with pytest.raises(InputError, match=r"tasks\.stripes\.data\.val: "):
             compare(rows, data, **({} if rows is two else {"experts": ("colors", "grays")}))
     assert merges == ["ESM"] * 3
+
+
+@pytest.mark.parametrize("proxies", [{}, {"n": 3}])
+def test_images_that_a_row_is_sure_to_see_must_be_named(compare: Compare, root: Path, merges: list[str], proxies: Any) -> None:
+    data = {"suite": changed(root, lambda tasks: tasks["stripes"]["data"].pop("val"))}
+    with pytest.raises(InputError, match=r"tasks\.stripes\.data\.val: missing"):
+        compare([Variant("a", Average()), Variant("b", ESM(), scale=1.0, proxies=proxies)], data)
+    assert merges == []
 
 
 def test_no_two_rows_have_one_name() -> None:

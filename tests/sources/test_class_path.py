@@ -57,6 +57,17 @@ def test_torchvision_fingerprint_follows_the_files_under_root(tmp_path: Path) ->
     assert open_source(config, allow_code=True).fingerprint() == found[-1]
 
 
+def test_a_class_of_a_user_is_known_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file, config = tmp_path / "own_pictures.py", {"torchvision": "own_pictures.Pictures"}
+    code = "class Pictures:\n    targets = [0]\n    __len__ = lambda self: 1\n    __getitem__ = lambda self, index: {}\n"
+    found = []
+    for item in ("1", "1  # the same", "2"):
+        file.write_text(code.format(item))
+        found.append(open_source(config, allow_code=True).fingerprint())
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_root_may_be_shared_by_classes_with_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)

@@ -179,7 +179,7 @@ def test_a_class_without_a_file_has_none() -> None:
 
 def test_versions_are_those_installed() -> None:
     assert versions()["torch"] == version("torch")
-    assert {"mergekit_vision", "torch", "torchvision", "lightning", "open_clip_torch"} == versions().keys()
+    assert {"mergekit_vision", "torch", "torchvision", "lightning", "open_clip_torch", "pillow"} == versions().keys()
 
 
 def test_what_another_environment_installs_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
