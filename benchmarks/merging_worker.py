@@ -73,6 +73,7 @@ def work(argument: str) -> dict[str, float]:
     case = Case(**json.loads(argument))
     device = torch.device(case.device)
     visual = tower(case.model, case.layers)
+    torch.backends.cudnn.allow_tf32 = False  # as a Trainer does: float32 is float32 in convolutions too
     forward, meter = Stopwatch(device), Meter(device, case.limit_gib)
     run = ours if case.implementation == "ours" else textbook
     with torch.no_grad(), meter:
@@ -90,7 +91,7 @@ def ours(case: Case, visual: nn.Module, forward: Stopwatch) -> Mapping[str, Tens
     share: Spread = partial(ALONE.spread, device=device)
     if (copies := copies_to(device)) is not None:
         base = {key: value.to(device) for key, value in base.items()}
-        experts, share = read_ahead(experts, ALONE, share, copies)
+        experts, share = read_ahead(experts, base, ALONE, share, copies)
 
     def run_proxies(task: str, observers: Mapping[str, Observer], model: Merged | None) -> None:
         encoder.assign(experts[task])

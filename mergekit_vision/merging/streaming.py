@@ -181,12 +181,14 @@ class Reader:
     """Reads experts one item of work ahead, and keeps on the device what there is room for.
 
     Args:
-        experts: task -> weights.
+        experts: task -> weights; may open each when it is asked for, which happens only when something of it is.
+        base: the backbone's weights, which an expert has where it says nothing else; on the device.
         copies: puts them on the device.
     """
 
-    def __init__(self, experts: Mapping[str, Weights], copies: Copies) -> None:
-        self.experts = dict(experts)
+    def __init__(self, experts: Mapping[str, Weights], base: Weights, copies: Copies) -> None:
+        self.experts, self.base = experts, base
+        self._tasks = frozenset(experts)
         self._copies = copies
         self._window: _Window | None = None
         self._by_task = False
@@ -200,7 +202,7 @@ class Reader:
         Args:
             items: parameters' keys or tasks, in the order of the work.
         """
-        self._by_task = all(item in self.experts for item in items)
+        self._by_task = all(item in self._tasks for item in items)
 
         def read(item: str, part: str) -> _Arrival:
             return self._read(*self._place(item, part))
@@ -247,7 +249,7 @@ class Reader:
         except torch.cuda.OutOfMemoryError:  # merging alone may still fit
             self._full = True
             return _Arrival((), None, finite)
-        if all(value.device.type == "cpu" for value in pinned):  # the backbone's own values are there already
+        if values[0] is not self.base.get(key):  # the backbone's own values are there already
             self._keep(task, key, found)
         return found
 
@@ -272,32 +274,35 @@ class Streamed(MadeOn):
     """
 
     def __init__(self, task: str, reader: Reader) -> None:
-        super().__init__(reader.experts[task], partial(reader.value, task))
-        self._get, self._weights = partial(reader.get, task), reader.experts[task]
+        super().__init__(reader.base, partial(reader.value, task))  # of the same keys
+        self._task, self._reader = task, reader
 
     def factors(self, key: str) -> Factors | None:
         """Of an adapter, the factors of a weight's change, not to be written to; ``None`` where it is not known as a product."""
-        found = self._get(key)
+        found = self._reader.get(self._task, key)
         if found is None:
-            return factors_of(self._weights, key)
+            return factors_of(self._reader.experts[self._task], key)
         return None if len(found.tensors) != 2 else (found.tensors[0], found.tensors[1])
 
     def finite(self, key: str) -> bool:
         """Whether what is read of a key, its value or its factors, is known to be finite, also as float32."""
-        found = self._get(key)
+        found = self._reader.get(self._task, key)
         return found is not None and found.finite
 
 
-def read_ahead(experts: Mapping[str, Weights], team: Team, share: Spread, copies: Copies) -> tuple[dict[str, Weights], Spread]:
+def read_ahead(
+    experts: Mapping[str, Weights], base: Weights, team: Team, share: Spread, copies: Copies
+) -> tuple[dict[str, Weights], Spread]:
     """Experts, and a way to share out work on them, that read what work needs while what comes before is worked on.
 
     Args:
-        experts: task -> weights.
+        experts: task -> weights, with the keys of the backbone; may open each when it is asked for.
+        base: the backbone's weights, on the device.
         team: the processes; each reads what it works on itself.
         share: shares the work out among them.
         copies: puts the weights on the device.
     """
-    reader = Reader(experts, copies)
+    reader = Reader(experts, base, copies)
 
     def sharing(function: Callable[[str], Any], items: Mapping[str, int], description: str) -> dict[str, Any]:
         with reader.ahead(team.own(items)) as enter:

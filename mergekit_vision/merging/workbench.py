@@ -113,7 +113,7 @@ class Workbench:
 
         share: Spread = partial(runtime.team.spread, device=device)
         if (copies := copies_to(device)) is not None and experts:
-            experts, share = read_ahead(experts, runtime.team, share, copies)
+            experts, share = read_ahead(experts, self.base, runtime.team, share, copies)
         return MergeInputs(
             self.base,
             experts,

@@ -21,7 +21,7 @@ from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.data.proxies import Proxies
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Runtime
-from mergekit_vision.merger import MergeInputs, Merger
+from mergekit_vision.merger import Former, MergeInputs, Merger
 from mergekit_vision.merging import streaming, workbench
 from mergekit_vision.merging.streaming import Copies, _cuda_copies, copies_to, read_ahead
 from mergekit_vision.merging.workbench import Workbench
@@ -92,10 +92,13 @@ class Slow(Mapping[str, Tensor]):
         return [name for name, _ in self.reads].count(key)
 
 
+BASE = {key: torch.zeros(2, 3) for key in KEYS}
+
+
 def inputs_of(experts: Mapping[str, Mapping[str, Tensor]], team: Team = ALONE, copies: Copies | None = None) -> MergeInputs:
     """A merger's inputs with experts that are read ahead, on a backbone of zeros."""
-    given, share = read_ahead(experts, team, partial(team.spread, device=CPU), copies or LateCopies())
-    return MergeInputs({key: torch.zeros(2, 3) for key in KEYS}, given, share=share)
+    given, share = read_ahead(experts, BASE, team, partial(team.spread, device=CPU), copies or LateCopies())
+    return MergeInputs(BASE, given, share=share)
 
 
 def until(met: Callable[[], bool]) -> None:
@@ -121,6 +124,40 @@ def test_methods_merge_the_same(method: Merger, room: int, tiny_suite: Path, mon
     assert copies.threads - {threading.get_ident()}
     assert (after.update.keys(), after.scale, after.fixed) == (before.update.keys(), before.scale, before.fixed)
     assert all(torch.equal(after.update[key], value) for key, value in before.update.items())
+
+
+class Opened(Mapping[str, Mapping[str, Tensor]]):
+    """Experts that leave a model, and which of them were asked for."""
+
+    def __init__(self, bench: Workbench, *tasks: str) -> None:
+        self._bench, self._tasks, self.opened = bench, tasks, set[str]()
+
+    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
+        self.opened.add(task)
+        return self._bench.evaluator.expert(task)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+
+@pytest.mark.parametrize(("method", "asked"), [(TSVM(), False), (TaskArithmetic(), True)], ids=["TSVM", "TaskArithmetic"])
+def test_an_expert_that_leaves_is_opened_only_for_a_method_that_asks(
+    method: Merger, asked: bool, tiny_suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file may be gone."""
+    bench, (first, *_) = Workbench.open(VisionTasks(str(tiny_suite)), Runtime(CPU)), TASKS
+    merged = bench.merge(method, {task: bench.evaluator.expert(task) for task in TASKS}, keep=1)
+    change = {key: merged.scale * merged.update.get(key, torch.zeros_like(value)) for key, value in bench.base.items()}
+    former = Former(tuple(TASKS), change, merged.scale, merged.kept)
+    plain = bench.revise(method, former, {}, Opened(bench, first))
+    monkeypatch.setattr(workbench, "copies_to", lambda device: LateCopies())
+    leaving = Opened(bench, first)
+    ahead = bench.revise(method, former, {}, leaving)
+    assert leaving.opened == ({first} if asked else set())
+    assert all(torch.equal(ahead.update[key], value) for key, value in plain.update.items())
 
 
 class Stream:
@@ -288,8 +325,8 @@ def test_what_there_is_room_for_is_read_once(room: int, again: list[str], monkey
     assert [key for key in KEYS if expert.times(key) > 1] == again
 
 
-def test_what_is_on_the_device_already_takes_no_room() -> None:
-    """As what an expert leaves as it was in the backbone."""
+def test_of_what_is_on_the_device_already_the_backbones_own_takes_no_room() -> None:
+    """What was made there is kept, as the sum of the backbone and a stored difference."""
 
     class There(LateCopies):
         def pin(self, value: Tensor) -> Tensor:
@@ -298,11 +335,16 @@ def test_what_is_on_the_device_already_takes_no_room() -> None:
         def start(self, pinned: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             return super().start([value if value.device.type == "cpu" else torch.full(value.shape, 4.0) for value in pinned])
 
-    experts = {"a": Slow(4.0), "b": Slow(1.0)}
-    inputs = inputs_of(experts, copies=There((2 * len(KEYS) + 1) * SIZE))
+    class Unchanged(Slow):
+        def __getitem__(self, key: str) -> Tensor:
+            super().__getitem__(key)
+            return BASE[key]
+
+    experts = {"own": Unchanged(0.0), "made": Slow(4.0), "read": Slow(1.0)}
+    inputs = inputs_of(experts, copies=There((3 * len(KEYS) + 1) * SIZE))
     for _ in range(2):
         inputs.spread(inputs.deltas, KEYS, "")
-    assert [expert.times(KEYS[0]) for expert in experts.values()] == [2, 1]
+    assert {task: expert.times(KEYS[0]) for task, expert in experts.items()} == {"own": 2, "made": 1, "read": 1}
 
 
 def test_nothing_is_read_for_work_that_asks_for_no_expert() -> None:
