@@ -63,7 +63,7 @@ def polar_by_halley(M: Tensor, tol: float = TOLERANCE) -> Polar | None:
         return None if found is None else Polar(found.factor.T, found.nuclear_norm)
     G = gram(M)
     least, largest = _extreme_singular_values(G)
-    if not max(tol, TOLERANCE) * largest < least:
+    if not 0 < max(tol, TOLERANCE) * largest < least:  # a matrix without entries has no least one
         return None
     size = MARGIN * largest
     X, least = _step(M / size, G / size**2, least / (MARGIN * size))

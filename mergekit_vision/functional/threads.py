@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import cache
 from threading import local
 from typing import TypeVar
 
@@ -32,16 +33,22 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
     workers = 1 if hasattr(_this, "is_worker") else min(threads, MOST, len(items))
     stream = _stream()
 
+    def begin() -> None:
+        _this.is_worker = True
+        if stream is not None:
+            torch.cuda.set_device(stream.device)  # else the thread takes memory of the first device, whichever this one is
+
     @torch.no_grad()  # a thread's own setting, as is the stream
     def run(item: Item) -> Result:
-        with torch.cuda.stream(stream):
+        # without a stream, torch's context would put CUDA to use for all that comes after
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             return function(item)
 
     if workers < 2:
         return [run(item) for item in items]
     torch.set_num_threads(threads // workers)
     try:
-        with ThreadPoolExecutor(workers, initializer=partial(setattr, _this, "is_worker", True)) as pool:
+        with ThreadPoolExecutor(workers, initializer=begin) as pool:
             return list(pool.map(run, items))
     finally:
         torch.set_num_threads(threads)

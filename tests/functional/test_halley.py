@@ -35,6 +35,16 @@ def test_what_may_be_singular_is_left_to_others(condition: float) -> None:
     assert polar_by_halley(torch.ones(5, 4).double()) is None
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5), (0, 0)])
+def test_a_matrix_without_entries_is_left_to_others(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "pays", lambda M: True)
+    M = torch.zeros(shape).double()
+    assert polar_by_halley(M) is None
+    found = polar(M)
+    assert (found.factor.shape, found.nuclear_norm) == (shape, 0.0)
+    assert polar_product(M, M.T).product.equal(torch.zeros(shape[0], shape[0]).double())
+
+
 def test_where_it_pays_polar_factors_are_found_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """And null directions stay null, by an eigendecomposition."""
     left, right = matrix(60, 40, 100.0).float(), matrix(40, 50, 10.0).float()

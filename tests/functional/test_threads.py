@@ -1,9 +1,12 @@
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mergekit_vision.functional import threads as module
 from mergekit_vision.functional.threads import in_threads
 
 
@@ -49,3 +52,24 @@ def test_within_a_worker_it_is_a_plain_loop(threads: int) -> None:
     assert torch.get_num_threads() == threads
     met = threading.Barrier(threads)
     in_threads(lambda _: met.wait(timeout=30), range(threads))  # outside of workers it is none again
+
+
+def test_leaves_cuda_alone_where_that_is_not_in_use(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even a context of no stream would initialize it where there is a device."""
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: pytest.fail("initializes CUDA"))
+    assert in_threads(lambda n: -n, range(3)) == [0, -1, -2]
+
+
+def test_workers_are_on_the_device_of_the_callers_stream(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on the first device."""
+    stream, on = SimpleNamespace(device=torch.device("cuda", 1)), {threading.get_ident(): torch.device("cuda", 1)}
+
+    def entered(given: object) -> AbstractContextManager[None]:
+        assert given is stream
+        assert on[threading.get_ident()] == stream.device
+        return nullcontext()
+
+    monkeypatch.setattr(module, "_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: on.update({threading.get_ident(): device}))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    assert in_threads(lambda n: -n, range(3)) == [0, -1, -2]
