@@ -50,8 +50,8 @@ class Trainer(lightning.Trainer):
         strategy: how processes work together; ``auto`` is right for evaluation.
         devices: how many devices of a node, which, or ``auto`` for all.
         num_nodes: number of machines.
-        precision: of evaluation's forward passes; ``bf16-mixed`` is faster on a GPU. Merging is not affected. At
-            ``32-true`` PyTorch is told, for the whole process, not to use TF32 in convolutions.
+        precision: of evaluation's forward passes; ``bf16-mixed`` is faster on a GPU. Merging is not affected. At any
+            of them PyTorch is told, for the whole process, not to use TF32 in convolutions.
         logger: where accuracies are logged besides ``results.json``.
         callbacks: Lightning callbacks.
         profiler: ``simple``, ``advanced`` or a Lightning profiler.
@@ -96,8 +96,8 @@ class Trainer(lightning.Trainer):
                 enable_model_summary=False,
                 use_distributed_sampler=False,  # the data module's own sampler repeats no image
             )
-        if self.precision == "32-true":
-            torch.backends.cudnn.allow_tf32 = False  # the patch embedding would otherwise have 10 bits on CUDA
+        # the patch embedding would otherwise have 10 bits on CUDA, of proxy images at any precision
+        torch.backends.cudnn.allow_tf32 = False
         check_started(self.world_size)
         end_together(self.strategy)
 

@@ -51,11 +51,13 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["ESM", "TSVM", "TIES", "IsoC"])
-def test_ours_is_the_textbook_in_float64(model: str, workdir: Path, method: str) -> None:
+def test_ours_is_the_textbook_in_float64(model: str, workdir: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files = merging.prepare(workdir, model, None, TASKS, proxies=8)
     case = merging.Case.of(files, model=model, layers=3, method=method, implementation="ours")
     exact = merging.replace(case, implementation="textbook", double=True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     figures = [merging.work(one.to_json()) for one in (case, exact)]
+    assert not torch.backends.cudnn.allow_tf32, "convolutions would not be float32 on CUDA"
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["peak_MiB"] >= row["idle_MiB"] > 0 for row in figures)
     assert all(("forward_seconds" in row) == (method == "ESM") for row in figures)
     found = merging.errors(case, exact.output)
