@@ -691,8 +691,9 @@ def settled(inputs: MergeInputs, merged: Merged) -> Merged:
 
 
 def _add_up(total: Tensor, terms: Sequence[Tensor], scale: int = 1) -> None:
-    """Add float32 tensors of the shape of a float64 one to it, times ``scale``, piece by piece."""
-    for entries, *parts in zip(*(torch.split(tensor.reshape(-1), IN_CACHE) for tensor in (total, *terms)), strict=True):
+    """Add float32 tensors of the shape of a float64 one to it, times ``scale``; on a CPU piece by piece."""
+    size = IN_CACHE if total.device.type == "cpu" else total.numel()  # elsewhere each piece would have to be started
+    for entries, *parts in zip(*(torch.split(tensor.reshape(-1), size) for tensor in (total, *terms)), strict=True):
         for part in parts:
             entries.add_(part, alpha=scale)
 

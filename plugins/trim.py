@@ -100,5 +100,13 @@ class Breadcrumbs(Merger):
         n = delta.numel()
         kept = max(1, int(self.density * n))
         largest = n - int(self.gamma * n)  # how many are left below the outliers
-        low, high = (magnitudes.flatten().kthvalue(rank).values for rank in (largest - kept + 1, largest))
+        low, high = _ranked(magnitudes.flatten(), largest - kept + 1, largest)
         return delta.masked_fill_((magnitudes < low) | (magnitudes > high), 0.0)
+
+
+def _ranked(values: Tensor, *ranks: int) -> list[Tensor]:
+    """The values of some ranks; the smallest has rank 1."""
+    if values.is_cuda:  # where to find one occupies a single multiprocessor, and to sort them all the whole device
+        ordered = values.sort().values
+        return [ordered[rank - 1] for rank in ranks]
+    return [values.kthvalue(rank).values for rank in ranks]

@@ -13,7 +13,7 @@ from tolerances import eps
 from torch import Tensor
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import Merged, MergeInputs, Merger, linears_of_kind, merged_weights, static_base
+from mergekit_vision.merger import IN_CACHE, Merged, MergeInputs, Merger, _add_up, linears_of_kind, merged_weights, static_base
 from mergekit_vision.routers import HeldRouter, LowRankExperts
 from mergekit_vision.support.team import assign_by_cost
 
@@ -94,6 +94,18 @@ def test_the_total_is_the_sum_of_the_task_vectors(shape: tuple[int, ...]) -> Non
         wrong.total("w")
     same = replace(inputs, experts={task: {"w": base} for task in "abc"})
     assert not same.total("w").any(), "what no expert changed is zero, not round-off"
+
+
+@pytest.mark.parametrize(("device", "pieces"), [("cpu", 3), ("meta", 1)])
+def test_only_on_a_cpu_a_sum_is_made_piece_by_piece(device: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each piece would have to be started."""
+    total, terms = torch.zeros(2 * IN_CACHE + 1, device=device).double(), [torch.zeros(2 * IN_CACHE + 1, device=device)] * 2
+    sizes, add = list[int](), Tensor.add_
+    monkeypatch.setattr(Tensor, "add_", lambda to, *args, **options: sizes.append(len(to)) or add(to, *args, **options))
+    _add_up(total, terms)
+    assert len(sizes) == 2 * pieces
+    assert sum(sizes) == 2 * len(total)
+    _add_up(torch.zeros(0, 3, device=device).double(), [torch.zeros(0, 3, device=device)])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

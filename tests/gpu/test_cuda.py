@@ -26,6 +26,7 @@ from mergekit_vision.merging.workbench import Workbench
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.plugins.ties import TIES
+from mergekit_vision.plugins.trim import Breadcrumbs
 from mergekit_vision.registry import mergers
 
 CUDA = torch.device("cuda", 0)
@@ -145,6 +146,12 @@ def test_the_threshold_of_ties_is_the_same_number() -> None:
 
     on_cpu = magnitude_threshold(pairs, 0.2)
     assert magnitude_threshold(pairs, 0.2, device=CUDA) == on_cpu
+
+
+def test_breadcrumbs_keeps_the_same_entries() -> None:
+    delta = normal(300, 400).round(decimals=2)  # many are alike
+    expected = Breadcrumbs()._masked("a", "w", delta.clone())
+    assert Breadcrumbs()._masked("a", "w", delta.to(CUDA)).cpu().equal(expected)
 
 
 def test_all_devices_with_nccl(tiny_suite: Path, tmp_path: Path) -> None:

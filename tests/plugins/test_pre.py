@@ -11,6 +11,7 @@ import torch
 from synthetic import LINEARS, Zoo, relative_error, weight_key
 from tolerances import eps, of_formula, summed
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.merger import Merged, MergeInputs, Merger
@@ -284,6 +285,14 @@ def test_breadcrumbs_treats_equal_entries_alike() -> None:
     found = changed(Breadcrumbs, one(values), density=0.6, gamma=0.2)["a", "w"]
     assert found.tolist() == [1.0, -1.0, 1.0, 3.0, 3.0, 2.0, 2.0, 2.0, 0.0, 0.0]
     assert changed(Breadcrumbs, one(torch.tensor([5.0])))["a", "w"].tolist() == [5.0], "there is nothing else"
+
+
+def test_breadcrumbs_sorts_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where finding one rank occupies a single multiprocessor."""
+    monkeypatch.setattr(Tensor, "kthvalue", lambda *_: pytest.fail("is slow"))
+    with FakeTensorMode():  # knows shapes and devices, also of a device that is not there
+        delta = torch.zeros(30, 20, device="cuda")
+        assert Breadcrumbs()._masked("a", "w", delta) is delta
 
 
 @pytest.mark.parametrize("percent", [20, 50, 100])
