@@ -1,5 +1,6 @@
 """Fixtures for all tests: the real experts where they are at hand, and a tiny suite made on the spot."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from loopback_hub import LoopbackHub
-from tiny import write_suite
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the process that hands out the tests needs neither torch nor pyarrow
+    from loopback_hub import LoopbackHub
+
     from mergekit_vision.merging.workbench import Workbench
 
 # an example is written over the one before, so that fixtures of a function serve all of them
@@ -40,10 +41,23 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the real experts' tests first: long ones at the end would leave the other processes idle."""
+    items.sort(key=lambda item: item.path.name != "test_zoo.py")
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Places for the tests' cache directories; pytest's own would look through all former ones for each."""
+    root = tmp_path_factory.mktemp("caches")
+    return (root / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache directory of the test's own."""
-    place = tmp_path_factory.mktemp("cache")
+    place = next(caches)
+    place.mkdir()
     monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(place))
     return place
 
@@ -59,6 +73,8 @@ def zoo() -> Path:
 @pytest.fixture(scope="session")
 def tiny_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A suite file with a tiny random CLIP model, three tasks of 37 val and 41 test images, and an expert of each."""
+    from tiny import write_suite
+
     return write_suite(tmp_path_factory.mktemp("suite"))
 
 
@@ -81,7 +97,9 @@ def bench(tiny_suite: Path) -> "Workbench":
 
 
 @pytest.fixture
-def loopback_hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+def loopback_hub(tmp_path: Path) -> Iterator["LoopbackHub"]:
     """An empty Hugging Face hub on the loopback interface, until the test ends."""
+    from loopback_hub import LoopbackHub
+
     with LoopbackHub(tmp_path / "hub").serving() as hub:
         yield hub

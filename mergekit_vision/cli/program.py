@@ -62,15 +62,15 @@ class MergeCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Methods of the trainer, each with the arguments that the command line does not show."""
-        return {name: {"model", "datamodule"} for name in COMMANDS}
+        """Methods of the trainer, each with the arguments that the command line does not show: of a command only its own."""
+        return {name: {"model", "datamodule"} for name in COMMANDS if sys.argv[1:2] in ([name], [])}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Build the parsers; ``compare`` and ``tune`` choose coefficients, since methods' own suit few parameters."""
         super().setup_parser(*args, **kwargs)
-        self._subcommand_parsers["compare"].set_defaults({"model.scale": "search"})
-        self._subcommand_parsers["tune"].set_defaults({"model.scale": "agreement"})
         for command, parser in self._subcommand_parsers.items():
+            if scale := {"compare": "search", "tune": "agreement"}.get(command):
+                parser.set_defaults({"model.scale": scale})
             cast(Parser, parser).describe(command)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -1,5 +1,6 @@
 """How a run ends: exit status, the one line on standard error, and what is left behind in the process."""
 
+import json
 import logging
 import os
 import re
@@ -101,7 +102,7 @@ def test_nothing_beside_the_user_is_imported_but_a_merger(tiny_suite: Path, tmp_
     program = [sys.executable, "-m", "mergekit_vision"] if module else [str(Path(sys.executable).with_name("mergekit-vision"))]
     options = ["--suite", str(tiny_suite), "--merger", "mine.Half", "--output", "out"]
     subprocess.run([*program, "test", *options], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert '"mine.Half"' in (tmp_path / "out" / "results.json").read_text()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["merger"]["class_path"] == "mine.Half"
     assert not (tmp_path / "imported").exists()
 
 

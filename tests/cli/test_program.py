@@ -185,14 +185,6 @@ def test_a_plugin_of_another_package(foreign_package: Path, tiny_suite: Path, tm
     assert found["merger"]["init_args"] == {"gain": 0.25}
 
 
-def test_a_plugin_beside_the_user(tiny_suite: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(PLUGIN)
-    script = Path(sys.executable).with_name("mergekit-vision")
-    options = ["--suite", str(tiny_suite), "--model.merger", "mine.Half", "--output", "out"]
-    subprocess.run([script, "test", *options], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert results(tmp_path / "out")["merger"]["class_path"] == "mine.Half"
-
-
 def test_one_photo_on_two_processes(tiny_suite: Path, tmp_path: Path) -> None:
     Image.effect_noise((24, 24), 60).save(tmp_path / "photo.png")
     options = [
