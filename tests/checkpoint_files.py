@@ -87,9 +87,10 @@ def tensor(
     stride: str = "(K\x0cK\x04K\x02K\x01t",
     offset: bytes = b"K\x00",
     key: bytes = short("0"),
+    kind: bytes = b"ctorch\nFloatStorage\n",
 ) -> bytes:
     """Instructions that rebuild a tensor of the one storage, given as those of its sizes, strides, offset, and storage."""
-    storage = b"(" + short("storage") + b"ctorch\nFloatStorage\n" + key + short("cpu") + b"K\x0ctQ"
+    storage = b"(" + short("storage") + kind + key + short("cpu") + b"K\x0ctQ"
     return _REBUILD + b"(" + storage + offset + size.encode() + stride.encode() + b"\x89}tR"
 
 
@@ -172,9 +173,9 @@ def adapter(tensors: Mapping[str, Tensor], **config: Any) -> Make:
     return directory({"adapter_model.safetensors": tensors, "adapter_config.json": told})
 
 
-def clip_lora(layers: int = 1, parts: tuple[str, ...] = ("q_proj", "v_proj"), **metadata: Any) -> Make:
+def clip_lora(layers: int = 1, parts: tuple[str, ...] = ("q_proj", "v_proj"), rank: int = 2, **metadata: Any) -> Make:
     """A file of CLIP-LoRA."""
-    down, up = torch.ones(2, WIDTH), torch.ones(WIDTH, 2)
+    down, up = torch.ones(rank, WIDTH), torch.ones(WIDTH, rank)
     told = {"r": 2, "alpha": 1, "encoder": "vision", "params": ["q", "v"], "position": "all", **metadata}
     return saved(
         {

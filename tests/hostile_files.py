@@ -65,6 +65,12 @@ PICKLES: dict[str, tuple[Make, str]] = {
     "tuples in tuples in a frozen set": (opcodes(patch_of(tensor(), b"(" + TUPLES + b"\x910"), 4), OPENS),
     "tuples in tuples to make a set of": (opcodes(patch_of(tensor(), b"c__builtin__\nset\n((" + TUPLES + b"ltR0")), OPENS),
     "tuples in tuples as a storage": (opcodes(patch_of(tensor(key=TUPLES))), "a storage without a name"),
+    "tuples in tuples as a kind of storage": (opcodes(patch_of(tensor(kind=TUPLES))), "is stored as uint8"),
+    "a text that ends in its length": (opcodes(b"X\x01"), "truncated, damaged"),
+    "a tensor of a giant stride": (
+        opcodes(patch_of(tensor(stride=f"(L{1 << 63}L\nK\x04K\x02K\x01t"))),
+        "impossible sizes",
+    ),
     "a dictionary in itself": (opcodes(b"}q\x00" + short("a") + b"h\x00s"), "holds no tensors"),
     "a list in itself": (opcodes(b"]q\x00h\x00a"), "holds no tensors"),
     "dictionaries in dictionaries": (opcodes((b"}" + short("a")) * 99 + b"N" + b"s" * 99), "holds no tensors"),
@@ -94,6 +100,10 @@ LEGACY: dict[str, tuple[Make, str]] = {
     "an old file of storages that it lacks": (old(patch_of(tensor()), []), "truncated, damaged"),
     "an old file of a giant storage": (old(patch_of(tensor()), ["0"], b"\xff" * 60), "beyond"),
     "an old file of unknown storages": (old(b"}", ["0"]), "truncated, damaged"),
+    "an old file of tuples in tuples as storages": (
+        raw(MAGIC + pickle.dumps({}, 2) + b"\x80\x02}.\x80\x02(" + TUPLES + b"l."),
+        "a storage without a name",
+    ),
     "a module with its source": (old(PATCHED, []), "holds no tensors"),
 }
 

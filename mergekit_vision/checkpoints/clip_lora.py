@@ -48,8 +48,10 @@ def clip_lora_adapter(container: Container, scale: float | None) -> Adapter:
 def _factor(container: Container, told: Mapping[str, Any]) -> float:
     """``alpha / √r`` as the metadata have it, with the rank of the matrices."""
     rank, alpha = told.get("r"), finite(told.get("alpha"))
-    if alpha is None or not isinstance(rank, int):
-        raise InputError(f"{container.path}: its metadata lack `r` or `alpha`; give the factor of B A as `scale:`")
+    if alpha is None or not isinstance(rank, int) or rank < 1:
+        raise InputError(
+            f"{container.path}: its metadata lack `r` or `alpha`, or `r` is no rank; give the factor of B A as `scale:`"
+        )
     odd = next((name for name, info in container.entries.items() if name.endswith("_A") and info.shape[:1] != (rank,)), None)
     if odd is not None:
         shape = container.entries[odd].shape

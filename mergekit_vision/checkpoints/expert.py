@@ -109,6 +109,8 @@ def _adapter(container: Container, source: ExpertSource, tower: Tower | None) ->
         raise InputError(f"{container.path}: holds LoRA matrices, and is said to be {source.kind}; leave out `kind`")
     if clip_lora:
         return clip_lora_adapter(container, source.scale)
+    if tower is not None:
+        _check_architecture(container, tower)
     base = None if tower is None else _weights(container, tower, "weights")
     return peft_adapter(container, (file, read_object(file)) if file.is_file() else None, source.scale, base)
 

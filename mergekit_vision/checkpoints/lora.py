@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,12 +156,12 @@ class Adapter(Expert):
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {key: self._replaced_shape(parts) for key, parts in self.replaced.items()}
-        for updates in self.updates.values():
-            for update in updates:
-                weight = self._changed_shape(update)
-                shapes[update.place.key] = weight
-                if update.shift is not None:
-                    shapes[bias_of(update.place).key] = weight[:1]
+        for update in (update for updates in self.updates.values() for update in updates):
+            weight = self._changed_shape(update)
+            changed = [(update.place, weight)] + ([] if update.shift is None else [(bias_of(update.place), weight[:1])])
+            for place, shape in changed:
+                if shapes.setdefault(place.key, shape) != shape:
+                    raise InputError(f"{self.path}: {update.up} is for {place.key} {shape}, and others for {shapes[place.key]}")
         return shapes if self.base is None else self._shapes_of_all(self.base.shapes, shapes)
 
     def _shapes_of_all(self, own: Shapes, changed: Shapes) -> dict[str, tuple[int, ...]]:
@@ -180,18 +180,26 @@ class Adapter(Expert):
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             raise InputError(f"{self.path}: {update.down} {down} and {update.up} {up} are not two factors of one matrix")
         out, into = up[0], down[1]
-        for name in (update.magnitude, update.shift):
-            if name is not None and math.prod(self._shape(name)) != out:
-                raise InputError(f"{self.path}: {name} {self._shape(name)} does not have a number for each of {out} rows")
+        for name in filter(None, (update.magnitude, update.shift)):
+            shape = self._shape(name)
+            if math.prod(shape) != out or (name == update.shift and len(shape) != 1):
+                raise InputError(f"{self.path}: {name} {shape} does not have a number for each of {out} rows")
         if update.place.transposed:
             return (into, out)
         return (out if update.place.third is None else 3 * out, into)
 
-    def _replaced_shape(self, parts: Iterable[tuple[Place, str]]) -> tuple[int, ...]:
-        place, name = next(iter(parts))
-        shape = self._shape(name)
-        shape = shape[::-1] if place.transposed else shape
-        return shape if place.third is None else (3 * shape[0], *shape[1:])
+    def _replaced_shape(self, parts: Sequence[tuple[Place, str]]) -> tuple[int, ...]:
+        """Shape of a parameter that is held whole, or of which there are thirds."""
+        names = ", ".join(name for _, name in parts)
+        shapes = [self._shape(name) for _, name in parts]
+        thirds = [place.third for place, _ in parts]
+        if len(set(thirds)) < len(parts) or (None in thirds and len(parts) > 1):
+            raise InputError(f"{self.path}: {names} are one parameter stored twice; keep one")
+        if thirds == [None]:
+            return shapes[0][::-1] if parts[0][0].transposed else shapes[0]
+        if len(set(shapes)) > 1 or not shapes[0]:
+            raise InputError(f"{self.path}: {names} are {', '.join(map(str, shapes))}, not of one attention layer; save it again")
+        return (3 * shapes[0][0], *shapes[0][1:])
 
 
 def _rows(weight: Tensor, place: Place) -> Tensor:

@@ -20,6 +20,11 @@ _REFUSED = (  # options of PEFT under which A and B alone are not the change
 )  # fmt: skip
 
 
+_MODELS = (
+    "CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPVisionTransformer", "VisionTextDualEncoderModel",
+)  # fmt: skip
+"""Classes of transformers whose vision tower may be CLIP's."""
+
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias")  # fan_in_fan_out is for Conv1D: with Linear layers peft ignores it
 
 
@@ -32,6 +37,12 @@ def check_options(path: Path, options: Mapping[str, Any]) -> None:
     kind = options.get("peft_type", "LORA")
     if kind != "LORA":
         raise InputError(f"{path}: an adapter of the kind {kind}; only LORA can be added to a backbone's weights exactly")
+    model = options.get("auto_mapping") or {}
+    if not isinstance(model, Mapping):
+        raise InputError(f"{path}: auto_mapping must be an object, not {model!r:.40}")
+    adapted, library = (str(model.get(key)) for key in ("base_model_class", "parent_library"))
+    if library.partition(".")[0] == "transformers" and adapted not in _MODELS:
+        raise InputError(f"{path}: an adapter of the class {adapted}; only those of {', '.join(_MODELS)} can be merged")
     start = options.get("init_lora_weights", True)
     if start not in _SOUND_STARTS:
         raise InputError(

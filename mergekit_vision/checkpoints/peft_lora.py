@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.lora import Adapter, Update
 from mergekit_vision.checkpoints.peft_config import check_options, scaling
-from mergekit_vision.checkpoints.places import Place, huggingface_place, linear_place
+from mergekit_vision.checkpoints.places import Place, huggingface_place, linear_place, open_clip_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights, Parts
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import repeated
@@ -69,7 +69,7 @@ def peft_adapter(
             _linear(container.path, _module(layer), both),
             names["A.weight"],
             names["B.weight"],
-            factor(_matched(layer), container.entries[names["A.weight"]].shape[0]) * _times(names["A.weight"]),
+            factor(_matched(layer), _rank(container, names["A.weight"])) * _times(names["A.weight"]),
             found.magnitudes.get(layer),
             names.get("B.bias"),
         )
@@ -81,6 +81,13 @@ def peft_adapter(
     if model := options.get("base_model_name_or_path"):
         origin["base_model"] = str(model)
     return Adapter(container, updates, _replaced(container, found, base), origin, base, () if config is None else (path,))
+
+
+def _rank(container: Container, name: str) -> int:
+    shape = container.entries[name].shape
+    if len(shape) != 2 or not shape[0]:
+        raise InputError(f"{container.path}: {name} is {shape}, which is no factor of a matrix; copy or download it again")
+    return shape[0]
 
 
 def _times(name: str) -> int:
@@ -161,6 +168,8 @@ def _linear(path: Path, module: str, both: bool) -> Place:
 def _replaced(container: Container, adapter: _Found, base: CheckpointWeights | None) -> Parts:
     """Places of the parameters that an adapter holds whole: biases, and modules that were trained beside it."""
     known = set() if base is None else {name for parts in base.parts.values() for _, name in parts}
+    # a tower of open_clip alone; beside one with its own name, such names are the text tower's
+    bare = not any("visual." in name for name in container.entries) and (base is None or base.origin["family"] == "open_clip")
     saved = re.compile(rf"modules_to_save\.(?:{re.escape(adapter.adapter or 'default')}\.)?")
     found: dict[str, list[tuple[Place, str]]] = {}
     for name in adapter.rest:
@@ -168,7 +177,8 @@ def _replaced(container: Container, adapter: _Found, base: CheckpointWeights | N
             continue
         plain = _module(_layer(saved.sub("", name)))
         place = huggingface_place(plain.removeprefix("vision_model."))
-        place = Place(plain) if place is None and plain.startswith("visual.") else place
+        if place is None:
+            place = Place(plain) if plain.startswith("visual.") else open_clip_place(plain) if bare else None
         if place is None and base is not None:  # a head, or the text tower
             continue
         if place is None:

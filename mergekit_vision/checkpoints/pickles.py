@@ -11,6 +11,7 @@ It is Python's own unpickler in Python: the faster one in C reserves as much mem
 import gc
 import io
 import pickle
+import struct
 from collections.abc import Callable
 from mmap import mmap
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from mergekit_vision.checkpoints.stored import STORAGES, Storage
 
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError, RuntimeError,
-    ImportError, MemoryError, OverflowError, AssertionError, NotImplementedError,
+    ImportError, MemoryError, OverflowError, AssertionError, NotImplementedError, struct.error,
 )  # fmt: skip
 """What damaged or hostile pickles and archives make their readers raise."""
 
@@ -69,7 +70,8 @@ class RestrictedUnpickler(pickle._Unpickler):
             return pid[1]
         _, kind, key, _, _, *view = pid
         first = view[0][1] if view and view[0] is not None else 0
-        return Storage(key, STORAGES.get(str(kind), torch.uint8), first)  # others are of quantized tensors, stubs in the end
+        known = STORAGES.get(kind) if isinstance(kind, str) else None  # tuples in tuples would take years to be looked up
+        return Storage(key, known or torch.uint8, first)  # others are of quantized tensors, stubs in the end
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global of the pickle; nothing is imported."""

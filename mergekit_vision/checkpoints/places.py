@@ -43,6 +43,10 @@ _HF_BLOCK = {
     "mlp.fc2": "mlp.c_proj",
 }
 _HF_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+?)(?:\.(weight|bias))?")
+_OPEN_CLIP = re.compile(
+    r"class_embedding|positional_embedding|proj|conv1\.weight|ln_(?:pre|post)\.(?:weight|bias)"
+    r"|transformer\.resblocks\.\d+\.(?:ln_[12]|attn|mlp)\..+"
+)
 _OPEN_CLIP_LAYER = re.compile(r"(?:visual\.)?transformer\.resblocks\.(\d+)\.(attn|attn\.out_proj|mlp\.c_fc|mlp\.c_proj)")
 
 
@@ -93,6 +97,15 @@ def huggingface_text_place(name: str) -> Place | None:
         return Place("token_embedding.weight")
     place = huggingface_place(inside)
     return None if place is None else place._replace(key=place.key.removeprefix("visual."))
+
+
+def open_clip_place(name: str) -> Place | None:
+    """Where a tensor of open_clip's vision tower alone belongs, named without ``visual.``; ``None`` for none of its parameters.
+
+    >>> open_clip_place("ln_post.bias").key
+    'visual.ln_post.bias'
+    """
+    return Place(f"visual.{name}") if _OPEN_CLIP.fullmatch(name) else None
 
 
 def linear_place(module: str) -> Place | None:

@@ -15,9 +15,9 @@ def tower_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     {'width': 768, 'patch size': 32, 'image size': 224, 'embedding': 512}
     """
     found: dict[str, int] = {}
-    if patch := shapes.get("visual.conv1.weight"):
+    if len(patch := shapes.get("visual.conv1.weight", ())) == 4:
         found |= {"width": patch[0], "patch size": patch[2]}
-    if patch and (positions := shapes.get("visual.positional_embedding")):
+    if "patch size" in found and (positions := shapes.get("visual.positional_embedding")):
         found["image size"] = math.isqrt(max(positions[0] - 1, 0)) * patch[2]
     if len(projection := shapes.get("visual.proj", ())) == 2:
         found["embedding"] = projection[1]

@@ -13,6 +13,7 @@ STORAGES = {
 """Name of a storage class in a pickle -> dtype of its elements."""
 
 _MOST_AXES = 64  # that PyTorch handles
+_TOO_LARGE = 1 << 63  # for a size in PyTorch
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StoredTensor:
     def __post_init__(self) -> None:
         numbers = (self.offset, *self.shape, *self.stride)
         sound = isinstance(self.dtype, torch.dtype) and len(self.shape) == len(self.stride) <= _MOST_AXES
-        if not sound or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        if not sound or not all(isinstance(number, int) and 0 <= number < _TOO_LARGE for number in numbers):
             raise ValueError("a tensor of impossible sizes")
 
     @property

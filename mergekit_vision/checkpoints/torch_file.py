@@ -44,7 +44,12 @@ class TorchFile(Container):
         """The object in the file, and where its storages are."""
 
     def _open(self) -> Any:
-        return torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
+        try:  # torch itself opens no file whose name is not UTF-8
+            with self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise damaged(self.path, _NAME, error) from error
+        return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
 
     def _read_entries(self) -> dict[str, TensorInfo]:
         try:
@@ -99,7 +104,9 @@ class LegacyTorchFile(TorchFile):
                 raise ValueError("written on a big-endian machine")
             content, keys = pickles.load(), pickles.load()
             spans, start = {}, stream.tell()
-            for key in map(str, keys):
+            for key in keys:
+                if not isinstance(key, str):  # as text, tuples in tuples would take years
+                    raise ValueError("a storage without a name")
                 file.seek(start)
                 length = int.from_bytes(file.read(8), "little") * pickles.dtypes[key].itemsize
                 spans[key] = (start + 8, length)

@@ -133,8 +133,8 @@ class CheckpointWeights(Expert, Mapping[str, Tensor]):
             return shapes[0][::-1] if first.transposed else shapes[0]
         if [place.third for place, _ in parts] != [0, 1, 2]:
             raise InputError(f"{self.path}: {names} are not query, key and value together; copy or download it again")
-        if len(set(shapes)) > 1:
-            raise InputError(f"{self.path}: {names} differ in shape, so they are not of one attention layer")
+        if len(set(shapes)) > 1 or not shapes[0]:
+            raise InputError(f"{self.path}: {names} are {', '.join(map(str, shapes))}, not of one attention layer; save it again")
         return (3 * shapes[0][0], *shapes[0][1:])
 
 

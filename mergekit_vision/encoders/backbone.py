@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mergekit_vision.checkpoints.hub import HubFile, fetch_snapshot
 from mergekit_vision.checkpoints.safetensors_file import SafetensorsFile
-from mergekit_vision.encoders.config import CONFIG, check_context, check_size, read_config
+from mergekit_vision.encoders.config import CONFIG, check_positions, check_size, read_config
 from mergekit_vision.encoders.huggingface import WEIGHTS, as_open_clip, is_huggingface
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.hub import without_retries
@@ -121,14 +121,14 @@ def load_clip(name: str, pretrained: str | None = None) -> nn.Module:
     import open_clip
 
     name = open_clip_name(name)
-    describe_backbone(name, pretrained)
+    places = describe_backbone(name, pretrained).shapes["visual.positional_embedding"][0]
     builtin = not name.startswith(("local-dir:", "hf-hub:"))
     if builtin and pretrained is None:
         raise InputError(f"backbone {name}: add `pretrained:` to the suite (a tag such as `openai`, or a checkpoint file)")
     with _loading(name), nullcontext() if name.startswith("local-dir:") else without_retries():
         model: nn.Module = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
         if directory := _directory(name):
-            check_context(directory, int(getattr(model, "context_length", 0)))
+            check_positions(directory, int(getattr(model, "context_length", 0)), places)
     if faults := unusable(dict(model.named_parameters())):
         more = f" (and {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
         raise InputError(f"backbone {name}: {faults[0]}{more}; copy or download its weights again")

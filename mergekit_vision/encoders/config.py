@@ -126,18 +126,23 @@ def check_size(directory: Path, parameters: int) -> None:
         raise InputError(f"{directory / CONFIG}: {problem}; copy or download both again")
 
 
-def check_context(directory: Path, length: int) -> None:
-    """Refuse a configuration of another context length than the weights have: open_clip would interpolate without a word.
+def check_positions(directory: Path, context: int, places: int) -> None:
+    """Refuse a configuration of other positional embeddings than the weights have: open_clip would interpolate without a word.
 
     Args:
         directory: of the model, with its weights.
-        length: that is described, in tokens.
+        context: length of texts that is described, in tokens.
+        places: tokens of an image by the sizes that are described, the class token included.
 
     Raises:
-        InputError: when the text tower's positional embedding has another.
+        InputError: when a tower's positional embedding is of another number.
     """
     stored = open_container(weights_file(directory)).entries
-    names = [name for name in ("positional_embedding", "text.positional_embedding") if name in stored]
-    if names and stored[names[0]].shape[0] != length:
-        problem = f"`context_length` is {length}, and the weights have {stored[names[0]].shape[0]}"
-        raise InputError(f"{directory / CONFIG}: model_cfg.text_cfg: {problem}; copy or download both again")
+    for name, count, told in (
+        ("positional_embedding", context, f"text_cfg: `context_length` is {context}"),
+        ("text.positional_embedding", context, f"text_cfg: `context_length` is {context}"),
+        ("visual.positional_embedding", places, f"vision_cfg: `image_size` and `patch_size` make {places} tokens of an image"),
+    ):
+        if name in stored and stored[name].shape[:1] != (count,):
+            problem = f"{told}, and the weights have {(*stored[name].shape, 'none')[0]}"
+            raise InputError(f"{directory / CONFIG}: model_cfg.{problem}; copy or download both again")

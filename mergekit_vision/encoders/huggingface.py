@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
 
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.checkpoints.clip_config import older_first
+from mergekit_vision.checkpoints.container import Container
 from mergekit_vision.checkpoints.opening import open_container, weights_file
 from mergekit_vision.checkpoints.places import by_key, huggingface_place, huggingface_text_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights
@@ -112,12 +114,13 @@ def as_open_clip(directory: Path) -> Path:
     """
     config = _checked(_Clip, directory / "config.json")
     preprocess = _preprocess_config(directory, config.vision_config.image_size)
-    weights = weights_file(directory)
+    container = open_container(weights_file(directory))
     described = [directory / name for name in ("config.json", *_PROCESSORS)]
-    files = [file for file in (*described, weights) if file.is_file()]
+    # shards too: revisions of a repository may share the index, which is one file in the hub's cache
+    files = [file for file in (*described, *container.files) if file.is_file()]
     place = cache_dir() / "backbones" / digest(_FORMAT, [stamp(file.resolve()) for file in files])
     if not (place / CONFIG).is_file():
-        _write(place, _model_config(config, directory), preprocess, _weights(weights))
+        _write(place, _model_config(config, directory), preprocess, _weights(container))
     return place
 
 
@@ -187,15 +190,14 @@ def _preprocess_config(directory: Path, side: int) -> dict[str, Any]:
     }
 
 
-def _weights(file: Path) -> CheckpointWeights:
+def _weights(container: Container) -> CheckpointWeights:
     """Both towers, their projections and the logit scale, under open_clip's keys."""
-    container = open_container(file)
     names = container.entries
     found = ((huggingface_text_place(name) or huggingface_place(name.removeprefix("vision_model.")), name) for name in names)
     parts = by_key((place, name) for place, name in found if place is not None)
     if missing := {"visual.proj", "text_projection", "token_embedding.weight", "logit_scale"} - parts.keys():
         problem = f"lacks {', '.join(sorted(missing))}; zero-shot heads need a whole CLIPModel, with its text tower"
-        raise InputError(f"{file}: {problem}")
+        raise InputError(f"{container.path}: {problem}")
     return CheckpointWeights(container, parts, {})
 
 
@@ -206,6 +208,6 @@ def _write(place: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any],
             if not (place / CONFIG).is_file():
                 save_safetensors(draft / WEIGHTS, weights)
                 write_json(draft / CONFIG, {"model_cfg": model, "preprocess_cfg": preprocess})
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error}); the backbone is kept there for open_clip"
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot be written ({getattr(error, 'strerror', None) or error}); the backbone is kept there for open_clip"
         raise InputError(f"{place}: {problem}") from error

@@ -11,6 +11,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.support.cache_contents import KIND
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.files import cache_dir, replacing
@@ -108,8 +109,8 @@ def _keep(path: Path, content: bytes) -> None:
     try:
         with replacing(path) as draft:
             draft.write_bytes(content)
-    except OSError as error:
-        _warn_once(str(cache_dir()), str(error.strerror or error))
+    except (OSError, InputError) as error:  # the latter where another process holds a lock for long
+        _warn_once(str(cache_dir()), str(getattr(error, "strerror", None) or error))
 
 
 def _warn_once(directory: str, reason: str) -> None:

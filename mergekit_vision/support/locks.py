@@ -59,7 +59,7 @@ def _attempt(folder: Path) -> int | None:
         folder.mkdir(exist_ok=True)
         descriptor = _open(folder)
     except (FileNotFoundError, FileExistsError):  # whoever held it has just removed it, perhaps while `mkdir` looked at it
-        if any(os.path.lexists(place) and not place.is_dir() for place in (folder, folder.parent)):
+        if any(os.path.lexists(place) and not place.is_dir() for place in (folder, *folder.parents)):
             raise
         return None
     with suppress(OSError):  # no locks here

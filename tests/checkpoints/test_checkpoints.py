@@ -1,5 +1,7 @@
 import multiprocessing
+import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,24 @@ def test_tensors_that_are_views_are_read_as_they_are(tmp_path: Path, legacy: boo
         read = container.read(name)
         assert torch.equal(read, value), name
         assert (read.dtype, read.data_ptr() % value.element_size()) == (value.dtype, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system of any names")
+@pytest.mark.parametrize("name", ["x.pt", "legacy.pt"])
+def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / os.fsdecode(b"caf\xe9")  # Latin-1, no UTF-8
+    directory.mkdir()
+    path = write(tmp_path / name, WEIGHTS, legacy=name.startswith("legacy")).rename(directory / name)
+    assert torch.equal(open_weights(path)["visual.proj"], WEIGHTS["proj"])
+
+
+@pytest.mark.parametrize("name", ["x.pt", "legacy.pt"])
+def test_a_file_that_goes_before_its_tensors_are_read_is_named(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, WEIGHTS, legacy=name.startswith("legacy"))
+    weights = open_weights(path)
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{name}: .*No such file"):
+        weights["visual.proj"]
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "legacy.pt"])

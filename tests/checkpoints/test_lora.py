@@ -176,21 +176,31 @@ def test_patterns_may_name_what_wraps_the_tower(tmp_path: Path, base: dict[str, 
     assert torch.allclose(embeddings(weights), their_embeddings(model.merge_and_unload().clip), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"attn": 2}, "alpha_pattern": {"0.attn": 5}}])
-def test_an_adapter_of_open_clips_own_tower(tmp_path: Path, patterns: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "changed", "apart"),
+    [
+        ({}, 6, True),  # of two blocks: in_proj, out_proj, c_fc
+        ({"rank_pattern": {"attn": 2}, "alpha_pattern": {"0.attn": 5}}, 6, True),
+        ({"modules_to_save": ["ln_post"]}, 8, True),
+        ({"modules_to_save": ["ln_post"]}, 8, False),
+        ({"bias": "all"}, 18, True),  # and five biases of each block, without in_proj's, and two around them
+    ],
+    ids=str,
+)
+def test_an_adapter_of_open_clips_own_tower(tmp_path: Path, options: dict[str, Any], changed: int, apart: bool) -> None:
     tower = open_clip_tower()
     base = {f"visual.{key}": value.clone() for key, value in tower.state_dict().items()}
-    model = peft.get_peft_model(tower, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["attn", "c_fc"], **patterns))
+    model = peft.get_peft_model(tower, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["attn", "c_fc"], **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if parameter.requires_grad and "in_proj_bias" not in name:  # which peft trains and does not save
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     model.save_pretrained(tmp_path)
-    weights = open_weights(tmp_path).on(base)
+    weights = (open_weights(tmp_path) if apart else not_merged(tmp_path, model)).on(base)
     assert torch.allclose(embeddings(weights), model.eval()(images()), atol=TOLERANCE)
     merged = {f"visual.{key}": value for key, value in model.merge_and_unload().state_dict().items()}
     assert all(torch.allclose(weights[key], merged[key], atol=1e-6) for key in base)
-    assert sum(not torch.equal(weights[key], base[key]) for key in base) == 6  # of two blocks: in_proj, out_proj, c_fc
+    assert sum(not torch.equal(weights[key], base[key]) for key in base) == changed
 
 
 @pytest.mark.parametrize(

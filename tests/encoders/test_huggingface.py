@@ -1,10 +1,11 @@
 """Backbones of transformers, against its own embeddings of images and texts."""
 
+import errno
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from clip_models import SIZES, huggingface_model, images, their_embeddings
 from killing import at_once, files_in
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.data.preprocess import eval_transform
@@ -178,6 +181,33 @@ def test_a_model_without_a_text_tower_is_no_backbone(tmp_path: Path) -> None:
     vision.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"lacks logit_scale, text_projection, .*need a whole CLIPModel"):
+        describe_backbone(f"local-dir:{tmp_path}")
+
+
+def test_revisions_that_share_an_index_are_told_apart(tmp_path: Path) -> None:
+    """As the hub's cache keeps them: what is alike in two revisions is one file."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    huggingface_model().save_pretrained(first, max_shard_size="100KB")
+    second.mkdir()
+    for file in first.iterdir():
+        tensors = load_file(file) if file.suffix == ".safetensors" else {}
+        if "logit_scale" in tensors:
+            save_file({**tensors, "logit_scale": torch.tensor(3.0)}, second / file.name, {"format": "pt"})
+        else:
+            (second / file.name).symlink_to(file)
+    assert (second / "model.safetensors.index.json").is_symlink()
+    found = [load_clip(f"local-dir:{place}").logit_scale for place in (first, second)]
+    assert found == [huggingface_model().logit_scale, 3.0]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise error
+
+    huggingface_model().save_pretrained(tmp_path)
+    monkeypatch.setattr("mergekit_vision.encoders.huggingface.save_safetensors", failing)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); the backbone is kept there"):
         describe_backbone(f"local-dir:{tmp_path}")
 
 

@@ -13,6 +13,7 @@ import torch
 from checkpoint_files import BASE, FULL, TEXT, WIDTH, Make, adapter, clip_lora, directory, huggingface, lora, named, saved
 from hostile_files import ARCHIVES, LEGACY, OPENS, PICKLES, SAFETENSORS, SOUND
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mergekit_vision.checkpoints import ExpertSource, open_expert
 from mergekit_vision.checkpoints.opening import open_container
@@ -23,6 +24,18 @@ from mergekit_vision.suites.checks import expert_faults
 SHAPES = {key: tuple(value.shape) for key, value in BASE.items()}
 Q = "base_model.model.vision_model.encoder.layers.0.self_attn.q_proj"
 HEAD = {"classification_head.weight": torch.zeros(2, 2)}
+
+
+def biases(last: Tensor, parts: str = "qv") -> dict[str, Tensor]:
+    """Biases of a block's attention that an adapter holds whole: ones, and the last as it is given."""
+    values = [torch.ones(WIDTH)] * (len(parts) - 1) + [last]
+    return {f"{Q.removesuffix('q_proj')}{part}_proj.bias": value for part, value in zip(parts, values, strict=True)}
+
+
+def of_class(name: str) -> dict[str, str]:
+    """What peft writes of the class of a model that it was given."""
+    return {"base_model_class": name, "parent_library": "transformers.models.any.modeling"}
+
 
 LAYOUTS: dict[str, tuple[Make, str]] = {
     "OpenAI's state dictionary in float16": (
@@ -71,6 +84,14 @@ LAYOUTS: dict[str, tuple[Make, str]] = {
     "a list of tensors": (saved([torch.zeros(2), torch.zeros(2)]), "holds no tensors under names"),
     "a list of two towers": (saved((named("visual."), named("visual."))), "choose one by `key:`"),
     "lists in lists": (saved(reduce(lambda inner, _: [inner], range(100), [FULL])), "holds no tensors"),
+    "a vector for a patch embedding": (
+        saved({"visual.conv1.weight": torch.zeros(3), "visual.positional_embedding": torch.zeros(5, 2)}, kind="delta"),
+        "has other shapes than the backbone",
+    ),
+    "single numbers for thirds of attention": (
+        saved({key: torch.tensor(1.0) if "0.self_attn" in key else value for key, value in huggingface().items()}),
+        "not of one attention layer",
+    ),
     "a scalar for a matrix": (saved({**FULL, "visual.proj": torch.tensor(1.0)}), "visual.proj is ()"),
     "expanded": (saved({**FULL, "visual.proj": torch.zeros(1).expand(WIDTH, 24)}), "visual.proj is not a plain tensor"),
     "integers": (saved({**FULL, "visual.proj": torch.zeros(WIDTH, 24, dtype=torch.int64)}), "stored as int64"),
@@ -162,6 +183,28 @@ ADAPTERS: dict[str, tuple[Make, str]] = {
     ),
     "half a pair": (adapter({f"{Q}.lora_A.weight": torch.ones(2, WIDTH)}), "lacks lora_A or lora_B"),
     "factors of two ranks": (adapter(lora(Q) | {f"{Q}.lora_A.weight": torch.ones(3, WIDTH)}, r=3), "are not two factors"),
+    "factors of another height than another's": (
+        adapter(lora(Q) | lora(Q.replace("q_proj", "v_proj"), out=16)),
+        "in_proj_weight (48, 32), and others for (96, 32)",
+    ),
+    "a factor that is one number": (adapter(lora(Q) | {f"{Q}.lora_A.weight": torch.tensor(1.0)}), "no factor of a matrix"),
+    "factors of rank 0": (adapter(lora(Q, rank=0), r=0), "no factor of a matrix"),
+    "a change of the bias in a column": (
+        adapter(lora(Q) | {f"{Q}.lora_B.bias": torch.ones(WIDTH, 1)}, lora_bias=True),
+        "does not have a number for each of 32 rows",
+    ),
+    "biases of one attention layer": (adapter(lora(Q) | biases(torch.ones(WIDTH))), SOUND),
+    "a bias of one number": (adapter(lora(Q) | biases(torch.ones(1))), "not of one attention layer"),
+    "a bias without an axis": (adapter(lora(Q) | biases(torch.tensor(1.0), "v")), "not of one attention layer"),
+    "a bias of integers": (adapter(lora(Q) | biases(torch.ones(WIDTH, dtype=torch.int8))), "stored as int8"),
+    "a bias of one number beside a change of it": (
+        adapter(lora(Q) | biases(torch.ones(1), "v") | {f"{Q}.lora_B.bias": torch.ones(WIDTH)}, lora_bias=True),
+        "in_proj_bias (96,), and others for (3,)",
+    ),
+    "a bias by two names": (
+        adapter(lora(Q) | biases(torch.ones(WIDTH)) | {"vision_model.encoder.layers.0.self_attn.q_proj.bias": torch.ones(WIDTH)}),
+        "one parameter stored twice",
+    ),
     "factors of another width": (adapter(lora(Q, out=7)), "has other shapes than the backbone"),
     "another rank": (adapter(lora(Q), r=7), "gives vision_model.encoder.layers.0.self_attn.q_proj the rank 7"),
     "a rank as text": (adapter(lora(Q), r="2"), "the rank '2', but its matrices have 2"),
@@ -176,6 +219,9 @@ ADAPTERS: dict[str, tuple[Make, str]] = {
     "DoRA": (adapter(lora(Q) | {f"{Q}.lora_magnitude_vector": torch.ones(WIDTH)}, use_dora=True), SOUND),
     "magnitudes alone": (adapter({f"{Q}.lora_magnitude_vector": torch.ones(WIDTH)}), "has no LoRA matrices"),
     "PiSSA": (adapter(lora(Q), init_lora_weights="pissa_niter_4"), "changes the weights that the adapter is added to"),
+    "a list for the class of a model": (adapter(lora(Q), auto_mapping=[1]), "auto_mapping must be an object"),
+    "SigLIP": (adapter(lora(Q), auto_mapping=of_class("SiglipVisionModel")), "an adapter of the class SiglipVisionModel"),
+    "CLIP": (adapter(lora(Q), auto_mapping=of_class("CLIPVisionModelWithProjection")), SOUND),
     "IA3": (adapter(lora(Q), peft_type="IA3"), "of the kind IA3"),
     "weights beside it that nobody knows": (
         adapter({**lora(Q), "base_model.model.classifier.bias": torch.ones(2)}),
@@ -195,7 +241,17 @@ ADAPTERS: dict[str, tuple[Make, str]] = {
         ),
         SOUND,
     ),
+    "a classifier around an adapter": (
+        saved(
+            huggingface("base_model.model.vision_model.", None)
+            | {"base_model.model.classifier.original_module.weight": torch.zeros(2, WIDTH)}
+            | lora(Q, adapter=".default"),
+            scale=1.0,
+        ),
+        "is a CLIPForImageClassification",
+    ),
     "CLIP-LoRA": (clip_lora(2), SOUND),
+    "CLIP-LoRA of rank 0": (clip_lora(r=0, rank=0), "lack `r` or `alpha`"),
     "CLIP-LoRA of both encoders": (clip_lora(encoder="both"), "encoder 'both'"),
     "CLIP-LoRA of some blocks": (clip_lora(position="top3"), "position 'top3'"),
     "CLIP-LoRA of more blocks": (clip_lora(5), "has unknown visual.transformer.resblocks.2"),

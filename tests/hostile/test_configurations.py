@@ -28,6 +28,11 @@ REFUSED: dict[str, tuple[Place, Any, str]] = {
     "arguments in a list": ((*TEXT, "tokenizer_kwargs"), [1], "tokenizer_kwargs: must be a mapping of arguments"),
     "a shorter context": ((*TEXT, "context_length"), 3, "text_cfg: `context_length` is 3, and the weights have 24"),
     "a longer context": ((*TEXT, "context_length"), 77, "text_cfg: `context_length` is 77, and the weights have 24"),
+    "another size of images": (
+        (*VISION, "image_size"),
+        64,
+        "vision_cfg: `image_size` and `patch_size` make 65 tokens of an image, and the weights have 5",
+    ),
     "a function for the tokenizer": ((*TEXT, "tokenizer_kwargs"), {"clean": "os.system"}, "Invalid clean function"),
     "images without color": ((*PIXELS, "mode"), "L", "preprocess_cfg.mode: must be 'RGB', not the str 'L'"),
     "a deviation of nothing": ((*PIXELS, "std"), [1e-300] * 3, "must be greater than or equal to 0.001"),

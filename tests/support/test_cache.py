@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spoiled import spoil
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.support import cache_contents
 from mergekit_vision.support.cache import Cache, json_form, tensor_form
 from mergekit_vision.support.team import Team
@@ -142,6 +143,29 @@ def test_a_directory_that_cannot_be_written_to_is_one_warning_and_the_value_all_
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f"{blocked}: cannot be written to (")
+
+
+def test_a_link_to_nothing_above_the_directory_is_one_warning_at_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cache / "link").symlink_to(cache / "nothing")
+    monkeypatch.setenv("MERGEKIT_VISION_CACHE", str(cache / "link" / "a" / "b"))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("nobody else is writing here"))
+    with caplog.at_level(logging.WARNING, logger="mergekit_vision"):
+        assert SHARES.recall(["key"], lambda: 0.5) == 0.5
+    assert "cannot be written to (" in caplog.text
+
+
+def test_a_directory_that_another_process_holds_is_one_warning(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def held(path: Path) -> NoReturn:
+        raise InputError(f"{path.parent}: another process is writing here")
+
+    monkeypatch.setattr("mergekit_vision.support.cache.replacing", held)
+    with caplog.at_level(logging.WARNING, logger="mergekit_vision"):
+        assert SHARES.recall(["key"], lambda: 0.5) == 0.5
+    assert "another process is writing here" in caplog.text
 
 
 def test_plain_values_come_back_in_their_order(cache: Path) -> None:
