@@ -1,5 +1,6 @@
 """Whether a backbone's weights are on this machine; the hub is not asked."""
 
+import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,7 +32,8 @@ def _of_tag(name: str, tag: str) -> tuple[bool, str]:
 
     known = open_clip.get_pretrained_cfg(name, tag) or {}
     address = known.get("url", "")
-    file = Path.home() / ".cache" / "clip" / Path(urlsplit(address).path).name
+    cache = os.path.expanduser("~/.cache/clip")  # noqa: PTH111 (as open_clip has it; none where no home directory is known)
+    file = Path(cache) / Path(urlsplit(address).path).name
     if address and file.is_file() and not known.get("hf_hub"):
         return True, str(file)
     if not known.get("hf_hub"):

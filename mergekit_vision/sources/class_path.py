@@ -61,6 +61,8 @@ class TorchvisionImages(ImageSource):
             image, label = self._data[index]
             return rgb(image), operator.index(label)
         except Exception as error:  # whatever the code of the data set raises
+            if is_spent(error):
+                raise
             raise InputError(
                 f"{self._where}, item {index}: not a readable (PIL image, class index) pair ({in_one_line(error)})"
             ) from error

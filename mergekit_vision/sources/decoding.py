@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mergekit_vision.errors import InputError
 from mergekit_vision.support.faults import in_one_line
+from mergekit_vision.support.memory import is_spent
 
 LONGEST = 1000
 """How many times the other a side may be: the shorter one is resized to what the model sees, the longer along with it."""
@@ -43,6 +44,8 @@ def decode(image: bytes | Path, where: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{where}: {_limit()}; make it smaller or remove it") from error
     except Exception as error:  # what Pillow's readers raise for damaged files is not limited to any class
+        if is_spent(error):
+            raise
         raise InputError(f"{where}: not a readable image ({in_one_line(error)}); replace or remove it") from error
 
 

@@ -34,7 +34,7 @@ def matching(pattern: Path) -> list[Path]:
 
 
 def check_columns(path: Path, schema: pa.Schema, image: str, label: str) -> None:
-    """Refuse a file that does not hold encoded images in the column ``image`` and integers in the column ``label``.
+    """Refuse a file that does not hold encoded images in the column ``image`` and integers or booleans in ``label``.
 
     Raises:
         InputError: with the first thing that is wrong.
@@ -51,7 +51,7 @@ def check_columns(path: Path, schema: pa.Schema, image: str, label: str) -> None
     images, labels = schema.field(image).type, schema.field(label).type
     if not _holds_images(images):
         raise InputError(f"{path}: column {image!r} is {images}, not encoded images (struct<bytes, path> or binary)")
-    if not pa.types.is_integer(labels):
+    if not (pa.types.is_integer(labels) or pa.types.is_boolean(labels)):
         raise InputError(f"{path}: column {label!r} is {labels}, not integer class indices")
 
 

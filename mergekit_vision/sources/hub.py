@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+import yaml
 from PIL import Image
 
 from mergekit_vision.errors import InputError
@@ -18,6 +19,7 @@ from mergekit_vision.support.faults import closest, in_one_line
 from mergekit_vision.support.hub import offline, request_errors, without_retries
 
 _Result = TypeVar("_Result")
+_UNLOADABLE = (ValueError, RuntimeError, KeyError, TypeError, yaml.YAMLError)  # the last two for the head of a README.md
 _COMMIT = re.compile("[0-9a-f]{40}")  # older versions of `datasets` have another hash there
 
 
@@ -214,7 +216,7 @@ def _fetch(datasets: Any, dataset: str, load: Callable[[], _Result]) -> _Result:
         offline = "HF_HUB_OFFLINE is set" if _offline(datasets) else "the hub cannot be reached"
         problem = f"not on this machine, and {offline}; load it once with access to the hub"
         raise InputError(f"{dataset}: {problem} ({' '.join(str(error).split())})") from error
-    except (*request_errors(), ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (*request_errors(), *_UNLOADABLE, datasets.exceptions.DatasetsError) as error:
         # that one says only that an error occurred
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ else error
         hidden = isinstance(error, datasets.exceptions.DatasetNotFoundError) and "Revision" not in str(error)

@@ -1,7 +1,9 @@
 """Parquet files in the Hugging Face image schema, one row group in memory at a time."""
 
 import bisect
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -17,24 +19,30 @@ from mergekit_vision.sources.base import ImageSource
 from mergekit_vision.sources.decoding import decode, named_by_data
 from mergekit_vision.sources.footer import check_columns, check_row_groups, class_names, matching
 from mergekit_vision.support.faults import in_one_line
-from mergekit_vision.support.fingerprints import digest, fingerprint
+from mergekit_vision.support.fingerprints import digest, fingerprint, stamp
+from mergekit_vision.support.memory import is_spent
+from mergekit_vision.support.paths import is_file
 
 _UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last for names that are no text
 _AGAIN = "copy or download the file again"
 
 
 class _Group(NamedTuple):
-    """One row group: its file, number, first row in the file, number of rows, and the file's modification time."""
+    """One row group: its file, number, first row in the file, number of rows, and the file's modification time.
+
+    Last, whether its rows may name files.
+    """
 
     path: Path
     number: int
     start: int
     rows: int
     modified: int
+    naming: bool
 
 
 class ParquetImages(ImageSource):
-    """Local Parquet files with a column ``image: {bytes, path}`` (or plain bytes) and an integer column ``label``.
+    """Local Parquet files with a column ``image: {bytes, path}`` (or plain bytes) and a column ``label`` of integers.
 
     Only footers are read at first, then one row group at a time. Class names come from the Hugging Face schema metadata.
 
@@ -65,8 +73,9 @@ class ParquetImages(ImageSource):
             raise InputError(f"{path}: names other classes than {self._groups[0].path}; give data sets of one kind")
         self.names = names
         rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        modified = path.stat().st_mtime_ns
-        return [_Group(path, number, sum(rows[:number]), size, modified) for number, size in enumerate(rows)]
+        modified, images = path.stat().st_mtime_ns, schema.field(self._image).type
+        naming = pa.types.is_struct(images) and images.get_field_index("path") >= 0
+        return [_Group(path, number, sum(rows[:number]), size, modified, naming) for number, size in enumerate(rows)]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -86,9 +95,20 @@ class ParquetImages(ImageSource):
         return [int(label) for label in self._label_column]
 
     def fingerprint(self) -> str:
-        """Hash of the files' content and the column names."""
+        """Hash of the files' content, the column names, and the sizes and modification times of image files that rows name."""
         files = dict.fromkeys(group.path for group in self._groups)
-        return digest(self._image, self._label, *map(fingerprint, files))
+        return digest(self._image, self._label, *map(fingerprint, files), *self._named_files())
+
+    def _named_files(self) -> Iterator[tuple[str, int, int]]:
+        """Stamps of the image files that rows name, by their names."""
+        names: dict[Path, set[str]] = {}
+        for group in self._groups:
+            if group.naming:
+                found = _read(group, self._image, "path")
+                parts = (name for chunk in found.chunks for name in chunk.field("path").unique().to_pylist() if name)
+                names.setdefault(group.path.parent, set()).update(parts)
+        for directory, named in names.items():
+            yield from _stamps(directory, sorted(named))
 
     def label_range(self) -> tuple[int, int] | None:
         """Smallest and largest label."""
@@ -125,16 +145,35 @@ def _cell(group: _Group, column: str, row: int, where: str) -> Any:
         raise InputError(f"{where}: damaged ({in_one_line(error)}); {_AGAIN}") from error
 
 
-def _read(group: _Group, column: str) -> Any:
+def _stamps(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+    """Stamps of the files that are there, of those that may be read."""
+    beside = {os.pardir}
+    with suppress(OSError):
+        beside |= {*os.listdir(directory)}  # noqa: PTH208 (names alone)
+    for name in names:
+        path = Path(name)
+        # beside bytes stands what the image was called once: very many files that need not be asked for
+        if path.is_absolute() or beside.intersection(path.parts[:1]):
+            with suppress(InputError):  # it leads elsewhere
+                file = named_by_data(name, [directory], name)
+                if is_file(file):
+                    yield name, *stamp(file)[1:]
+
+
+def _read(group: _Group, column: str, part: str | None = None) -> Any:
+    """One column of a row group, or of its structs one part alone."""
+    wanted = column if part is None else f"{column}.{part}"
     # the file is opened for each read and no threads are used: nothing to break after a fork
     try:
         with _open(group.path) as file:
-            found = file.read_row_group(group.number, columns=[column], use_threads=False).column(0)
+            found = file.read_row_group(group.number, columns=[wanted], use_threads=False).column(column)
             found.validate(full=True)  # what offsets say is believed afterwards
         if len(found) != group.rows:
             raise pa.ArrowInvalid(f"{len(found)} rows instead of {group.rows}")
         return found
     except _UNREADABLE as error:
+        if is_spent(error):
+            raise
         raise InputError(
             f"{group.path}, row group {group.number}: damaged ({in_one_line(error)}); copy or download the file again"
         ) from error
@@ -142,7 +181,10 @@ def _read(group: _Group, column: str) -> Any:
 
 def _open(path: Path) -> Any:
     try:
-        return pq.ParquetFile(path)
+        try:
+            return pq.ParquetFile(path)
+        except UnicodeEncodeError:  # a name that is not UTF-8, which pyarrow takes as bytes alone
+            return pq.ParquetFile(pa.OSFile(os.fsencode(path)))
     except _UNREADABLE as error:
         raise InputError(f"{path}: not a readable Parquet file ({in_one_line(error)})") from error
 

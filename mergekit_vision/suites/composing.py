@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.suites.catalog import PublishedSuite, published
 from mergekit_vision.suites.disk import find_data, find_expert
 from mergekit_vision.support.faults import closest, raise_faults
@@ -82,9 +83,12 @@ def _take_from_disk(path: Path, content: Content, own: Mapping[str, Any], suite:
 def _root(path: Path, own: Mapping[str, Any], key: str) -> Path | None:
     """The directory of a root, from the file or the environment."""
     named, variable = own.get(key), os.environ.get(ROOTS[key])
-    if isinstance(named, str) and named:
-        return path.parent / expanded(named)
-    return expanded(variable).absolute() if variable and named is None else None
+    try:
+        if isinstance(named, str) and named:
+            return path.parent / expanded(named)
+        return expanded(variable).absolute() if variable and named is None else None
+    except InputError as error:
+        raise InputError(f"{path}: {key if named else ROOTS[key]}: {error}") from error
 
 
 class _OnDisk:

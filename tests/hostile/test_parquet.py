@@ -66,7 +66,7 @@ TABLES: dict[str, tuple[Callable[[], pa.Table], str]] = {
     "no images at all": (lambda: columns(pa.array([None]), pa.array([0])), "column 'image' is null"),
     "two image columns": (lambda: twice("image"), "has 2 columns 'image'; keep one"),
     "two label columns": (lambda: twice("label"), "has 2 columns 'label'; keep one"),
-    "true and false": (lambda: labeled([True, False]), "column 'label' is bool, not integer class indices"),
+    "a missing truth": (lambda: labeled([True, None]), "1 rows have no 'label'"),
     "fractions": (lambda: labeled([0.0, 1.0]), "column 'label' is double"),
     "words": (lambda: labeled(["cat", "dog"]), "column 'label' is string"),
     "a dictionary": (lambda: labeled(pa.array(["cat"]).dictionary_encode()), "column 'label' is dictionary"),
@@ -200,6 +200,7 @@ def test_a_row_group_too_large_for_memory_is_refused(tmp_path: Path, monkeypatch
 def read_whole(path: Path) -> None:
     source = ParquetImages(path)
     source.label_range()
+    source.fingerprint()
     for index in range(len(source)):
         source[index]
 

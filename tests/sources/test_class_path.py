@@ -4,6 +4,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -193,6 +194,16 @@ def test_what_a_suite_names_is_not_imported_unless_it_is_registered(
     with pytest.raises(InputError, match="--allow-code"):
         open_source(config)
     assert "evil" not in sys.modules
+
+
+def test_memory_that_runs_out_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise MemoryError
+
+    source = open_source({"torchvision": "torchvision.datasets.FakeData", "args": {"size": 1}})
+    monkeypatch.setattr("torchvision.datasets.FakeData.__getitem__", failing)
+    with pytest.raises(MemoryError):
+        source[0]
 
 
 def test_a_function_is_not_called_even_where_code_is_allowed() -> None:

@@ -53,6 +53,14 @@ def test_damaged_hub_data_is_one_clear_error(hub: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("head", ["a: [", "1: a"])
+def test_a_description_that_cannot_be_read_is_one_clear_error(hub: Path, head: str) -> None:
+    (hub / "README.md").write_text(f"---\n{head}\n---\n")
+    (fault,) = check_source({"hub": str(hub), "split": "test"}, numbered(2))
+    assert fault.startswith(f"{hub}: cannot be loaded by `datasets` (")
+    assert "\n" not in fault
+
+
 def test_hub_labels_without_class_names_are_checked(hub: Path) -> None:
     features = {"image": {"_type": "Image"}, "label": {"dtype": "int64", "_type": "Value"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}

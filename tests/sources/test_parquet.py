@@ -1,10 +1,12 @@
 """Local Parquet files."""
 
 import multiprocessing
+import os
 import pickle
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -124,6 +126,64 @@ def test_parquet_columns(tmp_path: Path) -> None:
         ParquetImages(path)
     pq.write_table(pa.table({"image": [encoded(image(7))], "label": [1]}), path)  # plain bytes
     assert ParquetImages(path)[0][0].getpixel((0, 0)) == (7, 14, 100)
+
+
+def test_labels_may_be_true_and_false(tmp_path: Path) -> None:
+    pq.write_table(table([encoded(image(1))] * 2, [True, False], label_type=pa.bool_()), tmp_path / "x.parquet")
+    source = ParquetImages(tmp_path / "x.parquet")
+    assert check_source({"parquet": str(tmp_path / "x.parquet")}, numbered(2)) == []
+    assert (source.labels(), source.label_range(), source[0][1]) == ([1, 0], (0, 1), 1)
+    assert {type(label) for label in (*source.labels(), source[0][1])} == {int}
+
+
+def test_the_fingerprint_follows_the_files_that_rows_name(tmp_path: Path) -> None:
+    """Not those that are named beside bytes, or that lie elsewhere and are not read."""
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    named = [tmp_path / "data" / "1.png", tmp_path / "data" / "a" / "2.png", tmp_path / "elsewhere.png"]
+    for path in named:
+        image(1).save(path)
+    paths = [
+        "1.png",
+        str(named[1]),
+        "../elsewhere.png",
+        str(named[2]),
+        "gone.png",
+        "a/gone.png",
+        "a",
+        "a\0",
+        "http://x/y.png",
+        "",
+        None,
+    ]
+    cells = [{"bytes": None, "path": path} for path in paths]
+    data = table(cells, [0] * len(cells)).append_column("image.path", pa.array(paths))
+    pq.write_table(data, tmp_path / "data" / "x.parquet", row_group_size=3)
+    found = []
+    for number, path in enumerate((None, *named)):
+        if path is not None:
+            os.utime(path, ns=(number, number))
+        found.append(ParquetImages(tmp_path / "data" / "*.parquet").fingerprint())
+    assert len(set(found)) == 3
+    assert found[2] == found[3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system of any names")
+def test_a_directory_may_have_any_name(parquet: Path, tmp_path: Path) -> None:
+    directory = parquet.parent.rename(tmp_path.parent / os.fsdecode(b"caf\xe9"))  # Latin-1, no UTF-8
+    source = ParquetImages(directory / parquet.name)
+    assert (len(source), source[8][1], source.fingerprint()) == (9, 2, ParquetImages(directory / parquet.name).fingerprint())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), pa.ArrowMemoryError("malloc of size 64 failed")])
+@pytest.mark.parametrize("place", ["mergekit_vision.sources.decoding.rgb", "pyarrow.parquet.ParquetFile.read_row_group"])
+def test_memory_that_runs_out_is_no_damage(parquet: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception) -> None:
+    def failing(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    source = ParquetImages(parquet)
+    monkeypatch.setattr(place, failing)
+    with pytest.raises(MemoryError):
+        source[0]
 
 
 def test_parquet_of_several_kinds_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from suite_faults import faults_of
 from tiny import write_file
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.suites.catalog import PublishedSuite, published
 from mergekit_vision.suites.suite import Suite
 
@@ -134,6 +135,15 @@ def test_roots_that_are_not_there_are_named_once(tmp_path: Path) -> None:
         f"experts_root: {tmp_path / 'none'}: no such directory",
         f"data_root: {tmp_path / 'neither'}: no such directory",
     ]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_home_of_a_user_that_is_not_known_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    monkeypatch.setenv("MERGEKIT_VISION_DATA", "~nobody-here/x")
+    file = write_file(tmp_path, {"extends": NAME, **({"data_root": "~nobody-here/x"} if named else {})})
+    key = "data_root" if named else "MERGEKIT_VISION_DATA"
+    with pytest.raises(InputError, match=rf"^{file}: {key}: ~nobody-here: no home directory of such a user is known"):
+        Suite.load(file)
 
 
 def test_strange_names_are_left_to_the_schema(tmp_path: Path) -> None:
