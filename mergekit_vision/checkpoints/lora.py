@@ -161,7 +161,8 @@ class Adapter(Expert):
             changed = [(update.place, weight)] + ([] if update.shift is None else [(bias_of(update.place), weight[:1])])
             for place, shape in changed:
                 if shapes.setdefault(place.key, shape) != shape:
-                    raise InputError(f"{self.path}: {update.up} is for {place.key} {shape}, and others for {shapes[place.key]}")
+                    told = f"{update.up} is for {place.key} {shape}, and others for {shapes[place.key]}"
+                    raise InputError(f"{self.path}: {told}; they do not belong together")
         return shapes if self.base is None else self._shapes_of_all(self.base.shapes, shapes)
 
     def _shapes_of_all(self, own: Shapes, changed: Shapes) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,6 @@ _REFUSED = (  # options of PEFT under which A and B alone are not the change
     "arrow_config", "megatron_config", "use_bdlora", "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 
-
 _MODELS = (
     "CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPVisionTransformer", "VisionTextDualEncoderModel",
 )  # fmt: skip

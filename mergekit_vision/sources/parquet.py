@@ -28,10 +28,7 @@ _AGAIN = "copy or download the file again"
 
 
 class _Group(NamedTuple):
-    """One row group: its file, number, first row in the file, number of rows, and the file's modification time.
-
-    Last, whether its rows may name files.
-    """
+    """One row group: its file, number, first row there, rows, the file's modification time, and whether rows name files."""
 
     path: Path
     number: int
@@ -147,13 +144,12 @@ def _cell(group: _Group, column: str, row: int, where: str) -> Any:
 
 def _stamps(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
     """Stamps of the files that are there, of those that may be read."""
-    beside = {os.pardir}
+    beside = {"", os.curdir, os.pardir}  # of an absolute path the first part is empty
     with suppress(OSError):
         beside |= {*os.listdir(directory)}  # noqa: PTH208 (names alone)
     for name in names:
-        path = Path(name)
         # beside bytes stands what the image was called once: very many files that need not be asked for
-        if path.is_absolute() or beside.intersection(path.parts[:1]):
+        if name.split("/", 1)[0] in beside:
             with suppress(InputError):  # it leads elsewhere
                 file = named_by_data(name, [directory], name)
                 if is_file(file):

@@ -143,7 +143,7 @@ def test_the_fingerprint_follows_the_files_that_rows_name(tmp_path: Path) -> Non
     for path in named:
         image(1).save(path)
     paths = [
-        "1.png",
+        "./1.png",
         str(named[1]),
         "../elsewhere.png",
         str(named[2]),
