@@ -111,7 +111,8 @@ def draw_tasks(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 def _leads(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], task: str) -> bool:
     """Whether a method is the best of all on a task."""
     methods = [other for other in rows if other["kind"] in ("static", "dynamic") and task in other["tasks"]]
-    return row in methods and leads(row, (other for other in methods if other is not row), task)
+    rivals = [other for other in methods if other is not row]
+    return row in methods and bool(rivals) and leads(row, rivals, task)
 
 
 def _shade(cell: Mapping[str, Any] | None) -> float:

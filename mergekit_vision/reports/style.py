@@ -62,6 +62,7 @@ def _drawing() -> Iterator[None]:
 def named(name: str, letters: int = LONGEST_NAME) -> str:
     """A name as it stands in a figure, where there is room for a few letters."""
     name = harmless(name)
+    name = f"\u200b{name}" if name.startswith("_") else name  # which matplotlib would leave out of legends
     return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 

@@ -140,9 +140,11 @@ def _task(name: str, family: Mapping[str, Any], backbone: Mapping[str, Any]) -> 
     }
     if "misnamed" in variant:
         content["misnamed"] = variant["misnamed"]
+    if "at_most" in facts:
+        content["at_most"] = facts["at_most"]
     if name in backbone.get("accuracies", {}):
         content["accuracy"] = backbone["accuracies"][name]
-    aliases = (name, facts["name"], own["expert"], expert.split("/")[1])
+    aliases = (name, facts["name"], own["expert"], *([] if ":" in expert.removeprefix("hf-hub:") else [expert.split("/")[1]]))
     license_ = facts.get("license")
     return PublishedTask(name, facts["name"], expert, tuple(dict.fromkeys(aliases)), facts["images"], license_, reason, content)
 

@@ -8,7 +8,9 @@ _POINTS = 3.0
 
 
 def departures(tasks: Iterable[Task], measured: Mapping[str, float | None]) -> list[str]:
-    """A text for every expert whose accuracy is more than three points off the published one, with what may be the reason.
+    """A text for every expert whose accuracy is more than three points off the published one, or higher than any honest one.
+
+    What may be the reason is added.
 
     Args:
         tasks: of the suite.
@@ -22,7 +24,11 @@ def departures(tasks: Iterable[Task], measured: Mapping[str, float | None]) -> l
     texts = []
     for task in tasks:
         found = measured.get(task.name)
-        if found is not None and task.accuracy is not None and abs(100 * found - task.accuracy) > _POINTS:
-            head = f"the expert of task {task.name} scores {100 * found:.1f} % on test, but {task.accuracy:.1f} % is published"
-            texts.append("; ".join([head, *task.traps]))
+        if found is None:
+            continue
+        head = f"the expert of task {task.name} scores {100 * found:.1f} % on test, but"
+        if task.accuracy is not None and abs(100 * found - task.accuracy) > _POINTS:
+            texts.append("; ".join([f"{head} {task.accuracy:.1f} % is published", *task.traps]))
+        elif task.at_most is not None and 100 * found > task.at_most:
+            texts.append("; ".join([f"{head} at most {task.at_most:.1f} % is honest", *task.traps]))
     return texts

@@ -113,6 +113,7 @@ class _Task(Schema):
     classes: list[_Word] = Field(default=[], min_length=1, description="a list of texts")
     templates: list[_Template] = Field(default=[], min_length=1, description="a list of texts")
     accuracy: float | None = Field(default=None, ge=0, le=100, description="the published accuracy of the expert, in percent")
+    at_most: float | None = Field(default=None, ge=0, le=100, description="a better expert has seen the test images, in percent")
     misnamed: list[int] = Field(default=[], description="a list of class indices")
     traps: list[_Word] = Field(default=[], description="a list of texts")
 
@@ -207,6 +208,7 @@ def _completed(suite: _Suite, path: Path) -> dict[str, Any]:
             "classes": task.classes or None,
             "templates": task.templates or None,
             "accuracy": task.accuracy,
+            "at_most": task.at_most,
             "misnamed": tuple(task.misnamed),
             "traps": tuple(task.traps),
             "data": {split: resolve(source, root) for split, source in task.data.items()},

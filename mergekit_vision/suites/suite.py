@@ -46,6 +46,7 @@ class Task:
         templates: prompts; each ``{}`` stands for the class name, other braces for themselves.
         named_by_data: whether the suite left ``classes`` to the data.
         accuracy: published accuracy of the expert, in percent.
+        at_most: accuracy in percent above which an expert has seen the test images.
         misnamed: classes that have another class's name on purpose, as the expert was trained so.
         traps: what is known to go wrong with the task.
     """
@@ -57,6 +58,7 @@ class Task:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     named_by_data: bool = False
     accuracy: float | None = None
+    at_most: float | None = None
     misnamed: tuple[int, ...] = ()
     traps: tuple[str, ...] = ()
 
@@ -110,7 +112,7 @@ class Suite:
                     faults.append(f"tasks.{name}.{error}")
                     continue
             templates = tuple(task["templates"] or DEFAULT_TEMPLATES)
-            known = {key: task[key] for key in ("accuracy", "misnamed", "traps")}
+            known = {key: task[key] for key in ("accuracy", "at_most", "misnamed", "traps")}
             tasks[name] = Task(name, task["expert"], task["data"], tuple(classes), templates, unnamed, **known)
         raise_faults(path, faults)
         return cls(content["name"], content["backbone"], content["pretrained"], tasks, path, allow_code)

@@ -18,6 +18,14 @@ def test_only_what_is_more_than_three_points_off_is_told() -> None:
     assert text.endswith(tasks["svhn"].traps[0])
 
 
+def test_an_expert_that_has_seen_the_test_images_is_told() -> None:
+    dtd = Suite.load("tall/ViT-B-32-8").tasks["dtd"]
+    assert dtd.accuracy is None
+    assert departures([dtd], {"dtd": 0.84}) == []
+    (text,) = departures([dtd], {"dtd": 0.973})
+    assert text.startswith("the expert of task dtd scores 97.3 % on test, but at most 90.0 % is honest; experts that score above")
+
+
 def test_nothing_is_told_without_a_published_accuracy(tiny_suite: Path) -> None:
     tasks = Suite.load(tiny_suite).tasks
     assert departures(tasks.values(), dict.fromkeys(tasks, 0.0)) == []
