@@ -41,7 +41,7 @@ def check_options(path: Path, options: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: auto_mapping must be an object, not {model!r:.40}")
     adapted, library = (str(model.get(key)) for key in ("base_model_class", "parent_library"))
     if library.partition(".")[0] == "transformers" and adapted not in _MODELS:
-        raise InputError(f"{path}: an adapter of the class {adapted}; only those of {', '.join(_MODELS)} can be merged")
+        raise InputError(f"{path}: an adapter of the class {adapted}; train it on one of {', '.join(_MODELS)}")
     start = options.get("init_lora_weights", True)
     if start not in _SOUND_STARTS:
         raise InputError(

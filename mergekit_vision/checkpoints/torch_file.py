@@ -15,6 +15,7 @@ from mergekit_vision.checkpoints.leaves import leaves
 from mergekit_vision.checkpoints.pickles import LONGEST, UNREADABLE, RestrictedUnpickler
 from mergekit_vision.checkpoints.stored import Storage, StoredTensor
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.faults import in_one_line
 
 _NAME = "file saved by torch.save"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -44,12 +45,14 @@ class TorchFile(Container):
         """The object in the file, and where its storages are."""
 
     def _open(self) -> Any:
-        try:  # torch itself opens no file whose name is not UTF-8
+        try:
+            return torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
+        except UnicodeEncodeError:  # torch opens no file whose name is not UTF-8; this takes a descriptor as long as it is open
             with self.path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise damaged(self.path, _NAME, error) from error
-        return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+            return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.path}: cannot be read ({in_one_line(error)})") from error
 
     def _read_entries(self) -> dict[str, TensorInfo]:
         try:

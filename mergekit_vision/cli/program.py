@@ -63,7 +63,7 @@ class MergeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Methods of the trainer, each with the arguments that the command line does not show: of a command only its own."""
-        return {name: {"model", "datamodule"} for name in COMMANDS if sys.argv[1:2] in ([name], [])}
+        return {name: {"model", "datamodule"} for name in COMMANDS if name == sys.argv[1]}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Build the parsers; ``compare`` and ``tune`` choose coefficients, since methods' own suit few parameters."""

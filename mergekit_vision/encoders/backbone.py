@@ -15,13 +15,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mergekit_vision.checkpoints.hub import HubFile, fetch_snapshot
+from mergekit_vision.checkpoints.opening import weights_file
 from mergekit_vision.checkpoints.safetensors_file import SafetensorsFile
 from mergekit_vision.encoders.config import CONFIG, check_positions, check_size, read_config
 from mergekit_vision.encoders.huggingface import WEIGHTS, as_open_clip, is_huggingface
 from mergekit_vision.errors import InputError
+from mergekit_vision.support.fingerprints import digest, fingerprint
 from mergekit_vision.support.hub import without_retries
 from mergekit_vision.support.json_files import to_json
 from mergekit_vision.support.memory import is_spent
+from mergekit_vision.support.paths import is_file
 from mergekit_vision.support.tensors import unusable
 
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
@@ -146,6 +149,18 @@ def stored_weights(name: str) -> SafetensorsFile | None:
         return None if path is None or not path.is_file() else SafetensorsFile(path)
     except InputError:  # whatever open_clip has read instead
         return None
+
+
+def weights_fingerprint(name: str, pretrained: str | None = None) -> str:
+    """Hash of what decides a backbone's weights, none of which is read: their file, or under which name they are published.
+
+    Raises:
+        InputError: when there is no such file.
+    """
+    directory = _directory(open_clip_name(name))
+    if directory is not None:
+        return fingerprint(weights_file(directory))
+    return fingerprint(pretrained) if pretrained and is_file(pretrained) else digest(name, pretrained)
 
 
 def _map(model: nn.Module, file: SafetensorsFile) -> None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from mergekit_vision.checkpoints import save_safetensors
 from mergekit_vision.checkpoints.clip_config import older_first
 from mergekit_vision.checkpoints.container import Container
+from mergekit_vision.checkpoints.hub import named_shards
 from mergekit_vision.checkpoints.opening import open_container, weights_file
 from mergekit_vision.checkpoints.places import by_key, huggingface_place, huggingface_text_place
 from mergekit_vision.checkpoints.weights import CheckpointWeights
@@ -114,13 +115,14 @@ def as_open_clip(directory: Path) -> Path:
     """
     config = _checked(_Clip, directory / "config.json")
     preprocess = _preprocess_config(directory, config.vision_config.image_size)
-    container = open_container(weights_file(directory))
+    weights = weights_file(directory)
     described = [directory / name for name in ("config.json", *_PROCESSORS)]
-    # shards too: revisions of a repository may share the index, which is one file in the hub's cache
-    files = [file for file in (*described, *container.files) if file.is_file()]
+    # revisions of a repository may share the index, which is one file in the hub's cache
+    shards = [weights.parent / shard for shard in sorted(named_shards(weights))]
+    files = [file for file in (*described, weights, *shards) if file.is_file()]
     place = cache_dir() / "backbones" / digest(_FORMAT, [stamp(file.resolve()) for file in files])
     if not (place / CONFIG).is_file():
-        _write(place, _model_config(config, directory), preprocess, _weights(container))
+        _write(place, _model_config(config, directory), preprocess, _weights(open_container(weights)))
     return place
 
 

@@ -5,14 +5,13 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mergekit_vision.data.datamodule import VisionTasks
-from mergekit_vision.encoders.backbone import Backbone
+from mergekit_vision.encoders.backbone import Backbone, weights_fingerprint
 from mergekit_vision.encoders.heads import ZeroShotHeads
 from mergekit_vision.encoders.routed import Route
 from mergekit_vision.encoders.vision import VisionEncoder
@@ -108,10 +107,11 @@ class Evaluator:
     def expert_accuracy(self, task: str, split: str) -> float:
         """Accuracy of a task's own expert, remembered by its weights, the data, the head, the code and where it runs."""
         expert = self.data.suite.experts[task]
+        # others follow the backbone, in parameters of which they say nothing, or only how they changed
         whole = not expert.relative and all(key in expert.shapes for key in self.pretrained)
         parts = (
             expert.fingerprint(),
-            "" if whole else self._pretrained_hash,
+            "" if whole else weights_fingerprint(self.data.suite.backbone, self.data.suite.pretrained),
             to_json([dict(self.backbone.model), dict(self.backbone.preprocess)]),
             of_tensors({"head": self.heads().weight(task)}),
             self.data.fingerprint(task, split),
@@ -125,11 +125,6 @@ class Evaluator:
                 return evaluator.accuracy(task, split)
 
         return Cache("accuracies", json_form(_share), self.runtime.team).recall(parts, measure)
-
-    @cached_property
-    def _pretrained_hash(self) -> str:
-        """Of the backbone, which decides the weights of experts that say nothing of some parameters, or only how they changed."""
-        return of_tensors(self.pretrained)
 
     @contextmanager
     def with_weights(self, weights: Weights, block: int | None = None) -> Iterator["Evaluator"]:

@@ -101,6 +101,6 @@ def count(number: int) -> str:
     """
     rounded = float(f"{number:.3g}")  # 999 600 are 1 M
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= 1000 and rounded >= size:
+        if rounded >= size:
             return f"{rounded / size:.3g}{unit}"
     return str(number)

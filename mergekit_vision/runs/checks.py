@@ -12,8 +12,9 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.export.manifest import read_record
 from mergekit_vision.merger import Merger
 from mergekit_vision.sources.config import kind_of
+from mergekit_vision.sources.footer import matching
 from mergekit_vision.suites.suite import Suite
-from mergekit_vision.support.fingerprints import fingerprint
+from mergekit_vision.support.fingerprints import digest, fingerprint
 from mergekit_vision.support.json_files import same
 from mergekit_vision.support.source_code import code_fingerprint, versions
 from mergekit_vision.support.team import Team
@@ -143,6 +144,7 @@ def _seen(data: VisionTasks, needs: Needs, read: bool) -> dict[str, str]:
         found |= {str(task.expert): suite.experts[name].fingerprint() for name, task in suite.tasks.items()}
     for name, task in suite.tasks.items():
         for split in sorted({*needs.everywhere, *(needs.evaluated if name in data.task_names else ())}):
-            whole = kind_of(task.data[split]) == "parquet"
-            found[f"tasks.{name}.data.{split}"] = data.fingerprint(name, split) if whole else str(data.size(name, split))
+            source, images = task.data[split], str(data.size(name, split))
+            files = matching(Path(str(source["parquet"]))) if kind_of(source) == "parquet" else []
+            found[f"tasks.{name}.data.{split}"] = digest(images, *map(fingerprint, files))
     return found

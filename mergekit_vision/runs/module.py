@@ -1,7 +1,7 @@
 """The LightningModule: merges in ``setup``, evaluates every task."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -124,16 +124,16 @@ class MergedCLIP(LightningModule):
 
     def prepare_data(self) -> None:
         """Download what will be read, in one process of each machine before the others look for it."""
-        self._check_arguments()
         split = EVALUATED.get(str(self.trainer.state.fn))
+        self._check_arguments(split)
         self.data.fetch(self._needs(split, experts=self.merger is not None))
 
     def setup(self, stage: str) -> None:
         """Check the suite whole, then merge (or load), and measure the experts on the split that is evaluated."""
-        self._check_arguments()
+        split = EVALUATED.get(stage)
+        self._check_arguments(split)
         if self._evaluator is not None:  # whose heads and experts stay
             check_same_suite(self.data.suite, self._evaluator.data.suite)
-        split = EVALUATED.get(stage)
         if split is None and self._predictions is None and self.encoder is not None:
             return
         self._check(split)
@@ -142,17 +142,22 @@ class MergedCLIP(LightningModule):
         if split is not None or self._predictions is not None:
             self._prepare_evaluation(split)
 
+    def _evaluated_tasks(self, split: str | None) -> Sequence[str]:
+        if split is not None:
+            return self.data.task_names
+        return () if self._predictions is None else (self._predictions.task,)
+
     def _needs(self, split: str | None, experts: bool) -> Needs:
         evaluated = frozenset({split} if split else ())
         return Needs(evaluated, experts=experts) if self.merger is None else self.recipe.needs(evaluated, [self.merger])
 
-    def _check_arguments(self) -> None:
+    def _check_arguments(self, split: str | None) -> None:
         """Refuse what needs no download to be found wrong."""
         if self.merger is not None:
             check_is_merge(self.merger)
-            self.recipe.tasks(self.data.suite)
             self.recipe.check_keeping(self.data.suite, self.merger)
             self.recipe.check_routed(dynamic=self.merger.kind == "dynamic")
+            self.recipe.check_truth(self.recipe.tasks(self.data.suite), self._evaluated_tasks(split))
         elif self.merged is None:
             raise InputError(_ONE_OF, of="model")
         else:
@@ -161,20 +166,16 @@ class MergedCLIP(LightningModule):
     def _check(self, split: str | None) -> None:
         """Find what is wrong with the suite before any long work starts."""
         data, merging = self.data, self.merger is not None
-        predicted = () if self._predictions is None else (self._predictions.task,)
-        evaluated = predicted if split is None else data.task_names
         here = not any(task.expert.missing for task in data.suite.tasks.values())
         # the first process's answer, so that all of them go the same way
         self._has_experts = merging or bool(self.trainer.strategy.broadcast(here))
         needs = self._needs(split, self._has_experts)
         data.check(needs)
         check_alike(data, needs, runtime_of(self.trainer).team)
-        if self.merger is not None:
-            self.recipe.check_truth(self.recipe.tasks(data.suite), evaluated)
-        elif self.merged is not None:
+        if self.merged is not None:
             record = check_merged(self.merged, data.suite, self.verify)
             if ROUTERS in record.get("files", {}):
-                self.recipe.check_truth(record["experts"], evaluated)
+                self.recipe.check_truth(record["experts"], self._evaluated_tasks(split))
         if split is not None:
             check_processes(self.trainer.world_size, max((data.size(task, split) for task in data.task_names), default=0))
 

@@ -28,14 +28,13 @@ _AGAIN = "copy or download the file again"
 
 
 class _Group(NamedTuple):
-    """One row group: its file, number, first row there, rows, the file's modification time, and whether rows name files."""
+    """One row group: its file, number, first row in the file, number of rows, and the file's modification time."""
 
     path: Path
     number: int
     start: int
     rows: int
     modified: int
-    naming: bool
 
 
 class ParquetImages(ImageSource):
@@ -70,9 +69,8 @@ class ParquetImages(ImageSource):
             raise InputError(f"{path}: names other classes than {self._groups[0].path}; give data sets of one kind")
         self.names = names
         rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        modified, images = path.stat().st_mtime_ns, schema.field(self._image).type
-        naming = pa.types.is_struct(images) and images.get_field_index("path") >= 0
-        return [_Group(path, number, sum(rows[:number]), size, modified, naming) for number, size in enumerate(rows)]
+        modified = path.stat().st_mtime_ns
+        return [_Group(path, number, sum(rows[:number]), size, modified) for number, size in enumerate(rows)]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -93,19 +91,13 @@ class ParquetImages(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of the files' content, the column names, and the sizes and modification times of image files that rows name."""
-        files = dict.fromkeys(group.path for group in self._groups)
-        return digest(self._image, self._label, *map(fingerprint, files), *self._named_files())
+        return self._fingerprint
 
-    def _named_files(self) -> Iterator[tuple[str, int, int]]:
-        """Stamps of the image files that rows name, by their names."""
-        names: dict[Path, set[str]] = {}
-        for group in self._groups:
-            if group.naming:
-                found = _read(group, self._image, "path")
-                parts = (name for chunk in found.chunks for name in chunk.field("path").unique().to_pylist() if name)
-                names.setdefault(group.path.parent, set()).update(parts)
-        for directory, named in names.items():
-            yield from _stamps(directory, sorted(named))
+    @cached_property
+    def _fingerprint(self) -> str:
+        files = dict.fromkeys(group.path for group in self._groups)
+        named = (stamped for file in files for stamped in _stamps(file.parent, sorted(_named_files(file, self._image))))
+        return digest(self._image, self._label, *map(fingerprint, files), *named)
 
     def label_range(self) -> tuple[int, int] | None:
         """Smallest and largest label."""
@@ -156,13 +148,38 @@ def _stamps(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, i
                     yield name, *stamp(file)[1:]
 
 
-def _read(group: _Group, column: str, part: str | None = None) -> Any:
-    """One column of a row group, or of its structs one part alone."""
-    wanted = column if part is None else f"{column}.{part}"
+def _named_files(path: Path, column: str) -> set[str]:
+    """Names of the image files of rows without bytes.
+
+    None where the first row has bytes: beside them stands what the image was called once.
+    """
+    try:
+        with _open(path) as file:
+            images = file.schema_arrow.field(column).type
+            if not (pa.types.is_struct(images) and images.get_field_index("path") >= 0):
+                return set()
+            if images.get_field_index("bytes") >= 0:
+                first = next(file.iter_batches(1, columns=[f"{column}.bytes"], use_threads=False), None)
+                if first is None or not _part(first.column(column), "bytes").null_count:
+                    return set()
+            found = file.read(columns=[f"{column}.path"], use_threads=False).column(column)
+            return {name for chunk in found.chunks for name in _part(chunk, "path").unique().to_pylist() if name}
+    except _UNREADABLE as error:
+        if is_spent(error):
+            raise
+        raise InputError(f"{path}: damaged ({in_one_line(error)}); {_AGAIN}") from error
+
+
+def _part(structs: Any, name: str) -> Any:
+    structs.validate(full=True)  # what offsets say is believed afterwards
+    return structs.field(name)
+
+
+def _read(group: _Group, column: str) -> Any:
     # the file is opened for each read and no threads are used: nothing to break after a fork
     try:
         with _open(group.path) as file:
-            found = file.read_row_group(group.number, columns=[wanted], use_threads=False).column(column)
+            found = file.read_row_group(group.number, columns=[column], use_threads=False).column(0)
             found.validate(full=True)  # what offsets say is believed afterwards
         if len(found) != group.rows:
             raise pa.ArrowInvalid(f"{len(found)} rows instead of {group.rows}")

@@ -87,8 +87,9 @@ def _weights(place: Path) -> list[Path]:
         file = weights_file(place)
     except InputError:
         return []
-    files = [file.parent / shard for shard in sorted(named_shards(file))] or [file]
-    return files if all(part.is_file() for part in files) else []
+    shards = [file.parent / shard for shard in sorted(named_shards(file))]
+    files = shards if file.suffix == ".json" else [file]
+    return files if all(map(Path.is_file, files)) else []
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -50,15 +50,27 @@ def _follow(module: str, file: Path, parts: dict[str, str]) -> None:
     for name in names:
         if name in parts:
             continue
-        found = _source(name)
+        found = _source(name) if _is_followed(name, module) else None
         if found is not None and (name.partition(".")[0] == module.partition(".")[0] or not _installed(found)):
             _follow(name, found, parts)
+
+
+def _is_followed(name: str, module: str) -> bool:
+    """Whether an import may lead to a file that counts: to look into an installed package would import the packages around it."""
+    package = name.partition(".")[0]
+    if package == module.partition(".")[0]:
+        return True
+    file = _source(package)
+    return file is None or not _installed(file)
 
 
 @cache  # methods share most of what they import
 def _read(source: bytes, package: str) -> tuple[str, tuple[str, ...]]:
     """A hash of the syntax tree without docstrings (and comments, which it has none of), and the names of what it imports."""
-    tree = ast.parse(source)
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # no code of this version of Python
+        return hashlib.blake2b(source, digest_size=32).hexdigest(), ()
     names = tuple(_imported(tree, package))
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
@@ -82,7 +94,7 @@ def _source(module: str) -> Path | None:
     try:
         known = sys.modules.get(module)
         spec = find_spec(module) if known is None else known.__spec__
-    except (ImportError, ValueError, AttributeError):  # `from package import function`: no module
+    except Exception:  # `from package import function`, which is no module, or whatever the code of a package around it raises
         return None
     origin = Path(spec.origin) if spec is not None and spec.origin else None
     return origin if origin is not None and origin.suffix == ".py" and origin.is_file() else None

@@ -84,8 +84,8 @@ def test_ties_gives_exact_cancellations_the_majority_sign_of_the_whole_model(sig
 @pytest.mark.parametrize("adapters", [("task0",), ("task2",), ("task0", "task1", "task2")])
 def test_ties_of_adapters_beside_whole_weights(adapters: Sequence[str]) -> None:
     zoo = Zoo(tasks=3)
-    for task in adapters:
-        zoo.experts[task] = Adapter(zoo.base, 0)
+    for seed, task in enumerate(adapters):
+        zoo.experts[task] = Adapter(zoo.base, seed)
     inputs = zoo.inputs()
     expected = TIES().merge(inputs.view(lambda task, key, delta: delta)).update  # all as task vectors
     assert all(torch.equal(update, expected[key]) for key, update in TIES().merge(inputs).update.items())

@@ -137,7 +137,7 @@ def test_labels_may_be_true_and_false(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_follows_the_files_that_rows_name(tmp_path: Path) -> None:
-    """Not those that are named beside bytes, or that lie elsewhere and are not read."""
+    """Not those that lie elsewhere and are not read."""
     (tmp_path / "data" / "a").mkdir(parents=True)
     named = [tmp_path / "data" / "1.png", tmp_path / "data" / "a" / "2.png", tmp_path / "elsewhere.png"]
     for path in named:
@@ -167,11 +167,20 @@ def test_the_fingerprint_follows_the_files_that_rows_name(tmp_path: Path) -> Non
     assert found[2] == found[3]
 
 
+def test_the_fingerprint_does_not_follow_files_that_are_named_beside_bytes(tmp_path: Path) -> None:
+    image(1).save(tmp_path / "1.png")
+    pq.write_table(table([{"bytes": encoded(image(1)), "path": "1.png"}], [0]), tmp_path / "x.parquet")
+    before = ParquetImages(tmp_path / "x.parquet").fingerprint()
+    os.utime(tmp_path / "1.png", ns=(1, 1))
+    assert ParquetImages(tmp_path / "x.parquet").fingerprint() == before
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system of any names")
 def test_a_directory_may_have_any_name(parquet: Path, tmp_path: Path) -> None:
+    before = ParquetImages(parquet).fingerprint()
     directory = parquet.parent.rename(tmp_path.parent / os.fsdecode(b"caf\xe9"))  # Latin-1, no UTF-8
     source = ParquetImages(directory / parquet.name)
-    assert (len(source), source[8][1], source.fingerprint()) == (9, 2, ParquetImages(directory / parquet.name).fingerprint())
+    assert (len(source), source[8][1], source.fingerprint()) == (9, 2, before)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), pa.ArrowMemoryError("malloc of size 64 failed")])
