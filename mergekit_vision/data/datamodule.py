@@ -265,4 +265,5 @@ class VisionTasks(LightningDataModule):
             images_only=images_only,
             cache=self._cache if key else PixelCache(0),
             key=key or (),
+            processes=self._place()[0],
         )

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 
 from mergekit_vision.data.pixel_cache import Batch, PixelCache
 from mergekit_vision.data.preprocess import Preprocess
-from mergekit_vision.errors import InputError
+from mergekit_vision.errors import EvaluationError, InputError
 from mergekit_vision.support.hardware import usable_cores
 
 _MOST_WORKERS = 16
@@ -55,6 +55,8 @@ class PixelLoader(DataLoader[Any]):
         images_only: yield images ``[N, 3, H, W]`` alone instead of ``(images, labels)``.
         cache: where a complete pass is kept.
         key: names this data, sampler included, in the cache.
+        processes: of the run. The others may be able to read an image that is damaged for this one, and then all must end: the
+            error is an ``EvaluationError``.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class PixelLoader(DataLoader[Any]):
         images_only: bool,
         cache: PixelCache,
         key: tuple[str | int, ...],
+        processes: int = 1,
     ) -> None:
         pixels = _Pixels(source, preprocess.geometry)
         super().__init__(pixels, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=_collate)
         self.preprocess, self.device = preprocess.to(device), device
         self.images_only = images_only
         self.cache, self.key = cache, key
+        self._error = InputError if processes == 1 else EvaluationError
         self._place = ""  # in messages
         if isinstance(sampler, ExactSampler):
             self._place = f" (on process {sampler.rank} of {sampler.num_replicas})"
@@ -94,7 +98,7 @@ class PixelLoader(DataLoader[Any]):
     def _decoded(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             if isinstance(batch, InputError):
-                raise InputError(f"{batch}{self._place}")
+                raise self._error(f"{batch}{self._place}")
             yield batch
 
 

@@ -22,8 +22,9 @@ class TaskMetric(Metric):
         self.add_state("right_and_seen", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits ``[N, classes]``, labels ``[N]``."""
-        right = (logits.argmax(-1) == labels).sum()
+        """Count one batch: logits ``[N, classes]``, labels ``[N]``. An image with NaN or infinity among its logits is wrong."""
+        # the largest of NaNs is the first, which would be right for all images of class 0
+        right = ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).sum()
         self.right_and_seen += torch.stack([right, torch.full_like(right, len(labels))])
 
     def compute(self) -> Tensor:

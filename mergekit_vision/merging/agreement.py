@@ -109,5 +109,5 @@ def _opinion(evaluator: Evaluator, task: str) -> _Opinion:
     try:
         embeddings = torch.cat([embedded(images.to(device)) for images in evaluator.data.proxy_loader(task)])
     except InputError as error:
-        raise InputError(f"{error}; a coefficient chosen by agreement needs proxy images of every merged task") from error
+        raise type(error)(f"{error}; a coefficient chosen by agreement needs proxy images of every merged task") from error
     return _Opinion(F.normalize(embeddings.float(), dim=-1), heads(embeddings, task).log_softmax(-1))

@@ -9,13 +9,14 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.errors import LiveError
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
 
@@ -104,19 +105,27 @@ def track(items: Iterable[Item], description: str) -> Iterator[Item]:
     todo = items if isinstance(items, Sequence) else list(items)
     if not (_first_process() and logger.isEnabledFor(logging.INFO)):
         yield from todo
-    elif shows_bars():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        with Progress(*columns, console=console) as progress:
-            yield from progress.track(todo, description=description)
-    else:
-        start = time.perf_counter()
-        yield from todo
+        return
+    start = time.perf_counter()
+    with bar(MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)) as progress:
+        yield from todo if progress is None else progress.track(todo, description=description)
+    if progress is None:
         logger.info("%s: %d in %.1f s", description, len(todo), time.perf_counter() - start)
+
+
+@contextmanager
+def bar(*columns: ProgressColumn) -> Iterator[Progress | None]:
+    """A bar with some columns, on the command line's terminal while the context is open; ``None`` elsewhere.
+
+    There is none within another one either where rich, before 14.1, shows one at a time.
+    """
+    progress = None
+    with ExitStack() as stack:
+        if shows_bars():
+            with suppress(LiveError):
+                shown = Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=console)
+                progress = stack.enter_context(shown)
+        yield progress
 
 
 @contextmanager

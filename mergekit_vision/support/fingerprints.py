@@ -25,7 +25,7 @@ _SETTLED_NS = 2_000_000_000  # a file written to within one tick of its time sta
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """Hash of a file's content (BLAKE2b, 64 hexadecimal digits), read in pieces.
 
-    The hash is remembered in the cache directory by place, size and modification time, so a large checkpoint is read once.
+    The hash is remembered in the cache directory by place, size and times, so a large checkpoint is read once.
 
     Raises:
         InputError: when ``path`` is not a readable file.
@@ -105,12 +105,16 @@ def _checked(value: Any) -> str:
 
 
 def _remembered(kind: str, path: Path, algorithm: "Callable[[], _Content]") -> str:
-    """Hash of a file, remembered by its place, size and modification time."""
+    """Hash of a file, remembered by its place, size, and the times of its last modification and change.
+
+    Copying programs set the former to that of the original, which another file of the same size may share; none sets the latter.
+    """
     try:
         file = path.resolve(strict=True)
         status = file.stat()
         settled = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
-        parts = [repr((os.fsencode(file), status.st_size, status.st_mtime_ns))] if settled else None
+        seen = os.fsencode(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        parts = [repr(seen)] if settled else None
         return Cache(kind, json_form(_checked)).recall(parts, lambda: _digest_of(file, algorithm()))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error

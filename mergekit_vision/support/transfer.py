@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich import filesize
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from mergekit_vision.support.console import console, logger, shows_bars
+from mergekit_vision.support.console import bar, logger
 
 _PAUSE = 0.5  # seconds between two looks
 
@@ -75,9 +75,5 @@ class Transfer:
 @contextmanager
 def transfer(total: int) -> Iterator[Transfer]:
     """Show downloads of ``total`` bytes in all while the context is open."""
-    if not shows_bars():
-        yield Transfer(None, total)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
         yield Transfer(progress, total)

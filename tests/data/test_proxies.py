@@ -13,7 +13,8 @@ from tiny import TASKS, picture
 from mergekit_vision.data.checks import Needs
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.data.proxies import Proxies
-from mergekit_vision.errors import InputError
+from mergekit_vision.errors import EvaluationError, InputError
+from mergekit_vision.sources.parquet import ParquetImages
 
 
 @pytest.mark.parametrize("label", [None, 1])
@@ -50,6 +51,23 @@ def test_halves_share_the_draw() -> None:
             half.draw(source)
     with pytest.raises(InputError, match="there are 37, of which 40 are passed over"):
         Proxies(skip=40).draw(source)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_damaged_proxy_image_ends_a_run_of_several_processes(
+    tiny_suite: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    """One process may leave out the row of a comparison; of several, the others may have read the image."""
+
+    def damaged(*_: object) -> None:
+        raise InputError("row 1: not a readable image")
+
+    monkeypatch.setattr(ParquetImages, "__getitem__", damaged)
+    data = VisionTasks(str(tiny_suite))
+    data.trainer = process(world)
+    with pytest.raises(InputError, match="not a readable image") as caught:
+        list(data.proxy_loader("colors"))
+    assert isinstance(caught.value, EvaluationError) == (world > 1)
 
 
 def test_every_process_gets_all_proxies(tiny_suite: Path) -> None:

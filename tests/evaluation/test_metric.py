@@ -17,6 +17,12 @@ def test_accuracy_of_uneven_batches_is_the_share_of_right_images() -> None:
     assert metric.accuracy(11) == right / 11
 
 
+def test_logits_that_are_no_numbers_are_wrong() -> None:
+    metric = TaskMetric()
+    metric.update(torch.tensor([[torch.nan, torch.nan], [1.0, torch.nan], [torch.inf, 0.0], [1.0, 0.0]]), torch.zeros(4).long())
+    assert metric.compute().tolist() == [1, 4]
+
+
 def test_a_missing_image_does_not_pass_unnoticed() -> None:
     metric = TaskMetric()
     metric.update(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))

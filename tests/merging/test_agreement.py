@@ -10,7 +10,7 @@ from tiny import TASKS
 from torch.nn import functional as F
 
 from mergekit_vision import MergedCLIP, Proxies, Trainer, VisionTasks
-from mergekit_vision.errors import InputError
+from mergekit_vision.errors import EvaluationError, InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.merger import Merged, merged_weights
 from mergekit_vision.merging.agreement import ExpertTeachers
@@ -107,3 +107,12 @@ def test_a_task_without_proxy_images_is_named(tiny_suite: Path, bench: Workbench
     bench.evaluator.data.__dict__.pop("_images", None)
     with pytest.raises(InputError, match=r"no split train.*agreement needs proxy images of every merged task"):
         ExpertTeachers(bench.evaluator, ["grays"])
+
+
+def test_a_damaged_image_stays_an_error_that_ends_a_comparison(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> None:
+        raise EvaluationError("row 1: not a readable image")
+
+    monkeypatch.setattr(VisionTasks, "proxy_loader", damaged)
+    with pytest.raises(EvaluationError, match=r"row 1.*agreement needs proxy images"):
+        ExpertTeachers(bench.evaluator, list(TASKS))

@@ -1,15 +1,19 @@
 """Messages: silent until somebody listens, lines and tables for whoever does."""
 
+import io
 import logging
 import subprocess
 import sys
 import warnings
 
 import pytest
+from rich.errors import LiveError
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from mergekit_vision.support.console import console_output, logger, quiet_lightning, show, track
+from mergekit_vision.support import console as module
+from mergekit_vision.support.console import _Harmless, console_output, logger, quiet_lightning, show, track
 
 INFO = {"level": "INFO", "logger": "mergekit_vision"}
 
@@ -74,6 +78,24 @@ def test_another_handler_gets_tables_as_text(caplog: pytest.LogCaptureFixture) -
     assert "[red]" in drawn
     assert "\\" not in drawn
     assert progress.startswith("counting: 3 in ")
+
+
+@pytest.mark.usefixtures("alone")
+def test_bars_within_bars_where_rich_shows_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, opened = io.StringIO(), list[Live]()
+
+    class Older(_Harmless):
+        def set_live(self, live: Live) -> bool:
+            if opened:  # as before rich 14.1
+                raise LiveError("Only one live display may be active at once")
+            opened.append(live)
+            return super().set_live(live)
+
+    monkeypatch.setattr(module, "console", Older(force_terminal=True, file=shown, width=120))
+    with console_output():
+        assert [list(track("ab", "inner")) for _ in track([0], "outer")] == [["a", "b"]]
+    assert "outer" in shown.getvalue()
+    assert "inner: 2 in " in shown.getvalue()
 
 
 def test_only_the_first_process_speaks(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

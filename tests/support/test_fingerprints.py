@@ -34,6 +34,13 @@ def test_a_changed_file_is_hashed_anew(settled: Path) -> None:
     assert fingerprint(settled) != before
 
 
+def test_a_changed_file_of_the_same_time_is_hashed_anew(settled: Path) -> None:
+    before, stamp = fingerprint(settled), settled.stat().st_mtime_ns
+    settled.write_bytes(b"abd" * 1_000_000)
+    os.utime(settled, ns=(stamp, stamp))  # as programs do that copy a file with its time
+    assert fingerprint(settled) != before
+
+
 def test_a_file_just_written_is_not_remembered(tmp_path: Path) -> None:
     path = tmp_path / "fresh"
     path.write_bytes(b"one")

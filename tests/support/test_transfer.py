@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_vision.support import console
 from mergekit_vision.support import transfer as module
 from mergekit_vision.support.console import _Harmless, console_output
 from mergekit_vision.support.transfer import bytes_below, transfer
@@ -21,8 +22,8 @@ def test_bytes_that_arrive_are_counted_once(tmp_path: Path) -> None:
 
 def test_one_bar_shows_all_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    monkeypatch.setattr(module, "console", _Harmless(force_terminal=True, file=shown, width=120))
-    monkeypatch.setattr(module, "shows_bars", lambda: True)
+    monkeypatch.setattr(console, "console", _Harmless(force_terminal=True, file=shown, width=120))
+    monkeypatch.setattr(console, "shows_bars", lambda: True)
     monkeypatch.setattr(module, "_PAUSE", 0.01)
     with transfer(3000) as progress:
         with progress.of("one", tmp_path, 1000):
