@@ -171,7 +171,10 @@ class MergedCLIP(LightningModule):
         self._has_experts = merging or bool(self.trainer.strategy.broadcast(here))
         needs = self._needs(split, self._has_experts)
         data.check(needs)
-        check_alike(data, needs, runtime_of(self.trainer).team)
+        team = runtime_of(self.trainer).team
+        check_alike(data, needs, team)
+        if self._predictions is not None:
+            self._predictions.check_alike(team)
         if self.merged is not None:
             record = check_merged(self.merged, data.suite, self.verify)
             if ROUTERS in record.get("files", {}):
@@ -343,3 +346,8 @@ class MergedCLIP(LightningModule):
         probabilities: Tensor = self(images, self._predictions.task).softmax(-1)
         self._predictions.add(indices, probabilities)
         return probabilities
+
+    def teardown(self, stage: str) -> None:
+        """Gather predictions: Lightning runs no other hook on a process without images, and none after an error."""
+        if self._predictions is not None:
+            self._predictions.gather(runtime_of(self.trainer).team)

@@ -6,8 +6,10 @@ from pathlib import Path
 from rich.table import Table
 from torch import Tensor
 
+from mergekit_vision.errors import InputError
 from mergekit_vision.support.console import as_markup, show
 from mergekit_vision.support.files import replacing
+from mergekit_vision.support.fingerprints import digest
 from mergekit_vision.support.team import Team
 
 _SHOWN = 20
@@ -36,9 +38,28 @@ class Predictions:
         for index, classes, values in zip(indices.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
             self.rows[index] = [(self.classes[label], value) for label, value in zip(classes, values, strict=True)]
 
+    def check_alike(self, team: Team) -> None:
+        """Refuse processes that do not see the same images: each has listed them, and batches bring indices alone.
+
+        Raises:
+            InputError: on every process.
+        """
+        first, *others = team.gather((len(self.paths), digest(*(path.name for path in self.paths))))
+        for rank, seen in enumerate(others, start=1):
+            if seen != first:
+                place = self.paths[0].parent
+                problem = f"process {rank} of {team.size} sees other images than process 0 ({seen[0]} and {first[0]})"
+                raise InputError(f"{place}: {problem}; give all processes the same, and change none while they start")
+
     def gather(self, team: Team) -> None:
-        """Collect the rows of all processes; each must call it, also one that had no image."""
+        """Collect the rows of all processes; each must call it, also one that had no image.
+
+        Raises:
+            RuntimeError: when there are not as many as images.
+        """
         self.rows = {index: row for part in team.gather(self.rows) for index, row in part.items()}
+        if len(self.rows) != len(self.paths):
+            raise RuntimeError(f"predicted {len(self.rows)} images of {len(self.paths)}")
 
     def write(self, path: Path) -> None:
         """Write ``path`` (CSV) and show the beginning."""

@@ -30,7 +30,6 @@ from mergekit_vision.runs.module import MergedCLIP
 from mergekit_vision.runs.predictions import Predictions
 from mergekit_vision.runs.processes import check_devices, check_slurm, check_started, cpu_devices
 from mergekit_vision.runs.revision import Revision
-from mergekit_vision.runs.runtime import runtime_of
 from mergekit_vision.runs.tuning import Tuning
 from mergekit_vision.runs.variant_files import read_variants
 from mergekit_vision.sources.folder import FlatFolder
@@ -213,8 +212,6 @@ class Trainer(lightning.Trainer):
         finally:
             model.predict_for(None)
             datamodule.predict_on(None)
-        # here and not in a hook: Lightning runs none on a process without images
-        predictions.gather(runtime_of(self).team)
         if self.is_global_zero:
             predictions.write(Path(self.default_root_dir) / "predictions.csv")
 

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,13 +60,26 @@ def test_the_beginning_is_shown_and_the_rest_counted(tmp_path: Path, caplog: pyt
 
 
 def test_rows_of_all_processes_are_gathered() -> None:
-    parts = [Predictions("grays", CLASSES, PATHS, top=1) for _ in range(2)]
+    parts = [Predictions("grays", CLASSES, PATHS[:3], top=1) for _ in range(2)]
     parts[0].add(torch.tensor([0, 2]), torch.eye(3)[[0, 2]])
     parts[1].add(torch.tensor([1]), torch.eye(3)[[1]])
     rows = [dict(part.rows) for part in parts]
     for rank, part in enumerate(parts):
         part.gather(Team(rank, 2, lambda _, source: rows[source]))
         assert {index: row[0][0] for index, row in part.rows.items()} == {0: "dark", 1: "medium", 2: "bright"}
+    parts[0].paths = PATHS[:4]
+    with pytest.raises(RuntimeError, match="predicted 3 images of 4"):
+        parts[0].gather(Team())
+
+
+def test_processes_that_list_other_images_are_refused() -> None:
+    seen: list[Any] = []
+    lists = (PATHS[:3], tuple(Path("elsewhere", path) for path in PATHS[:3]), PATHS[1:4])
+    for paths in lists:
+        Predictions("grays", CLASSES, paths).check_alike(Team(broadcast=lambda value, _: seen.append(value) or value))
+    Predictions("grays", CLASSES, PATHS[:3]).check_alike(Team(0, 2, lambda _, source: seen[source]))
+    with pytest.raises(InputError, match=r"process 2 of 3 sees other images than process 0 \(3 and 3\)"):
+        Predictions("grays", CLASSES, PATHS[:3]).check_alike(Team(0, 3, lambda _, source: seen[source]))
 
 
 @pytest.mark.parametrize(("merger", "route"), [(TaskArithmetic(), "router"), (ESMPP(rank=4), "oracle")])
@@ -103,3 +117,13 @@ def test_what_cannot_be_predicted(tiny_suite: Path, tmp_path: Path, task: str, t
             MergedCLIP(TaskArithmetic()), VisionTasks(str(tiny_suite)), task, str(tmp_path), top
         )
     assert caught.value.of == "command"
+
+
+def test_rows_are_gathered_within_the_run_where_lost_processes_are_noticed(
+    tiny_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture("grays", 0, np.random.RandomState(0)).save(tmp_path / "photo.png")
+    trainer, running = Trainer(default_root_dir=str(tmp_path / "out"), accelerator="cpu"), []
+    monkeypatch.setattr(Predictions, "gather", lambda *_: running.append(not trainer.state.stopped))
+    trainer.predict(MergedCLIP(TaskArithmetic()), VisionTasks(str(tiny_suite)), "grays", str(tmp_path / "photo.png"))
+    assert running == [True]
