@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import Strategy
@@ -41,12 +41,13 @@ class Launcher(_SubprocessScriptLauncher):
     that was killed another one says so.
 
     Attributes:
-        children: the processes that were started.
+        children: the processes that were started, once for all launchers of a script.
     """
+
+    children: ClassVar[list[subprocess.Popen[bytes]]] = []
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.children: list[subprocess.Popen[bytes]] = []
         self._parent = os.getppid()
 
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +78,7 @@ class Launcher(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         super()._call_children_scripts()
-        self.children, self.procs = self.procs, []  # of none, Lightning's own observer ends at once
+        Launcher.children, self.procs = self.procs, []  # of none, Lightning's own observer ends at once
 
     @property
     def _rank(self) -> int:
@@ -160,11 +161,13 @@ class Launcher(_SubprocessScriptLauncher):
         )
 
     def _end_with_others(self, done: threading.Event) -> None:
-        """End this process when another one has gone and it does not notice, as it need not while it computes."""
+        """End this process when another one has failed or gone and it does not notice, as it need not while it computes."""
         while not done.wait(_POLL):
             self._notices.join()
-            message = self._gone()
-            if message is None or done.wait(_GRACE):
+            message, grace = self._gone(), _GRACE
+            if message is None and self._notices.failures():
+                message, grace = "", 2 * _GRACE  # for the last words of the one that has failed, which may be among the children
+            if message is None or done.wait(grace):
                 continue
             if not self._ending.acquire(blocking=False) and done.wait(_GRACE):  # the main thread has failed, and may speak
                 continue

@@ -38,7 +38,7 @@ def locked(folder: Path, seconds: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(descriptor)
+        _release(folder, descriptor)
 
 
 def remove_unused(folder: Path) -> None:
@@ -49,7 +49,7 @@ def remove_unused(folder: Path) -> None:
             if _lock(descriptor) and _there(folder, descriptor):
                 shutil.rmtree(folder, ignore_errors=True)  # under the lock: who has just made the folder may be about to take it
         finally:
-            os.close(descriptor)
+            _release(folder, descriptor)
 
 
 def _attempt(folder: Path) -> int | None:
@@ -67,6 +67,14 @@ def _attempt(folder: Path) -> int | None:
             os.close(descriptor)
             return None
     return descriptor
+
+
+def _release(folder: Path, descriptor: int) -> None:
+    """Give a lock up, and remove its folder if it is empty: on NFS a file removed while it is open keeps it until then."""
+    os.close(descriptor)
+    with suppress(OSError):  # removed already; or not empty, as where the lock is still there, or another process has one
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def _open(folder: Path) -> int:

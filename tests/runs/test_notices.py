@@ -1,12 +1,15 @@
 """What the processes of a run know of each other when things happen at once, and when the store is gone."""
 
 import os
+import signal
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed import HashStore, Store, TCPStore
 
 from mergekit_vision.runs import launcher, notices
@@ -131,3 +134,38 @@ def test_the_thread_that_watches_waits_for_the_one_that_speaks(
     with pytest.raises(ValueError, match="the reason"):
         Failing(environment, 2, 1).launch(fail)
     assert not ended
+
+
+def test_a_process_that_waits_ends_when_another_has_failed(
+    environment: LightningEnvironment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One on another machine, or of SLURM, of which only its notice is seen."""
+    ended, waiting = list[int](), threading.Event()
+
+    def end(status: int) -> None:
+        ended.append(status)
+        waiting.set()
+
+    monkeypatch.setattr(launcher, "_GRACE", 0.05)
+    monkeypatch.setattr(launcher, "_POLL", 0.01)
+    monkeypatch.setattr(Notices, "failures", lambda _: 1)
+    monkeypatch.setattr(os, "_exit", end)
+    environment.set_world_size(2)
+    Launcher(environment, 1, 2).launch(waiting.wait, 10)
+    assert ended == [1]
+    assert capfd.readouterr().err == ""
+
+
+def test_children_are_known_to_the_launchers_after_the_one_that_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(launcher: _SubprocessScriptLauncher) -> None:
+        launcher.procs = [SimpleNamespace(poll=lambda: -9, send_signal=sent.append)]
+
+    sent = list[int]()
+    monkeypatch.setattr(Launcher, "children", [])
+    monkeypatch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", start)
+    first, second = Launcher(LightningEnvironment(), 2, 1), Launcher(LightningEnvironment(), 2, 1)
+    assert second._gone() is None
+    first._call_children_scripts()
+    assert "process 1 of 1 was ended by SIGKILL" in (second._gone() or "")
+    second.kill(signal.SIGTERM)
+    assert sent == [signal.SIGTERM]

@@ -124,6 +124,34 @@ def test_who_has_the_lock_of_a_removed_folder_leaves_the_next_one_alone(tmp_path
     assert (folder / "lock").is_file()
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_nothing_stays_where_open_files_outlive_their_removal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """As on NFS, which renames them until they are closed."""
+    remove, close = shutil.rmtree, os.close
+
+    def renaming(place: Path, **options: bool) -> None:
+        if (place / "lock").exists():
+            (place / "lock").rename(place.parent / "kept")
+            remove(place, **options)
+            place.mkdir()
+            (place.parent / "kept").rename(place / ".nfs1")
+
+    def closing(descriptor: int) -> None:
+        close(descriptor)
+        for file in tmp_path.rglob(".nfs1"):
+            file.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", renaming)
+    monkeypatch.setattr(os, "close", closing)
+    if left:
+        (tmp_path / ".mergekit-vision" / ("0" * 32)).mkdir(parents=True)
+    with replacing(tmp_path / "x.json") as draft:
+        draft.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
 def test_processes_write_into_one_directory(tmp_path: Path) -> None:
     def write(number: int) -> None:
