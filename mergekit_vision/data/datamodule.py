@@ -3,8 +3,9 @@
 import copy
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -174,6 +175,17 @@ class VisionTasks(LightningDataModule):
         """Hash of one task's proxy images; raises as :meth:`proxy_loader`."""
         source, indices = self._images.proxy_images(task)
         return digest(source.fingerprint(), indices)
+
+    def proxies_seen(self, task: str) -> dict[str, Any]:
+        """How one task's proxy images are drawn, and a hash of their pixels, wherever they lie.
+
+        Raises:
+            InputError: as :meth:`proxy_loader`.
+        """
+        source, indices = self._images.proxy_images(task)
+        images = (source[index][0] for index in indices)
+        content = digest(*((image.size, sha256(image.tobytes()).hexdigest()) for image in images))
+        return {"proxies": asdict(self.proxies), "images": content}
 
     def loader(self, task: str, split: str) -> "DataLoader[Batch]":
         """Loader of this process's share of one split of one task."""

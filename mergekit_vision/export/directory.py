@@ -21,6 +21,7 @@ from mergekit_vision.export.manifest import (
     MODEL,
     RECORD,
     ROUTERS,
+    check_unchanged,
     files_of,
     read_checked,
     read_record,
@@ -61,6 +62,7 @@ def save_model(
     routed: Mapping[str, LowRankExperts],
     record: Mapping[str, Any],
     state: State | None = None,
+    former: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a merged model that ``open_clip.create_model_and_transforms("local-dir:…")`` loads.
 
@@ -73,13 +75,17 @@ def save_model(
         routed: Linear name -> its routed experts; empty for a static model.
         record: what was merged and how; becomes ``merge.json`` and the model card.
         state: what was kept for experts that join or leave later.
+        former: record of the model in the directory that this one was made from and replaces.
 
     Raises:
-        InputError: when the files cannot be written. An earlier merge is still there then.
+        InputError: when the files cannot be written, or the directory has another model than ``former`` by now. What is there
+            stays then.
     """
     check_output(directory)
     try:
         with replacing_set(directory, lambda: {*FILES, *files_of(directory)}, deciding=RECORD) as draft:
+            if former is not None:  # looked at while no other process can write here
+                check_unchanged(directory, former)
             _write(draft, backbone, weights, routed, record, state)
     except (OSError, SafetensorError) as error:
         tensors = [*weights.values(), *(state.tensors.values() if state else ())]
@@ -155,8 +161,7 @@ def load(directory: str | Path, allow_code: bool = False, verify: bool = True) -
     record = read_record(Path(directory), verify)
     encoder = VisionEncoder(load_clip(f"local-dir:{directory}").visual).eval()  # type: ignore[arg-type]
     encoder.route(load_experts(Path(directory), allow_code))
-    if read_record(Path(directory), verify=False) != record:
-        raise InputError(f"{directory}: another model was written here while this one was read; load it again")
+    check_unchanged(Path(directory), record)
     return encoder
 
 

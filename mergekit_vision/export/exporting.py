@@ -12,7 +12,7 @@ from mergekit_vision.errors import InputError
 from mergekit_vision.export.agreement import TOLERANCE
 from mergekit_vision.export.directory import load_experts
 from mergekit_vision.export.formats import FORMATS
-from mergekit_vision.export.manifest import ROUTERS, read_record
+from mergekit_vision.export.manifest import ROUTERS, check_unchanged, read_record
 from mergekit_vision.export.merged import open_merged
 from mergekit_vision.export.output import CONTENTS, earlier_export, output_faults, own_files, write_contents
 from mergekit_vision.export.writer import Writer
@@ -60,6 +60,7 @@ def export_model(
     with _written(output), replacing_set(output, lambda: own_files(output), deciding=CONTENTS) as draft:
         logger.info("writing %s", FORMATS[to].text)
         writer.write(model, draft)
+        check_unchanged(merged, record)
         logger.info("loading it again and comparing")
         difference = writer.difference(model, draft)
         if not difference <= TOLERANCE:

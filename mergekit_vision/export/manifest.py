@@ -114,6 +114,16 @@ def read_record(directory: Path, verify: bool = True) -> dict[str, Any]:
     return content
 
 
+def check_unchanged(directory: Path, record: Mapping[str, Any]) -> None:
+    """Refuse a directory into which another model was written since its record was read: what was read may be of both.
+
+    Raises:
+        InputError: when ``merge.json`` holds anything else now.
+    """
+    if read_record(directory, verify=False) != record:
+        raise InputError(f"{directory}: another model was written here while this one was read; run this again")
+
+
 def files_of(directory: Path) -> Collection[str]:
     """Names of the files that the merged model in a directory consists of, but for ``merge.json``; none where there is none."""
     with suppress(InputError, OSError):

@@ -28,25 +28,32 @@ class State:
 
     Attributes:
         tensors: by name, as the method gave them.
-        proxies: which proxy images the method saw; empty where it sees none.
+        seen: task -> which proxy images the method saw of it: how they were drawn (``proxies``), and a hash of them (``images``),
+            which states of earlier versions lack; empty where it sees none.
     """
 
     tensors: Weights
-    proxies: Mapping[str, Any] = field(default_factory=dict)
+    seen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class _Seen(Schema):
+    proxies: dict[str, Any]
+    images: str = ""
 
 
 class _About(Schema):
-    """What the file's header says."""
+    """What the file's header says; earlier versions wrote how the proxy images of all tasks were drawn, as ``proxies``."""
 
     version: Literal[1] = Field(alias="schema")
     merger: dict[str, Any]
     experts: list[str]
-    proxies: dict[str, Any]
+    seen: dict[str, _Seen] = Field(default_factory=dict)
+    proxies: dict[str, Any] = Field(default_factory=dict)
 
 
 def write_state(draft: Path, state: State, record: Mapping[str, Any]) -> None:
     """Write what was kept beside the files of a model, with the method and the experts that it is of."""
-    about = {"schema": 1, **_of(record), "proxies": dict(state.proxies)}
+    about = {"schema": 1, **_of(record), "seen": dict(state.seen)}
     save_safetensors(draft / STATE, state.tensors, {_ABOUT: to_json(about)})
 
 
@@ -74,7 +81,8 @@ def read_state(directory: Path, record: Mapping[str, Any]) -> State | None:
         raise InputError(f"{path}: was kept of another merge, by its method, parameters or experts; {_REMEDY}")
     if wrong := unusable(tensors, FINITE):
         raise InputError(f"{path}: {wrong[0]}; {_REMEDY}")
-    return State(tensors, about["proxies"])
+    drawn = about["experts"] if about.get("proxies") else ()
+    return State(tensors, about.get("seen") or {task: {"proxies": about["proxies"]} for task in drawn})
 
 
 def _of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +232,7 @@ class MergedCLIP(LightningModule):
                 logger.info("nothing has to be kept: what an expert that joins or leaves needs is in the model")
             return None
         sees = self.merger is not None and needs_images(self.merger)
-        return State(self._kept, asdict(self.data.proxies) if sees else {})
+        return State(self._kept, {task: self.data.proxies_seen(task) for task in self.record["experts"]} if sees else {})
 
     # ------------------------------------------------------------------------------------------- evaluation
 

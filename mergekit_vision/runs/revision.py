@@ -18,7 +18,7 @@ from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.errors import InputError
 from mergekit_vision.export.directory import save_model
-from mergekit_vision.export.manifest import MODEL, ROUTERS, read_record
+from mergekit_vision.export.manifest import MODEL, ROUTERS, check_unchanged, read_record
 from mergekit_vision.export.state import State, read_state
 from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
 from mergekit_vision.merging.lineage import check_lineage
@@ -33,7 +33,7 @@ from mergekit_vision.suites.suite import Suite
 from mergekit_vision.support.console import logger
 from mergekit_vision.support.faults import closest, repeated
 from mergekit_vision.support.fingerprints import of_tensors, sha256
-from mergekit_vision.support.json_files import same
+from mergekit_vision.support.json_files import readable, same
 from mergekit_vision.support.source_code import versions
 
 _EPS = torch.finfo(torch.float32).eps
@@ -113,10 +113,12 @@ class Revision(LightningModule):
         check_alike(data, self._needs, runtime_of(self.trainer).team)
         bench = Workbench.open(data, runtime_of(self.trainer))
         former = load_file(self.merged / MODEL)
+        check_unchanged(self.merged, plan.record)
         self._check_backbone(bench, former, plan.record.get("base"))
         check_lineage({task: data.suite.experts[task] for task in self.joining}, bench.base, bench.evaluator.encoder.linears)
-        if self.joining and self._sees_other_proxies:
-            logger.warning("the experts before were merged with other proxy images: %s", plan.state and plan.state.proxies)
+        others = [seen["proxies"] for seen in self._seen.values() if not same(seen["proxies"], asdict(data.proxies))]
+        if self.joining and others:
+            logger.warning("the experts before were merged with other proxy images: %s", others[0])
         self.model, self._text = self._revised(bench, former, plan), bench.text
 
     def predict_step(self, *args: Any) -> None:
@@ -126,15 +128,19 @@ class Revision(LightningModule):
         """Write the new model; over the old one, if that is its directory.
 
         Raises:
-            InputError: when nothing was revised yet, or the files cannot be written.
+            InputError: when nothing was revised yet, another model was written over the old one meanwhile, or the files cannot be
+                written.
         """
         if self.model is None:
             raise InputError("no model was revised yet; run this through a trainer's add or drop")
         suite, model, plan = self._data.suite, self.model, self._plan
         backbone = describe_backbone(suite.backbone, suite.pretrained)
-        proxies = plan.state.proxies if plan.state else {}
-        state = State(model.kept, proxies) if model.kept else None
-        save_model(directory, backbone, {**self._text, **model.weights}, {}, model.record, state)
+        seen = {task: seen for task, seen in self._seen.items() if task not in self.leaving}
+        if self._needs.proxies:
+            seen |= {task: self._data.proxies_seen(task) for task in self.joining}
+        state = State(model.kept, seen) if model.kept else None
+        former = plan.record if directory.resolve() == self.merged.resolve() else None
+        save_model(directory, backbone, {**self._text, **model.weights}, {}, model.record, state, former)
 
     @cached_property
     def _data(self) -> VisionTasks:
@@ -165,10 +171,9 @@ class Revision(LightningModule):
         return _Plan(record, registry.get("OPCM")(), "OPCM", None)
 
     @property
-    def _sees_other_proxies(self) -> bool:
-        """Whether the proxy images are others than those that the experts in the model ran on."""
-        state = self._plan.state
-        return state is not None and bool(state.proxies) and not same(state.proxies, asdict(self._data.proxies))
+    def _seen(self) -> Mapping[str, Mapping[str, Any]]:
+        """Which proxy images the experts in the model ran on, as far as a state tells."""
+        return {} if self._plan.state is None else self._plan.state.seen
 
     @property
     def _needs(self) -> Needs:
@@ -216,8 +221,8 @@ class Revision(LightningModule):
         kept = {name: tensor.to(device, copy=True) for name, tensor in plan.state.tensors.items()} if plan.state else {}
         before = Former(tuple(plan.record["experts"]), change, scale if plan.rule == "exact" else 1.0, kept)
         joining = {task: bench.evaluator.expert(task) for task in self.joining}
-        other = needs_images(plan.merger) and self._sees_other_proxies
-        merged: Merged = bench.revise(plan.merger, before, joining, _Leaving(bench, plan.record, self.leaving, other))
+        seen = self._seen if needs_images(plan.merger) else {}
+        merged: Merged = bench.revise(plan.merger, before, joining, _Leaving(bench, plan.record, self.leaving, seen))
         if self.scale is not None and not merged.scalable:
             name = plan.record["merger"]["name"]
             raise InputError(f"`scale` {self.scale:g}: a model of {name} has no coefficient", of="command")
@@ -266,11 +271,13 @@ class _Leaving(Mapping[str, Weights]):
         bench: opens them.
         record: of the model, with the hashes of the files that it was merged from.
         tasks: that leave.
-        other_proxies: whether the method would run them on other proxy images than it did.
+        seen: task -> which proxy images the method ran it on, where it did.
     """
 
-    def __init__(self, bench: Workbench, record: Mapping[str, Any], tasks: Iterable[str], other_proxies: bool) -> None:
-        self._bench, self._record, self._tasks, self._other_proxies = bench, record, dict.fromkeys(tasks), other_proxies
+    def __init__(
+        self, bench: Workbench, record: Mapping[str, Any], tasks: Iterable[str], seen: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self._bench, self._record, self._tasks, self._seen = bench, record, dict.fromkeys(tasks), seen
         self._opened: dict[str, Weights] = {}
 
     def __getitem__(self, task: str) -> Weights:
@@ -285,13 +292,22 @@ class _Leaving(Mapping[str, Weights]):
         return len(self._tasks)
 
     def _open(self, task: str) -> Weights:
-        suite, recorded = self._bench.evaluator.data.suite, self._record.get("sources", {}).get(task, {}).get("sha256")
+        data, source = self._bench.evaluator.data, self._record.get("sources", {}).get(task, {})
+        suite, recorded = data.suite, source.get("sha256")
         if task not in suite.tasks:
             raise InputError(f"{suite.path}: lacks the task {task}, whose expert is needed to take it out of the model")
-        if self._other_proxies:
-            problem = "is taken out of the model by the proxy images that it was merged with, and these are others"
-            raise InputError(f"the expert of task {task} {problem}; give the same `proxies`", of="data")
+        if task in self._seen:
+            seen, found = self._seen[task], data.proxies_seen(task)
+            name = "images" if seen.get("images") else "proxies"
+            if not same(seen[name], found[name]):
+                problem = "is taken out of the model by the proxy images that it was merged with, and these are others"
+                remedy = f"give the same `proxies` ({readable(seen['proxies'])}), of the same images"
+                raise InputError(f"the expert of task {task} {problem}; {remedy}", of="data")
         expert = suite.experts[task]
         if recorded and sorted(recorded.values()) != sorted(sha256(file) for file in expert.files):
             raise InputError(f"the expert of task {task} ({expert.path}) is another file than was merged; name that one")
+        for name, option in (("kind", "`kind`"), ("names", "`key` or `ema`"), ("scale", "`scale`")):
+            if name in source and not same(source[name], expert.origin.get(name)):
+                problem = f"is read with the {name} {expert.origin.get(name)}, but was merged with {source[name]}"
+                raise InputError(f"the expert of task {task} ({expert.path}) {problem}; give the same {option} in the suite")
         return self._bench.evaluator.expert(task)

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,20 @@ def test_predictions_are_those_of_the_merged_model(name: str, to: str, merged: M
     equal = (F.normalize(found, dim=-1) @ head.T).argmax(1) == (F.normalize(expected, dim=-1) @ head.T).argmax(1)
     assert equal.float().mean() >= 0.999
     assert (expected - base(merged(name), images)).norm() > 1e-2 * expected.norm() or name == "ESM", "the experts do nothing"
+
+
+def test_a_model_written_over_meanwhile_is_not_exported(merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(shutil.copytree(merged("ESM"), tmp_path / "model"))
+    write = OpenClip.write
+
+    def late(*arguments: Any) -> None:
+        write(*arguments)
+        shutil.copytree(merged("ESMPP"), model, dirs_exist_ok=True)
+
+    monkeypatch.setattr(OpenClip, "write", late)
+    with pytest.raises(InputError, match="model: another model was written here while this one was read; run this again"):
+        export_model(model, "open_clip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def base(directory: Path, images: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import content_of, write_file
+from tiny import SIZES, TASKS, content_of, write_file, write_parquet
 from tolerances import summed
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from mergekit_vision.plugins.smile import SMILE
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
 from mergekit_vision.plugins.ties import TIES
 from mergekit_vision.plugins.tsvm import TSVM
+from mergekit_vision.runs import revision
 
 STATE = "state.safetensors"
 
@@ -129,6 +131,32 @@ def test_a_sum_needs_the_very_expert_that_leaves_it(models: Models) -> None:
     with pytest.raises(InputError, match=r"task grays \(.*\) is another file than was merged"):
         models.drop("other", "model", "grays")
     assert not Path("other").exists()
+
+
+def test_a_sum_needs_the_expert_that_leaves_it_read_as_it_was(models: Models) -> None:
+    content, base = content_of(models.root), load_file(models.root / "base" / "open_clip_model.safetensors")
+    changed = {name: 0.1 * value for name, value in base.items() if name.startswith("visual.ln_")}
+    torch.save(changed, models.root / "experts" / "grays.pt")
+    for scale in (0.5, 0.25):
+        content["tasks"]["grays"]["expert"] = {"path": "experts/grays.pt", "kind": "delta", "scale": scale}
+        write_file(models.root, content)
+        if scale == 0.5:
+            models.merge("model", TaskArithmetic())
+    with pytest.raises(InputError, match=r"is read with the scale 0\.25, but was merged with 0\.5; give the same `scale` in"):
+        models.drop("other", "model", "grays")
+
+
+def test_a_model_written_over_meanwhile_is_neither_revised_nor_replaced(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its weights are read, and while the new one is computed."""
+    for name, expert in (("two", "grays"), ("other", "stripes")):
+        models.merge(name, Average(), ["colors", expert])
+    for place in ("check_lineage", "check_usable"):
+        shutil.copytree("two", "model", dirs_exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(revision, place, lambda *_: shutil.copytree("other", "model", dirs_exist_ok=True))
+            with pytest.raises(InputError, match="model: another model was written here while this one was read; run this again"):
+                models.add("model", "model", "stripes")
+        assert record("model") == record("other")
 
 
 def test_the_coefficient_is_the_models_unless_another_is_given(models: Models) -> None:
@@ -279,6 +307,33 @@ def test_regmean_takes_an_expert_out_by_the_proxy_images_that_it_put_in(models: 
         models.trainer("out").drop(MergedCLIP(merged="three"), data, ["grays"])
     with pytest.raises(InputError, match="a model of RegMean has no coefficient"):
         models.trainer("out").drop(MergedCLIP(merged="three"), models.data(), ["grays"], 0.5)
+    images = models.root / "data" / "grays" / "val.parquet"
+    shutil.copy(images, images.with_suffix(".copy"))
+    write_parquet(images, "grays", TASKS["grays"][0], SIZES["val"], seed=99)
+    with pytest.raises(InputError, match="of the same images"):
+        models.drop("out", "three", "grays")
+    images.with_suffix(".copy").replace(images)
+    models.drop("out", "three", "grays")
+
+
+def test_each_expert_leaves_regmean_by_the_proxy_images_that_it_joined_with(models: Models) -> None:
+    models.merge("two", RegMean(), ["colors", "grays"], keep_state=1)
+    others = VisionTasks(str(models.root / "suite.yaml"), proxies=Proxies(n=3))
+    models.trainer("three").add(MergedCLIP(merged="two"), others, ["stripes"])
+    with pytest.raises(InputError, match=r"the expert of task stripes .* give the same `proxies` \(label none, n 3, "):
+        models.drop("out", "three", "stripes")
+    models.trainer("again").drop(MergedCLIP(merged="three"), others, ["stripes"])
+    assert_same_weights("again", "two", summed(64))
+    models.drop("out", "three", "grays")
+
+
+def test_a_state_of_an_earlier_version_is_of_one_draw(models: Models) -> None:
+    models.merge("two", RegMean(), ["colors", "grays"], keep_state=1)
+    header(Path("two"), proxies=asdict(Proxies()))
+    drop = partial(models.trainer("out").drop, MergedCLIP(merged="two", verify=False))
+    with pytest.raises(InputError, match="give the same `proxies`"):
+        drop(VisionTasks(str(models.root / "suite.yaml"), proxies=Proxies(n=3)), ["grays"])
+    drop(models.data(), ["grays"])
 
 
 def header(directory: Path, text: str | None = None, **changes: Any) -> None:
