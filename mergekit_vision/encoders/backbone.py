@@ -28,7 +28,7 @@ from mergekit_vision.support.paths import is_file
 from mergekit_vision.support.tensors import unusable
 
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
-"""What open_clip stores of a model's preprocessing; the image size comes from the model."""
+"""What open_clip stores of each model's preprocessing; the image size comes from the model."""
 
 _UNLOADABLE = (  # what open_clip and its readers raise for names, configurations and weights that they cannot use
     OSError,
@@ -228,8 +228,12 @@ def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     """
     import open_clip
 
-    with _loading(name):
-        return open_clip.get_tokenizer(open_clip_name(name))  # type: ignore[no-any-return]
+    try:
+        with _loading(name):
+            return open_clip.get_tokenizer(open_clip_name(name))  # type: ignore[no-any-return]
+    except ImportError as error:
+        problem = f"its tokenizer needs the library transformers ({_shortened(str(error))})"
+        raise InputError(f"backbone {name}: {problem}; pip install 'mergekit-vision[hf]'") from error
 
 
 def backbone_repository(name: str, pretrained: str | None = None) -> str | None:

@@ -49,6 +49,18 @@ class _Vision(_Open):
     head_width: _Side = 64
     mlp_ratio: _Positive = 4.0
     norm_kwargs: _Norm | None = None
+    pool_type: str = "tok"
+    attentional_pool: bool | str = False
+
+    @model_validator(mode="after")
+    def _one_embedding(self) -> "_Vision":
+        """Heads need one embedding of an image; these towers return one of each token, or with a dimension more."""
+        if self.pool_type == "none":
+            raise ValueError("`pool_type` none embeds each token of an image; take a backbone with `pool_type` tok or avg")
+        if isinstance(self.attentional_pool, str):
+            problem = f"`attentional_pool` {self.attentional_pool} does not give one embedding of an image"
+            raise ValueError(f"{problem}; take a backbone with `attentional_pool` true or false")
+        return self
 
     @model_validator(mode="after")
     def _whole_heads(self) -> "_Vision":
@@ -66,7 +78,7 @@ class _Text(_Open):
     heads: _Side = 8
     layers: _Layers = 12
     norm_kwargs: _Norm | None = None
-    tokenizer_kwargs: dict[str, Any] | None = Field(default=None, description="a mapping of arguments")
+    tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict, description="a mapping of arguments")  # not null: left out
     embed_cls: bool = False
 
 

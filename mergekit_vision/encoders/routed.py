@@ -40,6 +40,10 @@ class Routing:
         run()
         self._ahead = False
 
+    def forget(self) -> None:
+        """Forget what was decided for all layers: it is of one forward pass, and the next batch may be as large."""
+        self._shared, self._ahead = None, False
+
     def record(self, on: bool = True) -> None:
         """Start counting choices from zero, or stop and forget."""
         self.counts = {}

@@ -94,9 +94,13 @@ class VisionEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Image embeddings ``[N, embed_dim]`` of preprocessed images ``[N, 3, H, W]``, not normalized."""
-        if self.routing is not None and self.routing.mode == "router" and self._blocks_ahead:
-            self.routing.look_ahead(lambda: self._run_ahead(images))
-        features = self.visual(images)
+        try:
+            if self.routing is not None and self.routing.mode == "router" and self._blocks_ahead:
+                self.routing.look_ahead(lambda: self._run_ahead(images))
+            features = self.visual(images)
+        finally:
+            if self.routing is not None:
+                self.routing.forget()
         embeddings: Tensor = features[0] if isinstance(features, tuple) else features
         return embeddings
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mergekit_vision.checkpoints import save_safetensors
-from mergekit_vision.encoders.backbone import PREPROCESS_KEYS, Backbone, load_clip
+from mergekit_vision.encoders.backbone import PREPROCESS_KEYS, Backbone, load_clip, load_tokenizer
 from mergekit_vision.encoders.config import CONFIG
 from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
@@ -55,6 +56,27 @@ def check_output(directory: Path) -> None:
         raise InputError(f"`default_root_dir` {directory}: {fault}", of="trainer")
 
 
+def check_tokenizer(directory: Path, backbone: Backbone) -> None:
+    """Refuse a backbone whose tokenizer cannot be had, or goes by files that are in the directory already and none of a merge's.
+
+    Raises:
+        InputError: naming the remedy.
+    """
+    if _brings_tokenizer(backbone):
+        with TemporaryDirectory() as place:
+            save_tokenizer(Path(place), backbone)
+            _check_names(directory, Path(place))
+
+
+def _check_names(directory: Path, draft: Path) -> None:
+    """Refuse to put files over those of a directory that no merge has written."""
+    own = {*FILES, *files_of(directory)}
+    foreign = sorted(file.name for file in draft.iterdir() if file.name not in own and (directory / file.name).exists())
+    if foreign:
+        problem = f"holds {foreign[0]}, a name that the model's tokenizer has too, and which was not written here"
+        raise InputError(f"`default_root_dir` {directory}: {problem}; move it, or name another directory", of="trainer")
+
+
 def save_model(
     directory: Path,
     backbone: Backbone,
@@ -78,8 +100,8 @@ def save_model(
         former: record of the model in the directory that this one was made from and replaces.
 
     Raises:
-        InputError: when the files cannot be written, or the directory has another model than ``former`` by now. What is there
-            stays then.
+        InputError: when the files cannot be written, or the directory has another model than ``former`` by now, or files of
+            others under names of the tokenizer's. What is there stays then.
     """
     check_output(directory)
     try:
@@ -87,6 +109,7 @@ def save_model(
             if former is not None:  # looked at while no other process can write here
                 check_unchanged(directory, former)
             _write(draft, backbone, weights, routed, record, state)
+            _check_names(directory, draft)
     except (OSError, SafetensorError) as error:
         tensors = [*weights.values(), *(state.tensors.values() if state else ())]
         size = sum(value.nbytes for value in tensors) / 1e6
@@ -168,13 +191,20 @@ def load(directory: str | Path, allow_code: bool = False, verify: bool = True) -
 def open_clip_config(backbone: Backbone) -> dict[str, Any]:
     """What ``open_clip_config.json`` holds."""
     preprocess = {key: backbone.preprocess[key] for key in PREPROCESS_KEYS}
+    if backbone.preprocess["fill_color"] != 0:  # open_clip's own files lack it: it is 0 of all its models
+        preprocess["fill_color"] = backbone.preprocess["fill_color"]
     return {"model_cfg": dict(backbone.model), "preprocess_cfg": preprocess}
 
 
 def save_tokenizer(directory: Path, backbone: Backbone) -> None:
-    """Save a model's Hugging Face tokenizer, if it has one: open_clip reads that from the model's own directory."""
-    if not dict(backbone.model.get("text_cfg", {})).get("hf_tokenizer_name"):
-        return
-    import open_clip
+    """Save a model's Hugging Face tokenizer, if it has one: open_clip reads that from the model's own directory.
 
-    open_clip.get_tokenizer(backbone.name).save_pretrained(directory)
+    Raises:
+        InputError: when it cannot be had.
+    """
+    if _brings_tokenizer(backbone):
+        cast(Any, load_tokenizer(backbone.name)).save_pretrained(directory)
+
+
+def _brings_tokenizer(backbone: Backbone) -> bool:
+    return bool(dict(backbone.model.get("text_cfg", {})).get("hf_tokenizer_name"))

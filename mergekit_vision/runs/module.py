@@ -17,7 +17,7 @@ from mergekit_vision.encoders.vision import VisionEncoder
 from mergekit_vision.errors import InputError
 from mergekit_vision.evaluation.evaluator import Evaluator
 from mergekit_vision.evaluation.metric import TaskMetric
-from mergekit_vision.export.directory import load_experts, save_model
+from mergekit_vision.export.directory import check_tokenizer, load_experts, save_model
 from mergekit_vision.export.manifest import ROUTERS, read_record, weights_of
 from mergekit_vision.export.state import State
 from mergekit_vision.merger import Merger, Weights
@@ -137,6 +137,9 @@ class MergedCLIP(LightningModule):
         if split is None and self._predictions is None and self.encoder is not None:
             return
         self._check(split)
+        if getattr(self.trainer, "merging", False):  # what is merged will be written
+            backbone = describe_backbone(self.data.suite.backbone, self.data.suite.pretrained)
+            check_tokenizer(Path(self.trainer.default_root_dir), backbone)
         if self.encoder is None:
             self._build()
         if split is not None or self._predictions is not None:

@@ -17,7 +17,7 @@ from mergekit_vision.data.checks import Needs
 from mergekit_vision.data.datamodule import VisionTasks
 from mergekit_vision.encoders.backbone import describe_backbone
 from mergekit_vision.errors import InputError
-from mergekit_vision.export.directory import save_model
+from mergekit_vision.export.directory import check_tokenizer, save_model
 from mergekit_vision.export.manifest import MODEL, ROUTERS, check_unchanged, read_record
 from mergekit_vision.export.state import State, read_state
 from mergekit_vision.merger import Former, Merged, Merger, Weights, merged_weights
@@ -111,6 +111,8 @@ class Revision(LightningModule):
         check_merged(self.merged, data.suite, self.verify)
         data.check(self._needs)
         check_alike(data, self._needs, runtime_of(self.trainer).team)
+        backbone = describe_backbone(data.suite.backbone, data.suite.pretrained)
+        check_tokenizer(Path(self.trainer.default_root_dir), backbone)
         bench = Workbench.open(data, runtime_of(self.trainer))
         former = load_file(self.merged / MODEL)
         check_unchanged(self.merged, plan.record)

@@ -272,6 +272,8 @@ def test_layers_decide_ahead_by_the_base_and_for_all(kind: str, ahead: tuple[int
     with torch.no_grad():
         for _ in range(2):  # a batch starts afresh
             found = encoder(images)
+    with pytest.raises(RuntimeError, match="no earlier layer"):  # what was decided is of that pass alone
+        encoder.visual(images.flip(0))
     top = experts[LINEARS[0]].router.choose(scores[:, None])
     for counts in encoder.routing.counts.values():
         assert_near(counts[0], 2 * top.dense(TASKS).sum((0, 1)).double(), summed(7))

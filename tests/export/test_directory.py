@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +121,48 @@ def test_a_model_that_was_not_merged_here_is_not_written_over(tmp_path: Path) ->
     (tmp_path / ".mergekit-vision").symlink_to(tmp_path)
     with pytest.raises(InputError, match=r"\.mergekit-vision must be a directory, for temporary files"):
         check_output(tmp_path)
+
+
+def configure(root: Path, section: str, **values: object) -> VisionTasks:
+    """Change the configuration of a suite's backbone; the suite."""
+    file = root / "base" / "open_clip_config.json"
+    content = json.loads(file.read_text())
+    (content | content["model_cfg"])[section].update(values)
+    file.write_text(json.dumps(content))
+    return VisionTasks(str(root / "suite.yaml"), tasks=["colors"])
+
+
+def test_the_color_of_borders_is_kept(trainer: Trainer, root: Path) -> None:
+    data = configure(root, "preprocess_cfg", resize_mode="longest", fill_color=128)
+    trainer.merge(MergedCLIP(TaskArithmetic()), data)
+    Trainer(default_root_dir=trainer.default_root_dir).test(MergedCLIP(merged=trainer.default_root_dir), data)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_missed_before_merging(
+    trainer: Trainer, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(TaskArithmetic, "merge", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match=r"its tokenizer needs the library transformers .*pip install 'mergekit-vision\[hf\]'"):
+        trainer.merge(MergedCLIP(TaskArithmetic()), configure(root, "text_cfg", hf_tokenizer_name="bert"))
+
+
+def test_a_tokenizer_replaces_no_file_of_the_users(trainer: Trainer, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But that of the merge before."""
+    tokenizer = SimpleNamespace(save_pretrained=lambda place: (place / "tokenizer.json").write_text("{}"))
+    monkeypatch.setattr("mergekit_vision.export.directory.load_tokenizer", lambda _: tokenizer)
+    data, model = configure(root, "text_cfg", hf_tokenizer_name="bert"), MergedCLIP(TaskArithmetic())
+    for _ in range(2):
+        trainer.merge(model, data)
+    mine = root / "mine" / "tokenizer.json"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InputError, match=r"mine: holds tokenizer\.json, a name that the model's tokenizer has too"):
+        model.save(mine.parent)
+    monkeypatch.setattr(TaskArithmetic, "merge", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match=r"mine: holds tokenizer\.json, .*; move it, or name another directory"):
+        Trainer(default_root_dir=str(mine.parent)).merge(MergedCLIP(TaskArithmetic()), data)
+    assert [(path.name, path.read_text()) for path in mine.parent.iterdir()] == [("tokenizer.json", "mine")]
 
 
 def test_a_directory_that_is_no_merged_model_is_one_clear_error(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ REFUSED: dict[str, tuple[Place, Any, str]] = {
     "a tower of timm": ((*VISION, "timm_model_name"), "vit_base_patch16_224", "not one of open_clip's own ViTs"),
     "a path as a tower of timm": ((*VISION, "timm_model_name"), "../../x", "Model name '../../x'"),
     "an unknown pooling": ((*VISION, "pool_type"), "x", "open_clip cannot build it (AssertionError); see its"),
+    "no pooling": ((*VISION, "pool_type"), "none", "take a backbone with `pool_type` tok or avg"),
+    "two poolings": ((*VISION, "attentional_pool"), "parallel", "take a backbone with `attentional_pool` true or false"),
     "a share above 1": ((*VISION, "patch_dropout"), 5, "open_clip cannot build it (AssertionError)"),
     "an unknown key": ((*VISION, "extra"), 3, "unexpected keyword argument 'extra'"),
     "layers beyond all weights": ((*VISION, "mlp_ratio"), 1e9, "but the weights beside it are"),
@@ -26,6 +28,7 @@ REFUSED: dict[str, tuple[Place, Any, str]] = {
     "a text tower from above": ((*TEXT, "hf_model_name"), "../../evil", "Repo id must be in the form"),
     "a class token of texts": ((*TEXT, "embed_cls"), True, "`text_cfg.embed_cls` goes with `multimodal_cfg`"),
     "arguments in a list": ((*TEXT, "tokenizer_kwargs"), [1], "tokenizer_kwargs: must be a mapping of arguments"),
+    "arguments that are null": ((*TEXT, "tokenizer_kwargs"), None, "tokenizer_kwargs: must be a mapping of arguments"),
     "a shorter context": ((*TEXT, "context_length"), 3, "text_cfg: `context_length` is 3, and the weights have 24"),
     "a longer context": ((*TEXT, "context_length"), 77, "text_cfg: `context_length` is 77, and the weights have 24"),
     "another size of images": (

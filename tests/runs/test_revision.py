@@ -150,13 +150,20 @@ def test_a_model_written_over_meanwhile_is_neither_revised_nor_replaced(models: 
     """While its weights are read, and while the new one is computed."""
     for name, expert in (("two", "grays"), ("other", "stripes")):
         models.merge(name, Average(), ["colors", expert])
-    for place in ("check_lineage", "check_usable"):
+
+    def overwritten(result: Any) -> Any:
+        shutil.copytree("other", "model", dirs_exist_ok=True)
+        return result
+
+    for place, output in (("load_file", "out"), ("merged_weights", "model")):
         shutil.copytree("two", "model", dirs_exist_ok=True)
         with monkeypatch.context() as patch:
-            patch.setattr(revision, place, lambda *_: shutil.copytree("other", "model", dirs_exist_ok=True))
+            original = getattr(revision, place)
+            patch.setattr(revision, place, lambda *a, original=original, **k: original(*overwritten(a), **k))
             with pytest.raises(InputError, match="model: another model was written here while this one was read; run this again"):
-                models.add("model", "model", "stripes")
+                models.add(output, "model", "stripes")
         assert record("model") == record("other")
+        assert not Path("out").exists()
 
 
 def test_the_coefficient_is_the_models_unless_another_is_given(models: Models) -> None:
