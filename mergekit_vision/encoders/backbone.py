@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mergekit_vision.checkpoints.hub import HubFile, fetch_snapshot
-from mergekit_vision.checkpoints.opening import weights_file
+from mergekit_vision.checkpoints import SUFFIXES
+from mergekit_vision.checkpoints.hub import HubFile, cached_snapshot, commit_of, fetch_snapshot
 from mergekit_vision.checkpoints.safetensors_file import SafetensorsFile
 from mergekit_vision.encoders.config import CONFIG, check_positions, check_size, read_config
 from mergekit_vision.encoders.huggingface import WEIGHTS, as_open_clip, is_huggingface
@@ -152,15 +152,18 @@ def stored_weights(name: str) -> SafetensorsFile | None:
 
 
 def weights_fingerprint(name: str, pretrained: str | None = None) -> str:
-    """Hash of what decides a backbone's weights, none of which is read: their file, or under which name they are published.
+    """Hash of what decides a backbone's weights, none of which is loaded: their files, or under which name they are published.
 
     Raises:
-        InputError: when there is no such file.
+        InputError: when a file cannot be read.
     """
     directory = _directory(open_clip_name(name))
     if directory is not None:
-        return fingerprint(weights_file(directory))
-    return fingerprint(pretrained) if pretrained and is_file(pretrained) else digest(name, pretrained)
+        return digest(*(fingerprint(file) for file in sorted(directory.iterdir()) if file.suffix in SUFFIXES))
+    if pretrained and is_file(pretrained):
+        return fingerprint(pretrained)
+    known = cached_snapshot(HubFile.parse(name)) if name.startswith("hf-hub:") else None
+    return digest(name, pretrained, known and commit_of(known))
 
 
 def _map(model: nn.Module, file: SafetensorsFile) -> None:
@@ -232,7 +235,7 @@ def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
         with _loading(name):
             return open_clip.get_tokenizer(open_clip_name(name))  # type: ignore[no-any-return]
     except ImportError as error:
-        problem = f"its tokenizer needs the library transformers ({_shortened(str(error))})"
+        problem = f"its tokenizer needs a library that is missing ({_shortened(str(error))}), most likely transformers"
         raise InputError(f"backbone {name}: {problem}; pip install 'mergekit-vision[hf]'") from error
 
 

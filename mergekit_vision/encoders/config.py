@@ -50,7 +50,7 @@ class _Vision(_Open):
     mlp_ratio: _Positive = 4.0
     norm_kwargs: _Norm | None = None
     pool_type: str = "tok"
-    attentional_pool: bool | str = False
+    attentional_pool: bool | str | None = None
 
     @model_validator(mode="after")
     def _one_embedding(self) -> "_Vision":

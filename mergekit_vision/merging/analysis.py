@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_vision.errors import InputError
+from mergekit_vision.errors import EvaluationError, InputError
 from mergekit_vision.functional.esd import RowGram
 from mergekit_vision.functional.linalg import top_svd
 from mergekit_vision.merger import LinearInfo, MergeInputs
@@ -69,6 +69,8 @@ def expert_analysis(inputs: MergeInputs) -> dict[str, Any]:
     similarity = {"tasks": list(inputs.tasks), "cosine": task_similarity(inputs).tolist()}
     try:
         curves = energy_curves(inputs, representative_linears(inputs.linears))
+    except EvaluationError:  # of one of several processes: the others go on with the same images
+        raise
     except InputError as error:
         logger.info("no energy curves: %s", error)
         curves = {}

@@ -2,7 +2,7 @@
 
 import bisect
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -91,12 +91,8 @@ class ParquetImages(ImageSource):
 
     def fingerprint(self) -> str:
         """Hash of the files' content, the column names, and the sizes and modification times of image files that rows name."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         files = dict.fromkeys(group.path for group in self._groups)
-        named = (stamped for file in files for stamped in _stamps(file.parent, sorted(_named_files(file, self._image))))
+        named = (stamped for file in files for stamped in _stamps(file.parent, _named_files(stamp(file), self._image)))
         return digest(self._image, self._label, *map(fingerprint, files), *named)
 
     def label_range(self) -> tuple[int, int] | None:
@@ -134,8 +130,10 @@ def _cell(group: _Group, column: str, row: int, where: str) -> Any:
         raise InputError(f"{where}: damaged ({in_one_line(error)}); {_AGAIN}") from error
 
 
-def _stamps(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+def _stamps(directory: Path, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Stamps of the files that are there, of those that may be read."""
+    if not names:
+        return
     beside = {"", os.curdir, os.pardir}  # of an absolute path the first part is empty
     with suppress(OSError):
         beside |= {*os.listdir(directory)}  # noqa: PTH208 (names alone)
@@ -148,31 +146,22 @@ def _stamps(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, int, i
                     yield name, *stamp(file)[1:]
 
 
-def _named_files(path: Path, column: str) -> set[str]:
-    """Names of the image files of rows without bytes.
-
-    None where the first row has bytes: beside them stands what the image was called once.
-    """
+@lru_cache(maxsize=64)
+def _named_files(seen: tuple[str, int, int], column: str) -> list[str]:
+    """Names that a file's rows give their images, sorted; the file by its stamp."""
+    path = Path(seen[0])
     try:
         with _open(path) as file:
             images = file.schema_arrow.field(column).type
             if not (pa.types.is_struct(images) and images.get_field_index("path") >= 0):
-                return set()
-            if images.get_field_index("bytes") >= 0:
-                first = next(file.iter_batches(1, columns=[f"{column}.bytes"], use_threads=False), None)
-                if first is None or not _part(first.column(column), "bytes").null_count:
-                    return set()
+                return []
             found = file.read(columns=[f"{column}.path"], use_threads=False).column(column)
-            return {name for chunk in found.chunks for name in _part(chunk, "path").unique().to_pylist() if name}
+        found.validate(full=True)  # what offsets say is believed afterwards
+        return sorted({name for chunk in found.chunks for name in chunk.field("path").unique().to_pylist() if name})
     except _UNREADABLE as error:
         if is_spent(error):
             raise
         raise InputError(f"{path}: damaged ({in_one_line(error)}); {_AGAIN}") from error
-
-
-def _part(structs: Any, name: str) -> Any:
-    structs.validate(full=True)  # what offsets say is believed afterwards
-    return structs.field(name)
 
 
 def _read(group: _Group, column: str) -> Any:

@@ -60,8 +60,14 @@ def _is_followed(name: str, module: str) -> bool:
     package = name.partition(".")[0]
     if package == module.partition(".")[0]:
         return True
-    file = _source(package)
-    return file is None or not _installed(file)
+    try:
+        known = sys.modules.get(package)
+        spec = find_spec(package) if known is None else known.__spec__
+    except (ImportError, ValueError, AttributeError):
+        return False
+    # of a package without a file of its own, the folders
+    places = [] if spec is None else [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
+    return not any(_installed(Path(place)) for place in places)
 
 
 @cache  # methods share most of what they import

@@ -168,13 +168,15 @@ def test_a_class_of_torch_does_not_read_all_of_torch(monkeypatch: pytest.MonkeyP
 def test_no_package_is_imported_to_look_into_it(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it matter what its code would raise, or that a file beside the user is no Python."""
     (package / "site-packages" / "lazy").mkdir(parents=True)
-    (package / "site-packages" / "lazy" / "__init__.py").write_text("raise RuntimeError")
+    (package / "site-packages" / "lazy" / "__init__.py").write_text(
+        f"open({str(package / 'imported')!r}, 'w'); raise RuntimeError"
+    )
     monkeypatch.syspath_prepend(package / "site-packages")
     (package / "older.py").write_text("print 'Python 2'")
     late = "\n\ndef late():\n    from lazy import inner\n    import older\n"
     (package / "theirs" / "method.py").write_text(METHOD + late)
     before = code_fingerprint([method()])
-    assert "lazy" not in sys.modules
+    assert not (package / "imported").exists()
     (package / "older.py").write_text("print 'changed'")
     assert code_fingerprint([method()]) != before
 
