@@ -1,5 +1,6 @@
 """Fixtures for all tests: the real experts where they are at hand, and a tiny suite made on the spot."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -39,6 +40,16 @@ ZOO = Path(os.environ.get("MERGEKIT_VISION_ZOO") or Path(__file__).parents[2] / 
 def interruptible() -> None:
     """Take interruptions as in a terminal: a shell starts what runs in its background with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def vocabulary() -> Iterator[None]:
+    """Read CLIP's vocabulary once: a tokenizer of it only remembers words."""
+    import open_clip.factory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip.factory, "SimpleTokenizer", functools.lru_cache(open_clip.factory.SimpleTokenizer))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,7 +34,7 @@ class Zoo:
     """The zoo on a workbench; a method is merged once for all tests."""
 
     def __init__(self, path: Path) -> None:
-        data = VisionTasks(str(path / "suite.yaml"), batch_size=500)
+        data = VisionTasks(str(path / "suite.yaml"))
         data.check(Needs({"val", "test"}, proxies=True))
         self.bench = Workbench.open(data, Runtime(torch.device("cpu")))
         self.experts = data.suite.experts

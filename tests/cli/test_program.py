@@ -176,13 +176,18 @@ def foreign_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "site"
 
 
-@pytest.mark.parametrize("name", ["Half", "their_package.Half"])
-def test_a_plugin_of_another_package(foreign_package: Path, tiny_suite: Path, tmp_path: Path, name: str) -> None:
-    options = ["--model.merger", name, "--model.merger.gain", "0.25", "--output", str(tmp_path / "out")]
-    run_apart("test", "--suite", str(tiny_suite), *options)
-    found = results(tmp_path / "out")
-    assert found["merger"]["class_path"] == "their_package.Half"
-    assert found["merger"]["init_args"] == {"gain": 0.25}
+@pytest.mark.usefixtures("foreign_package")
+def test_a_plugin_of_another_package(tiny_suite: Path, tmp_path: Path) -> None:
+    names = ("Half", "their_package.Half")
+    commands = [
+        ["test", "-s", str(tiny_suite), "-m", name, "--merger.gain", "0.25", "-o", str(tmp_path / name)] for name in names
+    ]
+    script = f"from mergekit_vision.cli.main import main; raise SystemExit(max(map(main, {commands})))"
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for name in names:
+        found = results(tmp_path / name)
+        assert found["merger"]["class_path"] == "their_package.Half"
+        assert found["merger"]["init_args"] == {"gain": 0.25}
 
 
 def test_one_photo_on_two_processes(tiny_suite: Path, tmp_path: Path) -> None:
