@@ -92,6 +92,13 @@ def factors_of(weights: Weights, key: str) -> Factors | None:
     return found
 
 
+def difference_of(weights: Weights, key: str) -> Tensor | None:
+    """How a parameter differs from the backbone's, new memory, where an expert is known by that; ``None`` of others."""
+    find = getattr(weights, "difference", None)
+    found: Tensor | None = None if find is None else find(key)
+    return found
+
+
 def linears_of_kind(linears: Iterable[LinearInfo], kinds: Sequence[LinearKind]) -> list[LinearInfo]:
     """Those of the ``linears`` whose kind is one of ``kinds``, in their order.
 
@@ -169,7 +176,8 @@ class MergeInputs:
     Attributes:
         base: weights of the pre-trained vision tower.
         experts: task -> weights with the keys and shapes of ``base``, in the order of the suite. Those of adapters have a method
-            ``factors(key)`` besides, and those that are read ahead a method ``finite(key)``, of what is read of a key.
+            ``factors(key)`` besides, those that are stored as differences a method ``difference(key)``, and those that are read
+            ahead a method ``finite(key)``, of what is read of a key.
         linears: the encoder's Linear layers in forward order.
         norms: the layer normalizations of its blocks, in forward order.
         depths: key -> index of the block that the parameter lies in; -1 before the first block, their number behind the last.
@@ -209,14 +217,17 @@ class MergeInputs:
     def delta(self, task: str, key: str) -> Tensor:
         """Task vector of one parameter: fine-tuned minus pre-trained; float32, new memory, on ``device``.
 
-        Of an adapter it is the product of the factors. The difference of weights has their rounding errors, which make the rank
-        full; methods that give all singular vectors a say then merge noise.
+        Of an adapter it is the product of the factors, and of an expert that is stored as differences these. The difference of
+        weights has their rounding errors, which make the rank full; methods that give all singular vectors a say then merge
+        noise.
 
         Raises:
             InputError: when the expert holds NaN or infinity there.
         """
         if (factors := self._factors(task, key)) is not None:
             delta = factors[0] @ factors[1]
+        elif (difference := difference_of(self.experts[task], key)) is not None:
+            delta = self._finite(difference, task, key)
         else:
             delta = self._expert(task, key) - self.base[key].to(self.device, torch.float32)
         return delta if self.change is None else self.change(task, key, delta)
@@ -239,7 +250,7 @@ class MergeInputs:
         for task in self.tasks:
             if (factors := self.factors(task, key)) is not None:
                 total += factors[0] @ factors[1]
-            elif self.change is not None:
+            elif not self.is_whole(task, key):
                 total += self.delta(task, key)
             else:
                 whole.append(task)
@@ -263,10 +274,15 @@ class MergeInputs:
 
     def changed(self, task: str, key: str) -> bool:
         """Whether a task vector is not all zero; cheaper than the task vector itself."""
-        if self.change is not None or self._factors(task, key) is not None:
+        if not self.is_whole(task, key):
             return bool(self.delta(task, key).any())
         expert, base = (weights[key].to(self.device, torch.float32) for weights in (self.experts[task], self.base))
         return not torch.equal(expert, base)
+
+    def is_whole(self, task: str, key: str) -> bool:
+        """Whether a task vector is known as the difference of an expert's weight and the backbone's, and in no other way."""
+        weights = self.experts[task]
+        return self.change is None and factors_of(weights, key) is None and difference_of(weights, key) is None
 
     def any_changed(self, key: str) -> bool:
         """Whether some expert changed a parameter."""
@@ -274,7 +290,7 @@ class MergeInputs:
 
     def pair(self, task: str, key: str) -> tuple[Tensor, Tensor]:
         """Two tensors whose difference is a task vector: mapped from files where they can be, of any dtype and device."""
-        if self.change is None and self._factors(task, key) is None:
+        if self.is_whole(task, key):
             return self.experts[task][key], self.base[key]
         delta = self.delta(task, key)
         return delta, torch.zeros_like(delta)

@@ -73,7 +73,7 @@ class TIES(Merger):
 
     def _merge_tensor(self, inputs: MergeInputs, key: str, thresholds: Sequence[float], tie_sign: int = 1) -> TiesMerge:
         """Merge one parameter of all tasks."""
-        if any(inputs.factors(task, key) is not None for task in inputs.tasks):  # whole weights beside them start elsewhere
+        if not all(inputs.is_whole(task, key) for task in inputs.tasks):  # whole weights beside others start elsewhere
             deltas = inputs.deltas(key)
             return ties_merge(list(deltas), torch.zeros_like(deltas[0]), thresholds, self.aggregate, tie_sign, inputs.device)
         pairs = [inputs.pair(task, key) for task in inputs.tasks]

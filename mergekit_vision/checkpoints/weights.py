@@ -160,7 +160,11 @@ class Differences(Expert):
                 return base[key]
             return torch.add(base[key].float(), self.differences[key].to(base[key].device), alpha=self.scale)
 
-        return MadeOn(base, made)
+        return Differing(base, made, self.difference)
+
+    def difference(self, key: str) -> Tensor | None:
+        """How a parameter differs from the backbone's, float32, new memory; ``None`` where it does not."""
+        return self.differences[key].to(torch.float32, copy=True).mul_(self.scale) if key in self.differences else None
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         return self.differences.shapes
@@ -183,3 +187,15 @@ class MadeOn(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._base)
+
+
+class Differing(MadeOn):
+    """A backbone with differences.
+
+    Args:
+        difference: see :meth:`Differences.difference`.
+    """
+
+    def __init__(self, base: Weights, make: Callable[[str], Tensor], difference: Callable[[str], Tensor | None]) -> None:
+        super().__init__(base, make)
+        self.difference = difference

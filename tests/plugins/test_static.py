@@ -15,7 +15,7 @@ from tolerances import of_formula, of_model, summed
 from updates import esm_formula, is_matrix, tsvm_formula, uneven
 
 from mergekit_vision.errors import InputError
-from mergekit_vision.merger import MergeInputs, Merger
+from mergekit_vision.merger import MergeInputs, Merger, Weights
 from mergekit_vision.plugins.average import Average
 from mergekit_vision.plugins.esm import ESM
 from mergekit_vision.plugins.task_arithmetic import TaskArithmetic
@@ -81,14 +81,41 @@ def test_ties_gives_exact_cancellations_the_majority_sign_of_the_whole_model(sig
     assert relative_error(found, expected) < summed(zoo.tasks)
 
 
-@pytest.mark.parametrize("adapters", [("task0",), ("task2",), ("task0", "task1", "task2")])
-def test_ties_of_adapters_beside_whole_weights(adapters: Sequence[str]) -> None:
+class Differing(dict[str, torch.Tensor]):
+    """An expert that is stored as its differences to the backbone."""
+
+    def __init__(self, base: Weights, changes: Weights) -> None:
+        super().__init__({key: base[key] + changes[key] for key in base})
+        self.difference = lambda key: changes[key].clone()
+
+
+@pytest.mark.parametrize("others", [("task0",), ("task2",), ("task0", "task1", "task2")])
+@pytest.mark.parametrize("stored", ["adapter", "differences"])
+def test_ties_of_other_experts_beside_whole_weights(others: Sequence[str], stored: str) -> None:
     zoo = Zoo(tasks=3)
-    for seed, task in enumerate(adapters):
-        zoo.experts[task] = Adapter(zoo.base, seed)
+    for seed, task in enumerate(others):
+        adapter = Adapter(zoo.base, seed)
+        changes = {key: adapter[key] - zoo.base[key] for key in zoo.base}
+        zoo.experts[task] = adapter if stored == "adapter" else Differing(zoo.base, changes)
     inputs = zoo.inputs()
     expected = TIES().merge(inputs.view(lambda task, key, delta: delta)).update  # all as task vectors
     assert all(torch.equal(update, expected[key]) for key, update in TIES().merge(inputs).update.items())
+
+
+def test_stored_differences_are_the_task_vectors() -> None:
+    """Their rounding errors as weights, of full rank, are none of them."""
+    zoo = Zoo(tasks=2)
+    changes = [{key: 1e-6 * value for key, value in zoo.experts[task].items()} for task in zoo.experts]
+    zoo.experts = {task: Differing(zoo.base, change) for task, change in zip(zoo.experts, changes, strict=True)}
+    inputs = zoo.inputs()
+    for key in zoo.base:
+        assert torch.equal(inputs.delta("task0", key), changes[0][key])
+        expected = changes[0][key].double() + changes[1][key].double()
+        assert torch.equal(inputs.total(key), expected)
+        end, start = inputs.pair("task1", key)
+        assert torch.equal(end - start, changes[1][key])
+        assert inputs.changed("task0", key)
+        assert not inputs.is_whole("task0", key)
 
 
 def test_ties_counts_frozen_entries() -> None:
