@@ -281,8 +281,8 @@ class MergeInputs:
 
     def is_whole(self, task: str, key: str) -> bool:
         """Whether a task vector is known as the difference of an expert's weight and the backbone's, and in no other way."""
-        weights = self.experts[task]
-        return self.change is None and factors_of(weights, key) is None and difference_of(weights, key) is None
+        stored = getattr(self.experts[task], "difference", None) is not None  # asked without reading any
+        return self.change is None and not stored and factors_of(self.experts[task], key) is None
 
     def any_changed(self, key: str) -> bool:
         """Whether some expert changed a parameter."""

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ class Adapter(Expert):
         return self.container.read(name).to(like.device, torch.float32)
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {key: self._replaced_shape(parts) for key, parts in self.replaced.items()}
+        shapes = {key: self._shape_of(parts) for key, parts in self.replaced.items()}
         for update in (update for updates in self.updates.values() for update in updates):
             weight = self._changed_shape(update)
             changed = [(update.place, weight)] + ([] if update.shift is None else [(bias_of(update.place), weight[:1])])
@@ -188,19 +188,6 @@ class Adapter(Expert):
         if update.place.transposed:
             return (into, out)
         return (out if update.place.third is None else 3 * out, into)
-
-    def _replaced_shape(self, parts: Sequence[tuple[Place, str]]) -> tuple[int, ...]:
-        """Shape of a parameter that is held whole, or of which there are thirds."""
-        names = ", ".join(name for _, name in parts)
-        shapes = [self._shape(name) for _, name in parts]
-        thirds = [place.third for place, _ in parts]
-        if len(set(thirds)) < len(parts) or (None in thirds and len(parts) > 1):
-            raise InputError(f"{self.path}: {names} are one parameter stored twice; keep one")
-        if thirds == [None]:
-            return shapes[0][::-1] if parts[0][0].transposed else shapes[0]
-        if len(set(shapes)) > 1 or not shapes[0]:
-            raise InputError(f"{self.path}: {names} are {', '.join(map(str, shapes))}, not of one attention layer; save it again")
-        return (3 * shapes[0][0], *shapes[0][1:])
 
 
 def _rows(weight: Tensor, place: Place) -> Tensor:

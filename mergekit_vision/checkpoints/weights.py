@@ -1,7 +1,7 @@
 """Experts as checkpoints give them: whole towers, parts of towers, or changes to a backbone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,19 @@ class Expert(ABC):
             raise InputError(f"{self.path}: {name} is stored as {dtype}, which weights are not; {remedy}")
         return shape
 
+    def _shape_of(self, parts: Sequence[tuple[Place, str]]) -> tuple[int, ...]:
+        """Shape of a parameter that is held whole, or of which there are thirds."""
+        names = ", ".join(name for _, name in parts)
+        shapes = [self._shape(name) for _, name in parts]
+        thirds = [place.third for place, _ in parts]
+        if len(set(thirds)) < len(parts) or (None in thirds and len(parts) > 1):
+            raise InputError(f"{self.path}: {names} are one parameter stored twice; keep one")
+        if thirds == [None]:
+            return shapes[0][::-1] if parts[0][0].transposed else shapes[0]
+        if len(set(shapes)) > 1 or not shapes[0]:
+            raise InputError(f"{self.path}: {names} are {', '.join(map(str, shapes))}, not of one attention layer; save it again")
+        return (3 * shapes[0][0], *shapes[0][1:])
+
 
 class CheckpointWeights(Expert, Mapping[str, Tensor]):
     """Weights of one vision tower in a checkpoint: a mapping of open_clip's keys to tensors.
@@ -123,19 +136,11 @@ class CheckpointWeights(Expert, Mapping[str, Tensor]):
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: self._whole_shape(parts) for key, parts in self.parts.items()}
 
-    def _whole_shape(self, parts: Iterable[tuple[Place, str]]) -> tuple[int, ...]:
-        (first, _), *others = parts
-        names = ", ".join(name for _, name in parts)
-        shapes = [self._shape(name) for _, name in parts]
-        if first.third is None:
-            if others:
-                raise InputError(f"{self.path}: {names} are one parameter stored twice; keep one")
-            return shapes[0][::-1] if first.transposed else shapes[0]
-        if [place.third for place, _ in parts] != [0, 1, 2]:
+    def _whole_shape(self, parts: Sequence[tuple[Place, str]]) -> tuple[int, ...]:
+        if parts[0][0].third is not None and [place.third for place, _ in parts] != [0, 1, 2]:
+            names = ", ".join(name for _, name in parts)
             raise InputError(f"{self.path}: {names} are not query, key and value together; copy or download it again")
-        if len(set(shapes)) > 1 or not shapes[0]:
-            raise InputError(f"{self.path}: {names} are {', '.join(map(str, shapes))}, not of one attention layer; save it again")
-        return (3 * shapes[0][0], *shapes[0][1:])
+        return self._shape_of(parts)
 
 
 class Differences(Expert):

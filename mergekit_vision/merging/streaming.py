@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_vision.checkpoints.weights import MadeOn
-from mergekit_vision.merger import Factors, Spread, Weights, difference_of, factors_of
+from mergekit_vision.merger import Factors, Spread, Weights, factors_of
 from mergekit_vision.support.team import Team
 from mergekit_vision.support.tensors import FINITE, largest_magnitude
 
@@ -284,9 +284,10 @@ class Streamed(MadeOn):
             return factors_of(self._reader.experts[self._task], key)
         return None if len(found.tensors) != 2 else (found.tensors[0], found.tensors[1])
 
-    def difference(self, key: str) -> Tensor | None:
-        """Of an expert that is stored as differences, that of a key: not read ahead."""
-        return difference_of(self._reader.experts[self._task], key)
+    @property
+    def difference(self) -> Callable[[str], Tensor | None] | None:
+        """Of an expert that is stored as differences, what gives that of a key, which is not read ahead."""
+        return getattr(self._reader.experts[self._task], "difference", None)
 
     def finite(self, key: str) -> bool:
         """Whether what is read of a key, its value or its factors, is known to be finite, also as float32."""
